@@ -1,0 +1,70 @@
+"""Attention over a paged KV cache, and multi-head latent attention, which is planned.
+
+One call holds any mix of prefill, chunked prefill and decode. Sequence b owns the query rows
+`query_start_loc[b]` to `query_start_loc[b + 1]`; they are the last of its `seq_lens[b]` KV positions, whose
+keys and values are already in the cache, position p in page `block_table[b, p // page_size]`. Block table
+entries past a sequence's last page are never read. A sequence of length 0 has no rows. Rows of q that no
+sequence owns, as the padding of a CUDA graph, are left as they were in `out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bidispatch.ops.schema import Argument, Dim, DimValue, Op, Scalar
+
+__all__ = ["OPS"]
+
+
+def _heads_conflict(dims: Mapping[str, DimValue]) -> str | None:
+    heads, kv_heads = int(dims["num_heads"]), int(dims["num_kv_heads"])
+    if heads % kv_heads:
+        return f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
+    if dims["window"] and not dims["causal"]:
+        return "a sliding window needs causal=true: it counts positions back from the query's own"
+    return None
+
+
+ATTENTION = Op(
+    name="attention",
+    summary="softmax(q kᵀ · scale) v over a paged cache; grouped queries, prefill and decode in one batch",
+    dims=(
+        Dim("head_dim", int, "width of a head", minimum=1, typical=128),
+        Dim("num_heads", int, "query heads", minimum=1, typical=32),
+        Dim("num_kv_heads", int, "key and value heads; divides num_heads", minimum=1, typical=8),
+        Dim("page_size", int, "KV positions a page holds", minimum=1, default=16),
+        Dim("causal", bool, "a query sees its own position and those before it", default=True),
+        Dim("window", int, "positions a query sees, its own included; 0 sees all", default=0, minimum=0),
+        Dim("softcap", float, "scores become softcap · tanh(score / softcap); 0 leaves them", default=0.0, minimum=0),
+        Dim("sinks", bool, "each head has a sink logit that joins the softmax's sum and no value", default=False),
+    ),
+    arguments=(
+        Argument("q", ("tokens", "num_heads", "head_dim")),
+        Argument("k_cache", ("pages", "page_size", "num_kv_heads", "head_dim")),
+        Argument("v_cache", ("pages", "page_size", "num_kv_heads", "head_dim")),
+        Argument("block_table", ("seqs", "max_pages"), dtype="int32"),
+        Argument("seq_lens", ("seqs",), dtype="int32"),
+        Argument("query_start_loc", ("seqs+1",), dtype="int32"),
+        Argument("sinks", ("num_heads",), dtype="float32", when="sinks"),
+    ),
+    scalars=(Scalar("scale", lambda problem: problem.size("head_dim") ** -0.5, "default 1 / sqrt(head_dim)"),),
+    outputs=(Argument("out", ("tokens", "num_heads", "head_dim")),),
+    reference="bidispatch.ops.reference.attention:attention",
+    inputs="bidispatch.ops.reference.attention:attention_inputs",
+    stock="bidispatch.ops.stock:attention",
+    conflict=_heads_conflict,
+)
+
+ATTENTION_MLA = Op(
+    name="attention.mla",
+    summary="multi-head latent attention (DeepSeek-V2): one compressed KV head of kv_lora_rank + rope",
+    dims=(
+        Dim("num_heads", int, "query heads", minimum=1, typical=128),
+        Dim("kv_lora_rank", int, "width of the compressed KV", minimum=1, default=512),
+        Dim("rope_dim", int, "width of the rotary part", minimum=1, default=64),
+        Dim("page_size", int, "KV positions a page holds", minimum=1, default=64),
+    ),
+    dtypes=("bfloat16", "float16"),
+)
+
+OPS = (ATTENTION, ATTENTION_MLA)

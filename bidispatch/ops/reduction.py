@@ -1,0 +1,30 @@
+"""Reductions over the last axis: softmax, log_softmax, mean."""
+
+from __future__ import annotations
+
+from bidispatch.ops.schema import Argument, Dim, Op
+
+__all__ = ["OPS"]
+
+
+def _over_rows(name: str, summary: str, out_shape: tuple[str, ...]) -> Op:
+    return Op(
+        name=name,
+        summary=summary,
+        dims=(
+            Dim("n", int, "row length, the summed axis", minimum=1, typical=4096),
+            Dim("out_dtype", str, "dtype of the result, rounded once from fp32", default="dtype"),
+        ),
+        arguments=(Argument("x", ("m", "n")),),
+        outputs=(Argument("out", out_shape, dtype="out_dtype"),),
+        reference=f"bidispatch.ops.reference.reduction:{name}",
+        inputs="bidispatch.ops.reference.reduction:row_inputs",
+        stock=f"bidispatch.ops.stock:{name}",
+    )
+
+
+OPS = (
+    _over_rows("softmax", "exp(x - max) / sum(exp(x - max)) of each row", ("m", "n")),
+    _over_rows("log_softmax", "x - max - log(sum(exp(x - max))) of each row", ("m", "n")),
+    _over_rows("mean", "the mean of each row", ("m",)),
+)

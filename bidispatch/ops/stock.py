@@ -1,0 +1,178 @@
+"""What plain torch does for each op: the yardstick for speed, and the control that is seen to follow the batch.
+
+Every function is `f(problem, *arguments, *scalars) -> tuple of tensors`, in the op's output dtype, on the device of its
+arguments. Imports torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bidispatch.ops.schema import Problem
+
+__all__ = [
+    "attention",
+    "bmm",
+    "fused_add_rms_norm",
+    "gelu_tanh_and_mul",
+    "gemm",
+    "log_softmax",
+    "mean",
+    "rms_norm",
+    "silu_and_mul",
+    "softmax",
+]
+
+
+def _dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype to compute in and that of the result: torch's own where it is wide enough for the result."""
+    out: torch.dtype = getattr(torch, str(problem["out_dtype"]))
+    return torch.promote_types(getattr(torch, problem.dtype), out), out
+
+
+def gemm(
+    problem: Problem, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """`F.linear`: [m, n]."""
+    compute, out = _dtypes(problem)
+    return (F.linear(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute)).to(out),)
+
+
+def bmm(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`torch.bmm`: [matrices, m, n]."""
+    compute, out = _dtypes(problem)
+    return (torch.bmm(a.to(compute), b.to(compute)).to(out),)
+
+
+def rms_norm(problem: Problem, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    """`F.rms_norm`: [m, n]. Gemma's 1 + weight is applied in fp32, as its models do, since bf16 cannot hold it."""
+    if problem.flag("gemma"):
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=eps) * (1 + weight.float())
+        return (normed.to(x.dtype),)
+    return (F.rms_norm(x, x.shape[-1:], weight, eps),)
+
+
+def fused_add_rms_norm(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, ...]:
+    """x + residual, then `F.rms_norm`: [m, n] each."""
+    total = x + residual
+    return (*rms_norm(problem, total, weight, eps), total)
+
+
+def silu_and_mul(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`F.silu` of the first half times the second: [m, n]."""
+    a, b = x.chunk(2, dim=-1)
+    return (F.silu(a) * b,)
+
+
+def gelu_tanh_and_mul(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`F.gelu(approximate="tanh")` of the first half times the second: [m, n]."""
+    a, b = x.chunk(2, dim=-1)
+    return (F.gelu(a, approximate="tanh") * b,)
+
+
+def softmax(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`F.softmax`: [m, n]."""
+    compute, out = _dtypes(problem)
+    return (F.softmax(x, dim=-1, dtype=compute).to(out),)
+
+
+def log_softmax(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`F.log_softmax`: [m, n]."""
+    compute, out = _dtypes(problem)
+    return (F.log_softmax(x, dim=-1, dtype=compute).to(out),)
+
+
+def mean(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`Tensor.mean`: [m]."""
+    compute, out = _dtypes(problem)
+    return (x.mean(-1, dtype=compute).to(out),)
+
+
+def attention(
+    problem: Problem,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """`F.scaled_dot_product_attention` for each sequence over its gathered pages: [tokens, num_heads, head_dim].
+
+    A soft cap and sinks have no form there, and go through a product, a softmax and a product. Rows of q that no
+    sequence owns are zero.
+    """
+    out = torch.zeros_like(q)
+    starts = query_start_loc.tolist()
+    for index, kv_len in enumerate(seq_lens.tolist()):
+        rows = slice(starts[index], starts[index + 1])
+        if rows.start == rows.stop:
+            continue
+        pages = block_table[index, : -(-kv_len // problem.size("page_size"))].long()
+        keys = k_cache[pages].flatten(0, 1)[:kv_len].transpose(0, 1)[None]
+        values = v_cache[pages].flatten(0, 1)[:kv_len].transpose(0, 1)[None]
+        queries = q[rows].transpose(0, 1)[None]
+        attend = _attend_in_steps if problem["softcap"] or sinks is not None else _attend_sdpa
+        out[rows] = attend(problem, queries, keys, values, sinks, scale)[0].transpose(0, 1)
+    return (out,)
+
+
+def _attend_sdpa(
+    problem: Problem,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """q [1, heads, rows, d], keys and values [1, kv_heads, kv_len, d]; a mask only where torch has no switch for it."""
+    rows, kv_len = q.shape[2], keys.shape[2]
+    whole_prompt = problem.flag("causal") and not problem.size("window") and rows == kv_len
+    return F.scaled_dot_product_attention(
+        q,
+        keys,
+        values,
+        attn_mask=None if whole_prompt else _mask(problem, rows, kv_len, q.device),
+        is_causal=whole_prompt,
+        scale=scale,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+
+
+def _attend_in_steps(
+    problem: Problem,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The same with a soft cap and sinks, its softmax in fp32."""
+    group = q.shape[1] // keys.shape[1]
+    scores = (q @ keys.repeat_interleave(group, dim=1).transpose(-1, -2)).float() * scale
+    softcap = float(problem["softcap"])
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = _mask(problem, q.shape[2], keys.shape[2], q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        logits = sinks.float()[None, :, None, None].expand(-1, -1, q.shape[2], 1)
+        scores = torch.cat([scores, logits], dim=-1)
+    weights = F.softmax(scores, dim=-1)[..., : keys.shape[2]]
+    return weights.to(q.dtype) @ values.repeat_interleave(group, dim=1)
+
+
+def _mask(problem: Problem, rows: int, kv_len: int, device: torch.device) -> torch.Tensor | None:
+    """True where a query may look: [rows, kv_len], or None where every query may look everywhere."""
+    window = problem.size("window")
+    if not problem.flag("causal") or (rows == 1 and not 0 < window < kv_len):
+        return None
+    positions = torch.arange(kv_len, device=device)
+    ago = positions[kv_len - rows :, None] - positions[None, :]
+    return (ago >= 0) & (ago < window) if window else ago >= 0

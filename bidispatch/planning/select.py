@@ -1,0 +1,266 @@
+"""Selection: a problem, a device, a profile and the registry become a ladder of rungs, with every decision kept.
+
+Nothing here sees a batch. What a rung may depend on is the problem and the device; M only chooses among rungs that
+were fixed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from bidispatch import ops
+from bidispatch.device import Device
+from bidispatch.errors import BackendError, SelectionError, UsageError
+from bidispatch.invariance import Invariance
+from bidispatch.ops.schema import DimValue, Problem
+from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
+from bidispatch.planning.overrides import forced_choice
+from bidispatch.planning.selection import Selection, rung_ranges
+from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source
+from bidispatch.records import Record
+from bidispatch.registry import Implementation, Params, Registry, Rung, Tile
+
+__all__ = ["FindRecord", "select"]
+
+FindRecord = Callable[[Selection], Record | None]
+"""Answers with a record that proves a selection on this machine, or None."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A candidate on its way to a decision."""
+
+    listed: ProfileCandidate
+    implementation: Implementation | None = None
+    params: Params | None = None
+    numerics: str = ""
+    reasons: tuple[str, ...] = ()
+
+
+def select(
+    problem: Problem, device: Device, profile: Profile, registry: Registry, require: Invariance, find_record: FindRecord
+) -> Selection:
+    """Return the ladder for a problem.
+
+    Raises `SelectionError`, with every decision, when nothing fits or a forced choice does not; `BackendError` when a
+    forced choice's backend did not load.
+    """
+    registered = registry.for_op(problem.op)
+    forced = forced_choice(problem.op)
+    if forced:
+        candidates, wanted = [_forced(problem, forced, profile, registry)], None
+    elif not registered and not _failed_backends(problem, profile, registry):
+        raise SelectionError(f"{problem.op} is unsupported: no backend implements it yet")
+    else:
+        rule = _rule(problem, profile, registered)
+        candidates, wanted = _listed(problem, rule, profile, registry), rule.numerics
+    examined = [_examine(candidate, problem, device, profile, registry, require) for candidate in candidates]
+    numerics = wanted or next((c.numerics for c in examined if not c.reasons), "")
+    rungs, decisions = _climb(examined, numerics, device, problem)
+    decisions += _unlisted(registered, examined, problem, device)
+    if not rungs or rungs[-1].max_m is not None:
+        _fail(problem, device, forced, rungs, decisions)
+    level = min(rung.implementation.claims for rung in rungs)
+    selection = Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions))
+    record = find_record(selection)
+    if record is None and profile.trust == "verified":
+        raise SelectionError(
+            f"{problem} on {device.name}: {profile.name} trusts only what is verified, and no record of this device, "
+            f"these versions and this ladder proves it; `bidispatch verify {problem.op} --record` makes one",
+            decisions,
+        )
+    return Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions), record)
+
+
+def _forced(problem: Problem, forced: tuple[str, Source], profile: Profile, registry: Registry) -> ProfileCandidate:
+    name, source = forced
+    if name not in registry:
+        failure = registry.failures.get(name.partition(".")[0])
+        if failure:
+            raise BackendError(f"{name} was forced by {source}, but its {failure}") from failure.error
+    implementation = registry.get(name)
+    if implementation.op != problem.op:
+        raise UsageError(f"{source} forces {name} for {problem.op}, but it implements {implementation.op}")
+    return _as_everything(name, source, _find_listed(name, problem, profile))
+
+
+def _find_listed(name: str, problem: Problem, profile: Profile) -> ProfileCandidate | None:
+    """Where the profile lists an implementation for this problem, so that a forced choice keeps its params."""
+    rules = [rule for rule in profile.rules.get(problem.op, ()) if rule.mismatch(problem) is None]
+    listed = [candidate for rule in rules for candidate in rule.candidates if candidate.impl == name]
+    return listed[0] if listed else None
+
+
+def _as_everything(name: str, source: Source, listed: ProfileCandidate | None) -> ProfileCandidate:
+    """A candidate for every M: a forced or preferred one. It keeps the params the profile gives it."""
+    return ProfileCandidate(name, source, None, listed.params if listed else {}, listed.tile if listed else None)
+
+
+def _failed_backends(problem: Problem, profile: Profile, registry: Registry) -> list[str]:
+    """Backends of this op's candidates that did not load: then it is not unsupported, it is broken."""
+    listed = [c.impl for rule in profile.rules.get(problem.op, ()) for c in rule.candidates]
+    return [name for name in listed if name.partition(".")[0] in registry.failures]
+
+
+def _rule(problem: Problem, profile: Profile, registered: tuple[Implementation, ...]) -> ProfileRule:
+    rules = profile.rules.get(problem.op, ())
+    mismatches = []
+    for rule in rules:
+        why = rule.mismatch(problem)
+        if why is None:
+            return rule
+        mismatches.append(f"the rule at {rule.source} does not match: {why}")
+    reasons = tuple(mismatches) or (f"profile {profile.name} has no rule for {problem.op}",)
+    raise SelectionError(
+        f"no rule of profile {profile.name} ({', '.join(profile.chain)}) matches {problem}; "
+        f"add one under `ops: {problem.op}:`",
+        [Decision(implementation.name, UNLISTED, reasons) for implementation in registered],
+    )
+
+
+def _listed(problem: Problem, rule: ProfileRule, profile: Profile, registry: Registry) -> list[ProfileCandidate]:
+    """A rule's candidates, after `prefer`."""
+    listed = list(rule.candidates)
+    preferred = []
+    for name, source in profile.prefer:
+        if name in registry and registry.get(name).op == problem.op:
+            inherited = next((c for c in listed if c.impl == name), None)
+            preferred.append(_as_everything(name, source, inherited))
+            listed = [c for c in listed if c.impl != name]
+    return preferred + listed
+
+
+def _examine(
+    listed: ProfileCandidate,
+    problem: Problem,
+    device: Device,
+    profile: Profile,
+    registry: Registry,
+    require: Invariance,
+) -> _Candidate:
+    """Everything that speaks against a candidate, but for its class, which depends on the others."""
+    candidate = _Candidate(listed)
+    reasons = []
+    if listed.impl in profile.disable:
+        reason, source = profile.disable[listed.impl]
+        reasons.append(f"disabled: {reason} [{source}]")
+    failure = registry.failures.get(listed.impl.partition(".")[0])
+    if listed.impl not in registry and failure:
+        candidate.reasons = (*reasons, str(failure))
+        return candidate
+    implementation = registry.get(listed.impl)
+    candidate.implementation = implementation
+    reasons += implementation.unmet(device, problem)
+    if implementation.claims < require:
+        reasons.append(f"claims level {implementation.claims.label}, the plan requires {require.label}")
+    try:
+        candidate.params = implementation.params.model_validate(dict(listed.params))
+        candidate.numerics = implementation.numerics(candidate.params, problem)
+    except ValidationError as error:
+        reasons.append(f"its params are refused: {error.errors()[0]['msg']}")
+    candidate.reasons = tuple(reasons)
+    return candidate
+
+
+def _climb(
+    examined: list[_Candidate], numerics: str, device: Device, problem: Problem
+) -> tuple[list[Rung], list[Decision]]:
+    """Build the ladder from the bottom: each candidate that fits serves from where the last one ended."""
+    rungs: list[Rung] = []
+    decisions: list[Decision] = []
+    reached = 0
+    for candidate in examined:
+        listed, reasons = candidate.listed, list(candidate.reasons)
+        if candidate.numerics and candidate.numerics != numerics:
+            reasons.append(f"its class is {candidate.numerics}, the ladder's is {numerics}")
+        verdict, serves = REJECTED, ""
+        if not reasons:
+            verdict = SPARE
+            full = bool(rungs) and rungs[-1].max_m is None
+            if not full and (listed.max_m is None or listed.max_m > reached):
+                added = _rungs_of(candidate, device, problem, reached)
+                verdict, serves = CHOSEN, _serves(reached, listed.max_m)
+                rungs += added
+                reached = listed.max_m or 0
+        decisions.append(Decision(listed.impl, verdict, tuple(reasons), str(listed.source), candidate.numerics, serves))
+    return rungs, decisions
+
+
+def _rungs_of(candidate: _Candidate, device: Device, problem: Problem, reached: int) -> list[Rung]:
+    """A candidate's own launch shapes, cut to the rows it serves: above `reached`, up to its max_m."""
+    implementation, params, listed = candidate.implementation, candidate.params, candidate.listed
+    if implementation is None or params is None:
+        raise RuntimeError(f"{listed.impl} was chosen without having been examined")
+    if listed.tile is not None and implementation.tile is not None:
+        return [Rung(implementation, params, _tile(implementation, listed.tile), listed.max_m)]
+    rungs = []
+    for tile_max, tile in implementation.tiles(device, problem, params):
+        if tile_max is not None and tile_max <= reached:
+            continue
+        top = _lower(tile_max, listed.max_m)
+        rungs.append(Rung(implementation, params, tile, top))
+        if top == listed.max_m:
+            break
+    return rungs
+
+
+def _tile(implementation: Implementation, values: Mapping[str, DimValue]) -> Tile:
+    if implementation.tile is None:
+        raise RuntimeError(f"{implementation.name} has no tile")
+    return implementation.tile.model_validate(dict(values))
+
+
+def _lower(one: int | None, other: int | None) -> int | None:
+    bounds = [bound for bound in (one, other) if bound is not None]
+    return min(bounds) if bounds else None
+
+
+def _serves(reached: int, max_m: int | None) -> str:
+    if max_m is None:
+        return f"M > {reached}" if reached else "every M"
+    return f"{reached + 1} <= M <= {max_m}"
+
+
+def _unlisted(
+    registered: tuple[Implementation, ...], examined: list[_Candidate], problem: Problem, device: Device
+) -> list[Decision]:
+    """Implementations of the op that no candidate names: shown, so that nobody wonders where they are."""
+    seen = {candidate.listed.impl for candidate in examined}
+    return [
+        Decision(
+            implementation.name,
+            UNLISTED,
+            ("the rule in use does not list it", *implementation.unmet(device, problem)),
+        )
+        for implementation in registered
+        if implementation.name not in seen
+    ]
+
+
+def _fail(
+    problem: Problem,
+    device: Device,
+    forced: tuple[str, Source] | None,
+    rungs: list[Rung],
+    decisions: list[Decision],
+) -> NoReturn:
+    if forced:
+        raise SelectionError(
+            f"{forced[1]} forces {forced[0]} for {problem}, which does not fit on {device.name}; "
+            "nothing else is tried for a forced choice",
+            decisions,
+        )
+    if rungs:
+        top = rung_ranges([rung.max_m for rung in rungs])[-1][1]
+        raise SelectionError(
+            f"{problem} on {device.name}: nothing serves M > {top}; add a candidate without max_m", decisions
+        )
+    raise SelectionError(
+        f"nothing fits {problem} on {device.name}; `bidispatch explain {ops.get(problem.op).name} "
+        f"--dtype {problem.dtype}` shows every reason",
+        decisions,
+    )

@@ -1,0 +1,109 @@
+"""A selection: the ladder of rungs that serves one problem, all of one numerics class, and the decisions behind it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from bidispatch.device import Device
+from bidispatch.invariance import Invariance
+from bidispatch.ops.schema import Problem
+from bidispatch.planning.decisions import Decision
+from bidispatch.registry import Rung
+
+if TYPE_CHECKING:
+    from bidispatch.records import Record
+    from bidispatch.runtime.bound import BoundKernel
+
+__all__ = ["Selection", "rung_ranges"]
+
+_log = logging.getLogger(__name__)
+_warned = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What serves a problem on a device. Made by `Plan.select`; `bind` makes it callable."""
+
+    problem: Problem
+    device: Device
+    rungs: tuple[Rung, ...]
+    numerics: str
+    level: Invariance
+    decisions: tuple[Decision, ...]
+    evidence: Record | None = field(default=None, compare=False)
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The names of the implementations in the ladder, each once, by rising M."""
+        return tuple(dict.fromkeys(rung.implementation.name for rung in self.rungs))
+
+    @cached_property
+    def ladder_key(self) -> str:
+        """The ladder as canonical JSON: what a record must match to be evidence for this selection."""
+        rungs = [
+            {
+                "implementation": rung.implementation.name,
+                "params": rung.params.model_dump(),
+                "tile": rung.tile.model_dump() if rung.tile else None,
+                "max_m": rung.max_m,
+            }
+            for rung in self.rungs
+        ]
+        return json.dumps(rungs, sort_keys=True)
+
+    def explain(self) -> str:
+        """Every candidate with its verdict, reasons and source, as text."""
+        head = f"{self.problem} on {self.device.name}: class {self.numerics}, level {self.level.label}"
+        return "\n".join([head, *(f"  {decision}" for decision in self.decisions)])
+
+    def bind(self, *, max_tokens: int, max_seqs: int = 1, max_seq_len: int = 0, max_query_len: int = 0) -> BoundKernel:
+        """Import the kernels, allocate their workspaces for calls up to these sizes, and return one callable.
+
+        Raises `DeviceError` when planned for a device that is not here, `BackendError` when a kernel's library does
+        not import.
+        """
+        from bidispatch.runtime.bind import bind
+        from bidispatch.runtime.context import Limits
+
+        if self.evidence is None:
+            _warn_unproved(self.problem)
+        limits = Limits(max_tokens, max_seqs, max_seq_len, max_query_len or max_tokens)
+        return bind(self.problem, self.device, self.rungs, limits)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "op": self.problem.op,
+            "dtype": self.problem.dtype,
+            "dims": dict(self.problem.dims),
+            "numerics": self.numerics,
+            "level": self.level.label,
+            "evidence": "verified" if self.evidence else "claimed",
+            "rungs": json.loads(self.ladder_key),
+        }
+
+
+def _warn_unproved(problem: Problem) -> None:
+    """Once a process: a claim is not a proof."""
+    global _warned
+    if not _warned:
+        _warned = True
+        _log.warning(
+            "%s rests on what its code claims, not on a proof on this device; "
+            "`bidispatch verify --all --record` proves it",
+            problem.op,
+        )
+
+
+def rung_ranges(max_ms: Sequence[int | None]) -> list[tuple[int, int | None]]:
+    """The rows each rung of a ladder serves, as (first, last); last None for the open end."""
+    first, ranges = 1, []
+    for max_m in max_ms:
+        ranges.append((first, max_m))
+        first = (max_m or 0) + 1
+    return ranges

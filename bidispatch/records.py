@@ -1,0 +1,137 @@
+"""Records: what `verify` measured, with the environment it holds for. Tools write them; nobody edits them.
+
+One JSON file a device, in the user's data folder or `$BIDISPATCH_RECORDS_DIR`; written whole, under a lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bidispatch.device import Device
+from bidispatch.environment import describe, hard_part
+from bidispatch.errors import RecordError
+from bidispatch.invariance import Invariance
+from bidispatch.planning.selection import Selection
+
+__all__ = ["Record", "RecordStore", "records_folder"]
+
+_FORMAT = "bidispatch-records"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A proof, on one device, that one ladder held its bits for one problem."""
+
+    problem: str
+    """`Problem.key`."""
+    ladder: str
+    """`Selection.ladder_key`."""
+    numerics: str
+    level: str
+    comparisons: int
+    """Rows compared bit by bit, all equal."""
+    cuda_graph: bool
+    made: str
+    """When, as an ISO date and time with offset."""
+    environment: Mapping[str, Any]
+
+    def proves(self, selection: Selection, environment: Mapping[str, Any]) -> bool:
+        """Whether it is about this ladder, in this environment, at least at the level claimed."""
+        return (
+            self.problem == selection.problem.key
+            and self.ladder == selection.ladder_key
+            and self.numerics == selection.numerics
+            and Invariance.parse(self.level) >= selection.level
+            and hard_part(dict(self.environment)) == hard_part(dict(environment))
+        )
+
+
+def records_folder() -> Path:
+    """Where records live: `$BIDISPATCH_RECORDS_DIR`, else the platform's data folder for bidispatch."""
+    if chosen := os.environ.get("BIDISPATCH_RECORDS_DIR"):
+        return Path(chosen)
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("bidispatch", appauthor=False)) / "records"
+
+
+class RecordStore:
+    """The records of one device."""
+
+    def __init__(self, device: Device, folder: Path | None = None) -> None:
+        self._device = device
+        slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+        self.path = (folder or records_folder()) / f"{device.arch.name}-{slug}.json"
+
+    def load(self) -> list[Record]:
+        """Every record. Raises `RecordError` for a file that is truncated or not ours."""
+        if not self.path.exists():
+            return []
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecordError(
+                f"{self.path} is not a readable record file ({error}); "
+                "delete it and run `bidispatch verify --all --record`"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise RecordError(f"{self.path} was not written by bidispatch; move it away, or set BIDISPATCH_RECORDS_DIR")
+        if content.get("version") != _VERSION:
+            raise RecordError(
+                f"{self.path} has format version {content.get('version')!r}, this bidispatch reads {_VERSION}; "
+                "run `bidispatch verify --all --record` to make it anew"
+            )
+        try:
+            return [Record(**record) for record in content["records"]]
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"{self.path} has a record that is not whole ({error}); delete the file") from error
+
+    def find(self, selection: Selection) -> Record | None:
+        """The newest record that proves a selection here and now, or None."""
+        records = self.load()
+        if not records or selection.device.predicted:
+            return None
+        environment = describe(self._device, {rung.implementation for rung in selection.rungs})
+        proofs = [record for record in records if record.proves(selection, environment)]
+        return max(proofs, key=lambda record: record.made, default=None)
+
+    def add(self, records: list[Record]) -> None:
+        """Write records, replacing those about the same ladder in the same environment. Safe against other writers."""
+        from filelock import FileLock
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            fresh = {_identity(record) for record in records}
+            kept = [record for record in self.load() if _identity(record) not in fresh]
+            content = {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "records": [asdict(record) for record in [*kept, *records]],
+            }
+            _write_whole(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def _identity(record: Record) -> str:
+    return json.dumps(
+        [record.problem, record.ladder, record.level, hard_part(dict(record.environment))], sort_keys=True
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write beside the file and move over it, so that a reader never sees half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,134 @@
+"""Argument checks: from the catalogue's shapes to a test on host sizes. Reads nothing from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from bidispatch.errors import ArgumentError
+from bidispatch.ops.schema import Argument, Problem
+
+__all__ = ["TensorSpec", "check_tensors", "output_shape", "tensor_specs"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An `Argument` resolved for one problem: run-time sizes first, then the axes that are known."""
+
+    name: str
+    dtype: torch.dtype
+    ndim: int
+    head: int
+    """How many leading axes are run-time sizes."""
+    sizes: tuple[tuple[int, str, int], ...]
+    """(axis, run-time size, offset): the axis must hold that size plus the offset."""
+    tail: tuple[int, ...]
+    present: bool
+    any_strides: bool
+
+
+def tensor_specs(arguments: Sequence[Argument], problem: Problem) -> tuple[TensorSpec, ...]:
+    """Resolve the catalogue's arguments for one problem."""
+    return tuple(_resolve(argument, problem) for argument in arguments)
+
+
+def _resolve(argument: Argument, problem: Problem) -> TensorSpec:
+    known = [_known_size(axis, problem) for axis in argument.shape]
+    head = next((i for i in range(len(known)) if None not in known[i:]), len(known))
+    sizes = []
+    for axis in range(head):
+        size, _, offset = str(argument.shape[axis]).partition("+")
+        sizes.append((axis, size, int(offset or 0)))
+    dtype = argument.dtype
+    if dtype == "dtype":
+        dtype = problem.dtype
+    elif dtype in problem.dims:
+        dtype = str(problem[dtype])
+    return TensorSpec(
+        name=argument.name,
+        dtype=getattr(torch, dtype),
+        ndim=len(known),
+        head=head,
+        sizes=tuple(sizes),
+        tail=tuple(size for size in known[head:] if size is not None),
+        present=not argument.when or problem.flag(argument.when),
+        any_strides=argument.any_strides,
+    )
+
+
+def _known_size(axis: str | int, problem: Problem) -> int | None:
+    if isinstance(axis, int):
+        return axis
+    factor, times, dim = axis.partition("*")
+    if times:
+        return int(factor) * problem.size(dim)
+    return problem.size(axis) if axis in problem.dims else None
+
+
+def output_shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of an output, from the run-time sizes its arguments had."""
+    return tuple(sizes[size] + offset for _, size, offset in spec.sizes) + spec.tail
+
+
+def check_tensors(
+    problem: Problem,
+    specs: Sequence[TensorSpec],
+    tensors: Sequence[Any],
+    device: torch.device,
+    sizes: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """Check every tensor against its spec and return the run-time sizes; raise `ArgumentError` at the first misfit."""
+    sizes = {} if sizes is None else sizes
+    grad = torch.is_grad_enabled()
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if tensor is None or not spec.present:
+            if (tensor is None) is spec.present:
+                _fail_presence(problem, spec)
+            continue
+        shape = tensor.shape
+        if (
+            len(shape) != spec.ndim
+            or shape[spec.head :] != spec.tail
+            or tensor.dtype is not spec.dtype
+            or tensor.device != device
+            or (not spec.any_strides and tensor.stride(-1) != 1 and shape[-1] > 1)
+            or (grad and tensor.requires_grad)
+        ):
+            _fail(problem, spec, tensor, device)
+        for axis, size, offset in spec.sizes:
+            actual = shape[axis] - offset
+            if sizes.setdefault(size, actual) != actual:
+                raise ArgumentError(
+                    f"{problem}: {spec.name} has {shape[axis]} on axis {axis}, "
+                    f"but {size} is {sizes[size]} by an argument before it"
+                )
+    return sizes
+
+
+def _fail_presence(problem: Problem, spec: TensorSpec) -> NoReturn:
+    if spec.present:
+        raise ArgumentError(f"{problem}: {spec.name} is missing")
+    raise ArgumentError(f"{problem}: {spec.name} given, but it was bound without; select with {spec.name}=true")
+
+
+def _fail(problem: Problem, spec: TensorSpec, tensor: Any, device: torch.device) -> NoReturn:
+    wanted = ", ".join([*(size + (f"+{offset}" if offset else "") for _, size, offset in spec.sizes)])
+    shape = f"[{', '.join(filter(None, [wanted, ', '.join(map(str, spec.tail))]))}]"
+    if len(tensor.shape) != spec.ndim or tensor.shape[spec.head :] != spec.tail:
+        raise ArgumentError(f"{problem}: {spec.name} must be {shape}, not {list(tensor.shape)}")
+    if tensor.dtype is not spec.dtype:
+        raise ArgumentError(f"{problem}: {spec.name} must be {spec.dtype}, not {tensor.dtype}")
+    if tensor.device != device:
+        raise ArgumentError(f"{problem}: {spec.name} is on {tensor.device}, the kernel was bound for {device}")
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ArgumentError(
+            f"{problem}: {spec.name} requires grad, and a bound kernel has no backward; "
+            "call it under torch.no_grad() or torch.inference_mode()"
+        )
+    raise ArgumentError(
+        f"{problem}: the last axis of {spec.name} must be contiguous, its strides are {tensor.stride()}; "
+        "pass .contiguous()"
+    )

@@ -1,0 +1,136 @@
+"""The bound kernel: what a layer calls. Everything that can be decided once is decided when it is made."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bidispatch.device import Device
+from bidispatch.errors import ArgumentError
+from bidispatch.ops.schema import Op, Problem
+from bidispatch.registry import Rung
+from bidispatch.runtime.arguments import TensorSpec, check_tensors, output_shape, tensor_specs
+from bidispatch.runtime.context import Kernel, Limits
+
+__all__ = ["BoundKernel"]
+
+# Which limit bounds which run-time size of the catalogue.
+_LIMIT_OF_SIZE = {"m": "max_tokens", "tokens": "max_tokens", "seqs": "max_seqs"}
+
+
+class BoundKernel:
+    """A selection made callable: checks the arguments, allocates what is missing, chooses the rung, launches.
+
+    ``bound(*arguments, out=None, **scalars)`` takes the op's tensors in the catalogue's order (by name too) and
+    returns its output, or a tuple of them. Raises `ArgumentError` for tensors it was not bound for.
+
+    ``bound.launch(*everything)`` skips the checks: every argument, scalar and output, positionally, outputs
+    allocated, at least one row. Neither reads anything from the device. A bound kernel owns workspaces, so two
+    threads or streams need one each.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_argument_names",
+        "_arguments",
+        "_defaults",
+        "_limits",
+        "_outputs",
+        "_row_axis",
+        "_torch_device",
+        "device",
+        "handle",
+        "launch",
+        "limits",
+        "op",
+        "problem",
+        "rungs",
+    )
+
+    def __init__(
+        self, op: Op, problem: Problem, device: Device, rungs: Sequence[Rung], kernels: Sequence[Kernel], limits: Limits
+    ) -> None:
+        self.op, self.problem, self.device = op, problem, device
+        self.rungs, self.limits = tuple(rungs), limits
+        self.launch = _ladder(rungs, kernels, op.row_axis)
+        self.handle = -1
+        self._torch_device = torch.device(device.torch_device)
+        self._arguments = tensor_specs(op.arguments, problem)
+        self._outputs = tensor_specs(op.outputs, problem)
+        self._argument_names = tuple(spec.name for spec in self._arguments)
+        self._defaults = tuple((scalar.name, scalar.default_for(problem)) for scalar in op.scalars)
+        self._limits = {size: getattr(limits, name) for size, name in _LIMIT_OF_SIZE.items()}
+        self._row_axis = op.row_axis
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        everything, outputs, rows = self._prepare(arguments, named)
+        if rows:
+            self.launch(*everything)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def torch_op(self, *arguments: Any, **named: Any) -> Any:
+        """The same call through `torch.ops.bidispatch`: opaque to Dynamo and to dispatch modes, 2-3 µs slower."""
+        from bidispatch.runtime.torch_ops import call
+
+        everything, outputs, rows = self._prepare(arguments, named)
+        if rows:
+            call(self, everything)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _prepare(
+        self, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...], int]:
+        if len(arguments) != len(self._arguments):
+            arguments = self._fill(arguments, named)
+        sizes = check_tensors(self.problem, self._arguments, arguments, self._torch_device)
+        for size, limit in self._limits.items():
+            if sizes.get(size, 0) > limit:
+                raise ArgumentError(
+                    f"{self.problem}: {sizes[size]} {size}, but it was bound for at most {limit}; "
+                    f"bind with a larger {_LIMIT_OF_SIZE[size]}"
+                )
+        scalars = tuple([named.pop(name, default) for name, default in self._defaults])
+        outputs = tuple([named.pop(spec.name, None) for spec in self._outputs])
+        if named:
+            known = [*self._argument_names, *(n for n, _ in self._defaults), *(spec.name for spec in self._outputs)]
+            raise ArgumentError(f"{self.op.name} takes no {', '.join(named)}; it takes {', '.join(known)}")
+        if None in outputs:
+            outputs = tuple(
+                self._allocate(spec, sizes) if output is None else output
+                for spec, output in zip(self._outputs, outputs, strict=True)
+            )
+        check_tensors(self.problem, self._outputs, outputs, self._torch_device, sizes)
+        return (*arguments, *scalars, *outputs), outputs, arguments[0].shape[self._row_axis]
+
+    def _fill(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """Take arguments given by name; an absent optional one is None."""
+        if len(arguments) > len(self._arguments):
+            raise ArgumentError(
+                f"{self.op.name} takes {len(self._arguments)} tensors ({', '.join(self._argument_names)}), "
+                f"{len(arguments)} given; outputs and scalars go by name"
+            )
+        return arguments + tuple(named.pop(name, None) for name in self._argument_names[len(arguments) :])
+
+    def _allocate(self, spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
+        return torch.empty(output_shape(spec, sizes), dtype=spec.dtype, device=self._torch_device)
+
+    def __repr__(self) -> str:
+        names = " -> ".join(dict.fromkeys(rung.implementation.name for rung in self.rungs))
+        return f"<BoundKernel {self.problem}: {names}>"
+
+
+def _ladder(rungs: Sequence[Rung], kernels: Sequence[Kernel], row_axis: int) -> Kernel:
+    """One callable for the whole ladder. A lone rung is called directly: choosing must cost nothing there."""
+    if len(kernels) == 1:
+        return kernels[0]
+    bounds = [sys.maxsize if rung.max_m is None else rung.max_m for rung in rungs]
+    steps = tuple(kernels)
+
+    def launch(*arguments: Any) -> None:
+        steps[bisect_left(bounds, arguments[0].shape[row_axis])](*arguments)
+
+    return launch

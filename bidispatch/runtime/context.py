@@ -1,0 +1,42 @@
+"""What a backend's `bind` function is given, and what it must return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bidispatch.device import Device
+from bidispatch.ops.schema import Problem
+
+__all__ = ["BindContext", "Kernel", "Limits"]
+
+Kernel = Callable[..., None]
+"""A bound kernel. Called with every argument of the op, then every scalar, then every output, positionally, in the
+catalogue's order; an absent optional tensor is None. It writes the outputs and returns nothing. Tensors have been
+checked: shapes, dtypes, device, at least one row, no gradient wanted, last axis contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest call a kernel must be ready for; workspaces are allocated for it when it is bound."""
+
+    max_tokens: int
+    max_seqs: int = 1
+    max_seq_len: int = 0
+    """The longest KV a sequence may have; 0 where an op has no sequences."""
+    max_query_len: int = 0
+    """The most query rows one sequence may have in a call; 0 means max_tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class BindContext:
+    """Everything a kernel may depend on. The batch is not here."""
+
+    device: Device
+    problem: Problem
+    params: Any
+    """An instance of the implementation's `Params`."""
+    tile: Any
+    """An instance of its `Tile`, or None."""
+    limits: Limits
