@@ -38,7 +38,7 @@ BIT_VARIABLES: dict[str, str] = {
 
 
 def describe(device: Device, implementations: Iterable[Implementation]) -> dict[str, Any]:
-    """Describe what a result on this device depends on. `soft` parts are worth knowing; a change in the others changes bits."""
+    """Describe what a result on this device depends on; only the `soft` part may change without changing bits."""
     used = list(implementations)
     libraries = sorted({name for implementation in used for name in implementation.libraries})
     return {
@@ -82,7 +82,7 @@ def code_digest(package: str) -> str:
 
 
 def _threads() -> int:
-    """Count torch's intra-op threads: a sum on the CPU may be divided among them. Imports torch, where it is installed."""
+    """Count the threads torch may divide a sum among on the CPU. Imports torch, where it is installed."""
     if "torch" not in sys.modules and installed_version("torch") is None:
         return 0
     import torch

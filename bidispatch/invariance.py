@@ -10,7 +10,7 @@ __all__ = ["Invariance"]
 
 
 class Invariance(enum.IntEnum):
-    """How much may change around a request without changing one bit of its result; a higher level includes the lower."""
+    """How much may change around a request without changing its bits; a higher level includes the lower."""
 
     RUN = 1
     """Same inputs, same bits."""

@@ -1,0 +1,65 @@
+# What README and CI call. Everything happens in .venv; each target sets it up first.
+
+PYTHON ?= python3
+# Installed only where no python3 brings a torch that sees a GPU. `pip` must give a CPU build for this;
+# elsewhere: make setup PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple'
+CPU_TORCH ?= torch==2.13.0 triton==3.9.0
+PIP_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+# One worker a core: the suites are processor-bound.
+PYTEST := $(BIN)/python -m pytest --quiet -n auto
+
+.PHONY: setup demo test lint types unit interpreter compile test-gpu schema bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml .ci/constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  echo "setting up .venv"; \
+	  if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	  then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi \
+	  || { rm -rf .venv; echo "no virtual environment: on Debian, apt-get install python3-venv"; exit 3; }; \
+	fi
+	@# A torch with a GPU is the user's own: nothing of theirs is pinned. Without one, everything is.
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(PIP) --editable '.[dev]'; \
+	else export PIP_CONSTRAINT=$(CURDIR)/.ci/constraints.txt; $(PIP) $(CPU_TORCH) && $(PIP) --editable '.[dev]'; fi
+	@touch $@
+
+demo: setup
+	@$(BIN)/bidispatch demo
+
+test: lint types unit interpreter compile
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(PYTEST) tests/unit tests/packaging
+
+# A process of its own: Triton reads TRITON_INTERPRET when it is imported.
+interpreter: setup
+	$(PYTEST) tests/interpreter
+
+# Every kernel for every arch, with no GPU.
+compile: setup
+	$(PYTEST) tests/compile
+
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu
+
+schema: setup
+	$(BIN)/python -m bidispatch.profiles.schema > hw_profiles/schema.json
+
+bench: setup
+	$(BIN)/python benchmarks/host_time.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
