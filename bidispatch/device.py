@@ -110,7 +110,10 @@ class Device:
         arch = Arch.parse(text)
         if arch.vendor == "cpu":
             return _cpu()
-        gpu = _detect_gpu(0)
+        try:
+            gpu = _detect_gpu(0)
+        except DeviceError:  # a GPU nobody knows, so not the one asked for
+            gpu = None
         return gpu if gpu and gpu.arch == arch else cls(arch, arch.name, predicted=True)
 
 

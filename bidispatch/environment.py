@@ -46,7 +46,7 @@ def describe(device: Device, implementations: Iterable[Implementation]) -> dict[
         "arch": device.arch.name,
         "bidispatch": bidispatch.__version__,
         "libraries": {name: installed_version(name) for name in libraries},
-        "code": {backend: code_digest(load) for backend, load in sorted({(i.backend, _package(i)) for i in used})},
+        "code": {package: code_digest(package) for package in sorted({_package(i) for i in used})},
         "variables": {name: os.environ[name] for name in BIT_VARIABLES if name in os.environ},
         **({"threads": _threads()} if device.arch.vendor == "cpu" else {}),
         "soft": {

@@ -49,6 +49,7 @@ class Record:
             self.problem == selection.problem.key
             and self.ladder == selection.ladder_key
             and self.numerics == selection.numerics
+            and self.comparisons > 0
             and Invariance.parse(self.level) >= selection.level
             and hard_part(dict(self.environment)) == hard_part(dict(environment))
         )

@@ -172,7 +172,7 @@ class Registry:
             entry.load()(self)
         except Exception as error:  # noqa: BLE001 - another package's code; kept with its cause, shown by doctor
             for name in set(self._implementations) - before:
-                del self._implementations[name]
+                del self._implementations[name], self._origins[name]
             self.failures[entry.name] = BackendFailure(entry.name, distribution, error)
         finally:
             self._loading = ""

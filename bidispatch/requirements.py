@@ -41,15 +41,19 @@ class Package:
 
     name: str
     versions: str = ""
+    alternatives: tuple[str, ...] = ()
+    """Other names the same package is distributed under; the first that is installed counts."""
 
     def unmet(self, device: Device, problem: Problem) -> str | None:
         if device.predicted:
             return None
-        version = installed_version(self.name)
-        if version is None:
-            return f"needs the package {self.name}{self.versions}, which is not installed"
+        names = (self.name, *self.alternatives)
+        installed = next(((name, found) for name in names if (found := installed_version(name)) is not None), None)
+        if installed is None:
+            return f"needs the package {' or '.join(names)}{self.versions}, which is not installed"
+        name, version = installed
         if not SpecifierSet(self.versions).contains(version, prereleases=True):
-            return f"needs {self.name}{self.versions}, {version} is installed"
+            return f"needs {name}{self.versions}, {version} is installed"
         return None
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from bidispatch.errors import UsageError, did_you_mean
 
@@ -14,6 +14,8 @@ __all__ = ["CPU_MODEL", "GPU_MODEL", "Llama3Rope", "ModelConfig"]
 
 MODEL_TYPES = ("qwen3", "llama")
 ROPE_TYPES = ("default", "llama3")
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class ModelConfig:
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
-        """Read `folder/config.json`. Raises `UsageError`: no such file, broken JSON, or a model this demo cannot run."""
+        """Read `folder/config.json`. Raises `UsageError`: no file, broken JSON, or a model this demo cannot run."""
         path = folder / "config.json"
         if not path.is_file():
             raise UsageError(f"{path} does not exist; --model takes a Hugging Face folder with a config.json")
@@ -114,7 +116,7 @@ class _Reader:
         value = self.raw.get(key)
         return default if value is None else value
 
-    def _wrong(self, key: str, wanted: str, value: Any, stand_in: Any) -> Any:
+    def _wrong(self, key: str, wanted: str, value: Any, stand_in: _Value) -> _Value:
         there = "is missing" if value is None else f"is {value!r}"
         self.faults.append(f"{key} {there}, it must be {wanted}")
         return stand_in

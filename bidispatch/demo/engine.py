@@ -112,8 +112,8 @@ class Engine:
         while not scheduler.done:
             chunks = scheduler.schedule()
             log_probabilities, replayed = self._forward(chunks)
-            scheduler.commit(chunks, self._sample(chunks, log_probabilities, observe))
             activity += _activity(chunks, replayed)
+            scheduler.commit(chunks, self._sample(chunks, log_probabilities, observe))
         return activity
 
     def _forward(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, bool]:

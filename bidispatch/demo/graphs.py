@@ -82,12 +82,7 @@ class DecodeGraphs:
         return captured.log_probabilities[:count]
 
     def _capture(self, decoder: Decoder, cache: KVCache, batch: Batch) -> _Graph:
-        # Once eagerly on a side stream, as torch.cuda.graphs asks: kernels compile and libraries set up there.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            decoder(batch, cache)
-        torch.cuda.current_stream().wait_stream(side)
+        decoder(batch, cache)  # once eagerly: kernels compile and libraries set up, which a capture may not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             log_probabilities = decoder(batch, cache)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bidispatch import ops
+from bidispatch.errors import SelectionError
+from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import Limits
@@ -69,8 +71,16 @@ class PlanKernels:
         return all(rung.implementation.cuda_graph for chosen in self.selections.values() for rung in chosen.rungs)
 
     def bind(self, problem: Problem, limits: Limits) -> BoundOp:
+        """Select and bind, once for each problem and limits. Raises `SelectionError` below level `sequence`."""
         if (problem, limits) not in self._bound:
-            selection = self.plan.select(problem.op, dtype=problem.dtype, **problem.dims)
+            selection = self.plan.select_problem(problem)
+            if selection.level < Invariance.SEQUENCE:
+                raise SelectionError(
+                    f"{problem}: the plan's choice is invariant at level {selection.level.label}; under continuous "
+                    "batching neighbours decide how a prompt is chunked, which needs level sequence: "
+                    "plan with require='sequence'",
+                    selection.decisions,
+                )
             self.selections[problem] = selection
             kernel = selection.bind(
                 max_tokens=limits.max_tokens,

@@ -119,6 +119,8 @@ class Chunk:
     active: Active
     start: int
     length: int
+    samples: bool
+    """Whether its last row gives the next token: nothing known is left to feed after it."""
 
     @property
     def stop(self) -> int:
@@ -128,11 +130,6 @@ class Chunk:
     def decodes(self) -> bool:
         """Whether this is a decode of one token, not a piece of a prompt."""
         return self.start >= len(self.active.request.prompt)
-
-    @property
-    def samples(self) -> bool:
-        """Whether its last row gives the next token: nothing known is left to feed after it."""
-        return self.stop == self.active.known
 
 
 class Scheduler:
@@ -162,31 +159,27 @@ class Scheduler:
         """The chunks of the next step, decodes first. Steps in which nobody has arrived yet are skipped."""
         if not self._running and self._waiting:
             self._step = max(self._step, self._waiting[0].arrival_step)
-        chunks = [Chunk(active, active.computed, 1) for active in self._running if active.decoding]
+        chunks = [_chunk(active, 1) for active in self._running if active.decoding]
         budget = self._limits.max_tokens - len(chunks)
         for active in self._running:
             if not active.decoding and budget:
-                chunks.append(self._prefill(active, budget))
+                chunks.append(_chunk(active, budget))
                 budget -= chunks[-1].length
         while budget and (admitted := self._admit()):
-            chunks.append(self._prefill(admitted, budget))
+            chunks.append(_chunk(admitted, budget))
             budget -= chunks[-1].length
         return tuple(chunks)
 
     def commit(self, chunks: Sequence[Chunk], tokens: Mapping[int, int]) -> None:
         """Book a step that has run. `tokens` holds, by request id, the token each sampling chunk goes on with."""
         for chunk in chunks:
-            samples = chunk.samples
             chunk.active.computed = chunk.stop
-            if samples:
+            if chunk.samples:
                 chunk.active.generated.append(tokens[chunk.active.request.id])
         for active in [active for active in self._running if active.finished]:
             self._running.remove(active)
             self._pool.give_back(active.pages)
         self._step += 1
-
-    def _prefill(self, active: Active, budget: int) -> Chunk:
-        return Chunk(active, active.computed, min(budget, active.known - active.computed))
 
     def _admit(self) -> Active | None:
         if not self._waiting or len(self._running) == self._limits.max_seqs:
@@ -198,6 +191,13 @@ class Scheduler:
         self._waiting.popleft()
         self._running.append(Active(request, self._pool.take(pages)))
         return self._running[-1]
+
+
+def _chunk(active: Active, budget: int) -> Chunk:
+    """The next piece of a request that fits the budget."""
+    left = active.known - active.computed
+    length = min(budget, left)
+    return Chunk(active, active.computed, length, samples=length == left)
 
 
 def _check(limits: EngineLimits, requests: Sequence[Request]) -> None:

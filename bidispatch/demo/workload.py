@@ -44,7 +44,7 @@ def make_workload(
     apart, each with its own number of new tokens. `max_tokens` is the token budget of a step; longer prompts are
     chunked.
     """
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - prompts, not secrets
     lengths = _spread(_SHORTEST_PROMPT, longest_prompt, requests)
     draw.shuffle(lengths)
     drawn = []

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from bidispatch.ops.schema import Argument, Dim, Op
+from bidispatch.ops.schema import SAME_DTYPE, WIDE_DTYPES, Argument, Dim, Op
 
 __all__ = ["OPS"]
 
-_OUT_DTYPE = Dim("out_dtype", str, "dtype of the result, rounded once from the fp32 accumulator", default="dtype")
+_OUT_DTYPE = Dim(
+    "out_dtype",
+    str,
+    "dtype of the result, rounded once from the fp32 accumulator",
+    default=SAME_DTYPE,
+    choices=(SAME_DTYPE, *WIDE_DTYPES),
+)
 
 GEMM = Op(
     name="gemm",

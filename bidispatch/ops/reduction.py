@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bidispatch.ops.schema import Argument, Dim, Op
+from bidispatch.ops.schema import SAME_DTYPE, WIDE_DTYPES, Argument, Dim, Op
 
 __all__ = ["OPS"]
 
@@ -13,7 +13,13 @@ def _over_rows(name: str, summary: str, out_shape: tuple[str, ...]) -> Op:
         summary=summary,
         dims=(
             Dim("n", int, "row length, the summed axis", minimum=1, typical=4096),
-            Dim("out_dtype", str, "dtype of the result, rounded once from fp32", default="dtype"),
+            Dim(
+                "out_dtype",
+                str,
+                "dtype of the result, rounded once from fp32",
+                default=SAME_DTYPE,
+                choices=(SAME_DTYPE, *WIDE_DTYPES),
+            ),
         ),
         arguments=(Argument("x", ("m", "n")),),
         outputs=(Argument("out", out_shape, dtype="out_dtype"),),

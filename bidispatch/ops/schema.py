@@ -8,13 +8,25 @@ no batch size, so nothing selected from it can follow them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from bidispatch.errors import UsageError, did_you_mean
 
-__all__ = ["DTYPES", "Argument", "Dim", "DimValue", "Op", "Problem", "Scalar", "parse_dtype"]
+__all__ = [
+    "DTYPES",
+    "SAME_DTYPE",
+    "WIDE_DTYPES",
+    "Argument",
+    "Dim",
+    "DimValue",
+    "Op",
+    "Problem",
+    "Scalar",
+    "parse_dtype",
+]
 
 DimValue = int | float | str | bool
 
@@ -25,6 +37,12 @@ DTYPES: Mapping[str, str] = {
     "float8_e4m3fn": "fp8",
 }
 """Dtype names, as torch spells them, and the short forms people type."""
+
+SAME_DTYPE = "dtype"
+"""In a dtype dim or an argument: the dtype of the problem."""
+
+WIDE_DTYPES = ("float32", "float16", "bfloat16")
+"""Dtypes a result can be rounded to as it is, without a scale."""
 
 # Asked for often enough, by habit, to deserve the reason instead of "unknown dim".
 _BATCH_WORDS = frozenset({"m", "b", "batch", "batch_size", "rows", "tokens", "num_tokens", "num_seqs", "seq_len"})
@@ -43,6 +61,11 @@ class Dim:
     typical: DimValue | None = None
     """The value `plan` shows a table for when nobody names one; the default when None."""
 
+    @property
+    def holds_dtype(self) -> bool:
+        """Whether its value names a dtype: `"dtype"` for the problem's own, or any spelling `parse_dtype` reads."""
+        return self.name.endswith("dtype")
+
     def parse(self, value: object, op: str) -> DimValue:
         """Return `value` as this dim's type (text is converted, as the command line needs); raise `UsageError`."""
         wanted = f"dim {self.name!r} of {op} is {'an' if self.type is int else 'a'} {self.type.__name__}"
@@ -52,6 +75,10 @@ class Dim:
             value = float(value)
         if type(value) is not self.type:
             raise UsageError(f"{wanted}, not {value!r} ({type(value).__name__})")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{wanted}, finite, not {value!r}")
+        if self.holds_dtype and value != SAME_DTYPE:
+            value = parse_dtype(str(value))
         if self.minimum is not None and value < self.minimum:  # type: ignore[operator]
             raise UsageError(f"{wanted} of at least {self.minimum}, not {value!r}")
         if self.choices and value not in self.choices:
@@ -165,14 +192,13 @@ class Op:
                 values[dim.name] = dim.default
             else:
                 missing.append(dim.name)
+            if dim.holds_dtype and values.get(dim.name) == SAME_DTYPE:
+                values[dim.name] = dtype
         if missing:
             raise UsageError(
                 f"{self.name} needs {', '.join(missing)}; "
                 f"for example {' '.join(f'--dim {d.name}={d.typical}' for d in self.dims if d.name in missing)}"
             )
-        for name, value in values.items():
-            if name.endswith("dtype"):
-                values[name] = dtype if value == "dtype" else parse_dtype(str(value))
         if self.conflict and (why := self.conflict(values)):
             raise UsageError(f"{self.name}: {why}")
         return Problem(self.name, dtype, values)

@@ -94,7 +94,7 @@ class Plan:
         chosen = self.selections if problems is None else [self.select_problem(problem) for problem in problems]
         used = {rung.implementation for selection in chosen for rung in selection.rungs}
         environment = hard_part(describe(self.device, used))
-        del environment["code"]  # named after backends; records, which hold for exact code, keep it
+        del environment["code"]  # names packages; records, which hold for exact code, keep it
         content = {
             "classes": dict(sorted((selection.problem.key, selection.numerics) for selection in chosen)),
             "level": self.require.label,

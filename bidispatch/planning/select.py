@@ -123,11 +123,11 @@ def _rule(problem: Problem, profile: Profile, registered: tuple[Implementation, 
 
 
 def _listed(problem: Problem, rule: ProfileRule, profile: Profile, registry: Registry) -> list[ProfileCandidate]:
-    """A rule's candidates, after `prefer`."""
+    """A rule's candidates, after `prefer`. A preferred one whose backend did not load is shown, whatever its op is."""
     listed = list(rule.candidates)
     preferred = []
     for name, source in profile.prefer:
-        if name in registry and registry.get(name).op == problem.op:
+        if name not in registry or registry.get(name).op == problem.op:
             inherited = next((c for c in listed if c.impl == name), None)
             preferred.append(_as_everything(name, source, inherited))
             listed = [c for c in listed if c.impl != name]

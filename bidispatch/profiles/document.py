@@ -9,7 +9,7 @@ from typing import Any
 
 from bidispatch.errors import Fault, ProfileError
 
-__all__ = ["Document", "Place", "read_document"]
+__all__ = ["Document", "Location", "Place", "read_document"]
 
 Place = tuple[int, int]
 """Line and column, counted from 1."""
@@ -17,6 +17,7 @@ Location = tuple[str | int, ...]
 """A path into the data: keys and list indices."""
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 @dataclass
@@ -69,33 +70,57 @@ def read_document(path: Path, shown: str | None = None) -> Document:
         raise ProfileError([Fault(document.path, line, column, f"not valid YAML: {error.problem}")]) from error
     except YAMLError as error:
         raise ProfileError([Fault(document.path, 0, 0, f"not valid YAML: {error}")]) from error
+    except RecursionError as error:
+        raise ProfileError([Fault(document.path, 0, 0, "nested too deeply to be read")]) from error
     if root is not None:
-        document.data = _construct(document, yaml.constructor, root, ())
+        document.data = _construct(document, yaml.constructor, root, (), ())
     return document
 
 
-def _construct(document: Document, constructor: Any, node: Any, where: Location) -> Any:
-    from ruamel.yaml.nodes import MappingNode, SequenceNode
+def _construct(document: Document, constructor: Any, node: Any, where: Location, above: tuple[Any, ...]) -> Any:
+    from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
     document.values.setdefault(where, _place(node))
+    if isinstance(node, ScalarNode):
+        return _scalar(document, constructor, node)
+    if any(node is ancestor for ancestor in above):
+        document.faults.append(Fault(document.path, *_place(node), "an alias (*) stands inside its own anchor (&)"))
+        return None
+    if node.tag not in _COLLECTION_TAGS:
+        document.faults.append(Fault(document.path, *_place(node), f"tags are not supported: {node.tag}"))
+    above = (*above, node)
     if isinstance(node, SequenceNode):
-        return [_construct(document, constructor, item, (*where, i)) for i, item in enumerate(node.value)]
+        return [_construct(document, constructor, item, (*where, i), above) for i, item in enumerate(node.value)]
     if not isinstance(node, MappingNode):
-        return constructor.construct_object(node, deep=True)
+        raise TypeError(f"ruamel.yaml gave a node of an unknown kind: {type(node).__name__}")
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         place = _place(key_node)
+        if not isinstance(key_node, ScalarNode):
+            document.faults.append(Fault(document.path, *place, "a key is text here, not a list or a mapping"))
+            continue
         if key_node.tag == _MERGE_TAG or (key_node.value == "<<" and key_node.style is None):
             document.faults.append(Fault(document.path, *place, "merge keys (<<) are not supported; use `extends`"))
             continue
-        key = key_node.value if isinstance(key_node.value, str) else str(key_node.value)
+        key = str(key_node.value)
         if key in result:
             first = document.keys[(*where, key)]
             document.faults.append(Fault(document.path, *place, f"duplicate key {key!r}, first on line {first[0]}"))
             continue
         document.keys[(*where, key)] = place
-        result[key] = _construct(document, constructor, value_node, (*where, key))
+        result[key] = _construct(document, constructor, value_node, (*where, key), above)
     return result
+
+
+def _scalar(document: Document, constructor: Any, node: Any) -> Any:
+    """The value of a scalar; its text, and a fault, where its tag or form says something that cannot be read."""
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return constructor.construct_object(node)
+    except (YAMLError, ValueError):
+        document.faults.append(Fault(document.path, *_place(node), f"{node.value!r} cannot be read as {node.tag}"))
+        return node.value
 
 
 def _place(node: Any) -> Place:

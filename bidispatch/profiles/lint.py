@@ -10,14 +10,16 @@ from pydantic import BaseModel, ValidationError
 from bidispatch import ops
 from bidispatch.device import ARCHS
 from bidispatch.errors import Fault, UsageError, did_you_mean
-from bidispatch.ops.schema import Op, parse_dtype
-from bidispatch.profiles.document import Document
+from bidispatch.ops.schema import DTYPES, Dim, Op, parse_dtype
+from bidispatch.profiles.document import Document, Location
 from bidispatch.profiles.schema import Candidate, Condition, InvarianceSection, Match, ProfileFile, Rule
 from bidispatch.registry import Implementation, Registry
 
 __all__ = ["faults_of"]
 
 _TOP_SECTIONS: dict[str, type[BaseModel]] = {"match": Match, "invariance": InvarianceSection}
+_KINDS = {dict: "a mapping", list: "a list", str: "text", bool: "a bool", int: "an int", float: "a float"}
+_MEMBERS = {"Condition": "conditions", **{kind.__name__: name for kind, name in _KINDS.items()}}
 
 
 def faults_of(document: Document, registry: Registry) -> list[Fault]:
@@ -36,26 +38,28 @@ def _shape_faults(document: Document) -> Iterator[Fault]:
     try:
         ProfileFile.model_validate(document.data)
     except ValidationError as error:
-        seen = set()
+        found: dict[Location, list[Any]] = {}
         for detail in error.errors():
-            where = _data_location(document, detail["loc"])
-            if detail["type"] == "extra_forbidden":
-                yield document.fault(where, _unknown_key(str(where[-1]), detail["loc"]), at_key=True)
-            elif where not in seen:  # a union reports one fault per member
-                yield document.fault(where, _wanted(detail))
-            seen.add(where)
+            found.setdefault(_data_location(document, detail["loc"]), []).append(detail)
+        for where, details in found.items():
+            if details[0]["type"] == "extra_forbidden":
+                yield document.fault(where, _unknown_key(str(where[-1]), details[0]["loc"]), at_key=True)
+            elif len(details) == 1 or details[0]["type"] == "missing":
+                yield from (document.fault(where, _wanted(detail)) for detail in details)
+            elif not any(other[: len(where)] == where for other in found if other != where):
+                yield document.fault(where, _wanted_of_union(details))
 
 
-def _data_location(document: Document, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+def _data_location(document: Document, loc: Location) -> Location:
     """Pydantic's location without the names of union members, which are not in the file."""
-    where: tuple[str | int, ...] = ()
+    where: Location = ()
     for step in loc:
         if (*where, step) in document.values or (*where, step) in document.keys:
             where = (*where, step)
     return where if where or not loc else tuple(loc[:1])
 
 
-def _unknown_key(key: str, loc: tuple[str | int, ...]) -> str:
+def _unknown_key(key: str, loc: Location) -> str:
     names = [str(step) for step in loc if isinstance(step, str)]
     nested: tuple[tuple[str, type[BaseModel]], ...] = (
         ("Condition", Condition),
@@ -74,14 +78,21 @@ def _wanted(detail: Any) -> str:
     given = detail.get("input")
     if detail["type"] == "missing":
         return f"{detail['loc'][-1]!r} is missing"
-    message = str(detail["msg"]).removeprefix("Input ").rstrip(".")
-    shown = "" if isinstance(given, dict | list) else f", not {given!r}"
-    return f"{message} here{shown} ({_kind(given)})" if shown else f"{message} here, not {_kind(given)}"
+    return f"{str(detail['msg']).removeprefix('Input ').rstrip('.')} here, not {_shown(given)}"
+
+
+def _wanted_of_union(details: list[Any]) -> str:
+    """A union gives one detail a member, each located under the member's name."""
+    members = [_MEMBERS.get(str(detail["loc"][-1]), str(detail["loc"][-1])) for detail in details]
+    return f"should be {', '.join(members[:-1])} or {members[-1]} here, not {_shown(details[0].get('input'))}"
+
+
+def _shown(value: object) -> str:
+    return _kind(value) if value is None or isinstance(value, dict | list) else f"{value!r} ({_kind(value)})"
 
 
 def _kind(value: object) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "a bool", int: "an int", float: "a float"}
-    return names.get(type(value), "nothing" if value is None else type(value).__name__)
+    return "nothing" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 def _name_faults(document: Document, data: Mapping[str, Any], registry: Registry) -> Iterator[Fault]:
@@ -104,7 +115,7 @@ def _name_faults(document: Document, data: Mapping[str, Any], registry: Registry
 
 
 def _rule_faults(
-    document: Document, where: tuple[str | int, ...], op: Op, rule: Mapping[str, Any], registry: Registry
+    document: Document, where: Location, op: Op, rule: Mapping[str, Any], registry: Registry
 ) -> Iterator[Fault]:
     for i, dtype in _items(rule.get("dtypes")):
         if isinstance(dtype, str):
@@ -112,10 +123,13 @@ def _rule_faults(
                 parse_dtype(dtype)
             except UsageError as error:
                 yield document.fault((*where, "dtypes", i), str(error))
-    for dim in _mapping(rule.get("when")):
-        if dim not in op.dim_names:
-            known = f"{did_you_mean(dim, op.dim_names)}; it has {', '.join(op.dim_names)}"
+    dims = {dim.name: dim for dim in op.dims}
+    for dim, condition in _mapping(rule.get("when")).items():
+        if dim not in dims:
+            known = f"{did_you_mean(dim, dims)}; it has {', '.join(dims)}"
             yield document.fault((*where, "when", dim), f"{op.name} has no dim {dim!r}{known}", at_key=True)
+        else:
+            yield from _condition_faults(document, (*where, "when", dim), dims[dim], condition)
     reached = 0
     for i, candidate in _items(rule.get("candidates")):
         if not isinstance(candidate, dict):
@@ -123,7 +137,7 @@ def _rule_faults(
         here = (*where, "candidates", i)
         max_m = candidate.get("max_m")
         if isinstance(max_m, int) and not isinstance(max_m, bool):
-            if max_m <= reached:
+            if 0 < max_m <= reached:
                 yield document.fault((*here, "max_m"), f"max_m must rise: {max_m} comes after {reached}")
             reached = max(reached, max_m)
         name = candidate.get("impl")
@@ -133,9 +147,31 @@ def _rule_faults(
                 yield from _candidate_faults(document, here, op, candidate, registry.get(name))
 
 
+def _condition_faults(document: Document, where: Location, dim: Dim, condition: object) -> Iterator[Fault]:
+    """Conditions a dim of this type can never meet, or not even be asked about."""
+    if not isinstance(condition, dict):
+        yield from _never_equal(document, where, dim, condition)
+        return
+    for key in ("multiple_of", "min", "max"):
+        if key in condition and dim.type not in (int, float):
+            message = f"{dim.name} is a {dim.type.__name__}, which has no {key!r}; use `in`"
+            yield document.fault((*where, key), message, at_key=True)
+    for i, value in _items(condition.get("in")):
+        yield from _never_equal(document, (*where, "in", i), dim, value)
+
+
+def _never_equal(document: Document, where: Location, dim: Dim, value: object) -> Iterator[Fault]:
+    if type(value) not in _KINDS or isinstance(value, dict | list):
+        return  # its shape is a fault already
+    if type(value) is not dim.type and not (dim.type is float and type(value) is int):
+        yield document.fault(where, f"{dim.name} is {_KINDS[dim.type]}, never {_shown(value)}")
+    elif dim.holds_dtype and value not in DTYPES:
+        yield document.fault(where, f"{dim.name} is one of {', '.join(DTYPES)}, never {_shown(value)}")
+
+
 def _candidate_faults(
     document: Document,
-    where: tuple[str | int, ...],
+    where: Location,
     op: Op,
     candidate: Mapping[str, Any],
     implementation: Implementation,
@@ -167,11 +203,11 @@ def _candidate_faults(
 
 
 def _value_faults(
-    document: Document, where: tuple[str | int, ...], model: type[BaseModel], values: Any, known: set[str]
+    document: Document, where: Location, model: type[BaseModel], values: Any, known: set[str]
 ) -> Iterator[Fault]:
-    given = {key: value for key, value in _mapping(values).items() if key in known}
-    if not given:
+    if not isinstance(values, dict):
         return
+    given = {key: value for key, value in values.items() if key in known and not isinstance(value, dict | list)}
     try:
         model.model_validate(given)
     except ValidationError as error:
@@ -188,7 +224,7 @@ def _no_such(what: str, key: str, known: set[str], name: str) -> str:
 
 
 def _unknown_implementation(
-    document: Document, where: tuple[str | int, ...], name: Any, registry: Registry, *, at_key: bool = False
+    document: Document, where: Location, name: Any, registry: Registry, *, at_key: bool = False
 ) -> Iterator[Fault]:
     if not isinstance(name, str) or name in registry or name.partition(".")[0] in registry.failures:
         return

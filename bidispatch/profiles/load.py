@@ -62,10 +62,10 @@ class _Parsed:
 
     @property
     def arch(self) -> str | None:
-        """The arch it is for: by `match`, else by its name."""
+        """The arch it is for: by `match`, else by the name of its file."""
         if self.content.match:
             return self.content.match.arch
-        return self.name if self.name in ARCHS else None
+        return self.path.stem if self.path.stem in ARCHS else None
 
 
 class ProfileStore:
@@ -92,7 +92,7 @@ class ProfileStore:
                     + f", the device is {device.arch.name} ({device.name}); remove its `match` to use it anyway"
                 )
             return self._resolve(parsed, device)
-        return self._resolve(*self._match(device, _USER))
+        return self._resolve(self._match(device, _USER), device)
 
     def named(self, name: str, device: Device | None = None) -> Profile:
         """The profile of that name, or in that file, resolved. `device` is what a file without `extends` edits for."""
@@ -124,7 +124,7 @@ class ProfileStore:
             self._parsed[path] = _Parsed(document, ProfileFile.model_validate(document.data), path, layer)
         return self._parsed[path]
 
-    def _match(self, device: Device, layer: int) -> tuple[_Parsed, Device, str]:
+    def _match(self, device: Device, layer: int) -> _Parsed:
         """The best file of a layer or those under it: this arch's, the device's name before any; else the family's."""
         for arch in dict.fromkeys((device.arch.name, device.arch.family)):
             for below in range(layer, -1, -1):
@@ -137,8 +137,7 @@ class ProfileStore:
                     raise ProfileError(
                         [p.document.fault(("match",), f"several profiles match {device.name}; keep one") for p in best]
                     )
-                note = "" if arch == device.arch.name else f"no profile for {device.arch.name}: its family's, {arch}"
-                return best[0], device, note
+                return best[0]
         known = sorted(name for name in self.names() if name in ARCHS)
         raise SelectionError(
             f"no profile for {device.arch.name} ({device.name}); there are profiles for {', '.join(known)}. "
@@ -156,8 +155,12 @@ class ProfileStore:
             if meant_for == arch:
                 yield self._read(path, layer)
 
-    def _resolve(self, parsed: _Parsed, device: Device | None, note: str = "") -> Profile:
-        return _merge(self._chain(parsed, device), parsed, note)
+    def _resolve(self, parsed: _Parsed, device: Device | None) -> Profile:
+        chain = self._chain(parsed, device)
+        archs, note = {link.arch for link in chain}, ""
+        if device and device.arch.name not in archs and device.arch.family in archs:
+            note = f"no profile for {device.arch.name}: its family's, {device.arch.family}"
+        return _merge(chain, note)
 
     def _chain(self, parsed: _Parsed, device: Device | None) -> list[_Parsed]:
         """The files from the base to `parsed`."""
@@ -174,7 +177,7 @@ class ProfileStore:
         if wanted is None:
             if parsed.layer == _BUILTIN or device is None:
                 return None
-            return self._match(device, min(parsed.layer, _CHOSEN) - 1)[0]
+            return self._match(device, parsed.layer - 1)
         # A built-in profile stands on built-in ones; a user's file may extend the built-in one it is named after.
         # A file from anywhere else may also extend one that lies beside it.
         places = [(self._folders[layer], layer) for layer in range(min(parsed.layer, _USER), -1, -1)]
@@ -217,7 +220,7 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _merge(chain: list[_Parsed], last: _Parsed, note: str) -> Profile:
+def _merge(chain: list[_Parsed], note: str) -> Profile:
     require, trust = Invariance.BATCH, "claimed"
     rules: dict[str, tuple[ProfileRule, ...]] = {}
     prefer: tuple[tuple[str, Source], ...] = ()
@@ -234,9 +237,9 @@ def _merge(chain: list[_Parsed], last: _Parsed, note: str) -> Profile:
             prefer = tuple((name, _source(document, ("prefer", i))) for i, name in enumerate(content.prefer))
         for name, reason in content.disable.items():
             disable[name] = (reason, _source(document, ("disable", name)))
-    match = last.content.match
+    match = chain[-1].content.match
     return Profile(
-        name=last.name,
+        name=chain[-1].name,
         chain=tuple(parsed.document.path for parsed in chain),
         require=require,
         trust=trust,

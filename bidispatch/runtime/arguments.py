@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from bidispatch.errors import ArgumentError
-from bidispatch.ops.schema import Argument, Problem
+from bidispatch.ops.schema import SAME_DTYPE, Argument, Problem
 
 __all__ = ["TensorSpec", "check_tensors", "output_shape", "tensor_specs"]
 
@@ -43,7 +43,7 @@ def _resolve(argument: Argument, problem: Problem) -> TensorSpec:
         size, _, offset = str(argument.shape[axis]).partition("+")
         sizes.append((axis, size, int(offset or 0)))
     dtype = argument.dtype
-    if dtype == "dtype":
+    if dtype == SAME_DTYPE:
         dtype = problem.dtype
     elif dtype in problem.dims:
         dtype = str(problem[dtype])
@@ -88,13 +88,16 @@ def check_tensors(
             if (tensor is None) is spec.present:
                 _fail_presence(problem, spec)
             continue
-        shape = tensor.shape
+        try:
+            shape = tensor.shape
+        except AttributeError:
+            raise ArgumentError(f"{problem}: {spec.name} must be a tensor, not {type(tensor).__name__}") from None
         if (
             len(shape) != spec.ndim
-            or shape[spec.head :] != spec.tail
+            or (shape[spec.head :] if spec.head else shape) != spec.tail
             or tensor.dtype is not spec.dtype
             or tensor.device != device
-            or (not spec.any_strides and tensor.stride(-1) != 1 and shape[-1] > 1)
+            or not (spec.any_strides or tensor.is_contiguous() or tensor.stride(-1) == 1 or shape[-1] == 1)
             or (grad and tensor.requires_grad)
         ):
             _fail(problem, spec, tensor, device)

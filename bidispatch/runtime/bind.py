@@ -10,11 +10,11 @@ import torch
 
 from bidispatch import ops
 from bidispatch.device import Device
-from bidispatch.errors import BackendError, DeviceError
-from bidispatch.ops.schema import Problem
+from bidispatch.errors import ArgumentError, BackendError, DeviceError
+from bidispatch.ops.schema import Op, Problem
 from bidispatch.registry import Implementation, Rung
 from bidispatch.runtime.bound import BoundKernel
-from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.runtime.context import BindContext, Kernel, Limits
 
 __all__ = ["bind", "load_attribute"]
 
@@ -29,7 +29,7 @@ def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits
     """Bind every rung for calls up to `limits`.
 
     Raises `DeviceError` when the plan was made for a device that is not here, `BackendError` when a kernel's
-    library does not import.
+    library does not import, `ArgumentError` for limits that allow no call.
     """
     if device.predicted:
         raise DeviceError(
@@ -39,18 +39,51 @@ def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits
     if device.arch.vendor != "cpu" and not torch.cuda.is_available():
         raise DeviceError(f"{device.name} is here, but this torch ({torch.__version__}) cannot use it")
     op = ops.get(problem.op)
+    _check_limits(op, limits)
     kernels = []
     for rung in rungs:
         context = BindContext(device, problem, rung.params, rung.tile, limits)
-        kernels.append(_load(rung.implementation)(context))
+        kernel = _load(rung.implementation, context)
+        several = device.arch.vendor != "cpu" and torch.cuda.device_count() > 1
+        kernels.append(_on_device(kernel, device.index) if several else kernel)
     return BoundKernel(op, problem, device, rungs, kernels, limits)
 
 
-def _load(implementation: Implementation) -> Callable[[BindContext], Any]:
+def _check_limits(op: Op, limits: Limits) -> None:
+    has_sequences = any("seqs" in argument.shape for argument in op.arguments)
+    needed = ("max_tokens", "max_seqs", "max_seq_len") if has_sequences else ("max_tokens",)
+    for name in needed:
+        if getattr(limits, name) < 1:
+            raise ArgumentError(f"{op.name} needs bind({name}=...) of at least 1, not {getattr(limits, name)}")
+
+
+def _on_device(kernel: Kernel, index: int) -> Kernel:
+    """Launch on the GPU the kernel was bound for, whichever is current: Triton and CUDA launch on the current one."""
+    current = torch.cuda.current_device
+
+    def launch(*arguments: Any) -> None:
+        if current() == index:
+            kernel(*arguments)
+        else:
+            with torch.cuda.device(index):
+                kernel(*arguments)
+
+    return launch
+
+
+def _load(implementation: Implementation, context: BindContext) -> Kernel:
     try:
-        return load_attribute(implementation.load)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
-        raise BackendError(
-            f"{implementation.name} was chosen, but {implementation.load} does not load: {error}; "
-            f"`disable: {{{implementation.name}: ...}}` in a profile leaves it out"
-        ) from error
+        bind_function: Callable[[BindContext], Kernel] = load_attribute(implementation.load)
+    except Exception as error:  # another package's import: it may raise anything
+        raise _broken(implementation, error) from error
+    try:
+        return bind_function(context)
+    except ImportError as error:
+        raise _broken(implementation, error) from error
+
+
+def _broken(implementation: Implementation, error: Exception) -> BackendError:
+    return BackendError(
+        f"{implementation.name} was chosen, but {implementation.load} does not load: {type(error).__name__}: {error}; "
+        f"`disable: {{{implementation.name}: ...}}` in a profile leaves it out"
+    )

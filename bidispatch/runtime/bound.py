@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -29,7 +29,7 @@ class BoundKernel:
     returns its output, or a tuple of them. Raises `ArgumentError` for tensors it was not bound for.
 
     ``bound.launch(*everything)`` skips the checks: every argument, scalar and output, positionally, outputs
-    allocated, at least one row. Neither reads anything from the device. A bound kernel owns workspaces, so two
+    allocated, no run-time size 0. A call with such a size launches nothing. Neither reads anything from the device. A bound kernel owns workspaces, so two
     threads or streams need one each.
     """
 
@@ -37,10 +37,10 @@ class BoundKernel:
         "__weakref__",
         "_argument_names",
         "_arguments",
-        "_defaults",
+        "_default_scalars",
         "_limits",
         "_outputs",
-        "_row_axis",
+        "_scalar_names",
         "_torch_device",
         "device",
         "handle",
@@ -62,13 +62,14 @@ class BoundKernel:
         self._arguments = tensor_specs(op.arguments, problem)
         self._outputs = tensor_specs(op.outputs, problem)
         self._argument_names = tuple(spec.name for spec in self._arguments)
-        self._defaults = tuple((scalar.name, scalar.default_for(problem)) for scalar in op.scalars)
-        self._limits = {size: getattr(limits, name) for size, name in _LIMIT_OF_SIZE.items()}
-        self._row_axis = op.row_axis
+        self._scalar_names = tuple(scalar.name for scalar in op.scalars)
+        self._default_scalars = tuple(scalar.default_for(problem) for scalar in op.scalars)
+        sizes = {size for spec in self._arguments for _, size, _ in spec.sizes}
+        self._limits = tuple((size, getattr(limits, name)) for size, name in _LIMIT_OF_SIZE.items() if size in sizes)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        everything, outputs, rows = self._prepare(arguments, named)
-        if rows:
+        everything, outputs, wanted = self._prepare(arguments, named)
+        if wanted:
             self.launch(*everything)
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -76,35 +77,36 @@ class BoundKernel:
         """The same call through `torch.ops.bidispatch`: opaque to Dynamo and to dispatch modes, 2-3 µs slower."""
         from bidispatch.runtime.torch_ops import call
 
-        everything, outputs, rows = self._prepare(arguments, named)
-        if rows:
+        everything, outputs, wanted = self._prepare(arguments, named)
+        if wanted:
             call(self, everything)
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _prepare(
         self, arguments: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...], int]:
+    ) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...], bool]:
+        """Return everything `launch` takes, the outputs, and whether there is anything to launch for."""
         if len(arguments) != len(self._arguments):
             arguments = self._fill(arguments, named)
         sizes = check_tensors(self.problem, self._arguments, arguments, self._torch_device)
-        for size, limit in self._limits.items():
-            if sizes.get(size, 0) > limit:
+        for size, limit in self._limits:
+            if sizes[size] > limit:
                 raise ArgumentError(
                     f"{self.problem}: {sizes[size]} {size}, but it was bound for at most {limit}; "
                     f"bind with a larger {_LIMIT_OF_SIZE[size]}"
                 )
-        scalars = tuple([named.pop(name, default) for name, default in self._defaults])
-        outputs = tuple([named.pop(spec.name, None) for spec in self._outputs])
+        scalars = self._scalars(named) if named else self._default_scalars
+        given = [named.pop(spec.name, None) for spec in self._outputs]
         if named:
-            known = [*self._argument_names, *(n for n, _ in self._defaults), *(spec.name for spec in self._outputs)]
-            raise ArgumentError(f"{self.op.name} takes no {', '.join(named)}; it takes {', '.join(known)}")
-        if None in outputs:
-            outputs = tuple(
+            self._fail_names(named)
+        outputs = tuple(
+            [
                 self._allocate(spec, sizes) if output is None else output
-                for spec, output in zip(self._outputs, outputs, strict=True)
-            )
+                for spec, output in zip(self._outputs, given, strict=True)
+            ]
+        )
         check_tensors(self.problem, self._outputs, outputs, self._torch_device, sizes)
-        return (*arguments, *scalars, *outputs), outputs, arguments[0].shape[self._row_axis]
+        return (*arguments, *scalars, *outputs), outputs, 0 not in sizes.values()
 
     def _fill(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """Take arguments given by name; an absent optional one is None."""
@@ -114,6 +116,23 @@ class BoundKernel:
                 f"{len(arguments)} given; outputs and scalars go by name"
             )
         return arguments + tuple(named.pop(name, None) for name in self._argument_names[len(arguments) :])
+
+    def _scalars(self, named: dict[str, Any]) -> tuple[float, ...]:
+        scalars = []
+        for name, default in zip(self._scalar_names, self._default_scalars, strict=True):
+            value = named.pop(name, default)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ArgumentError(f"{self.problem}: {name} is a float, not {value!r}")
+            scalars.append(float(value))
+        return tuple(scalars)
+
+    def _fail_names(self, names: Iterable[str]) -> NoReturn:
+        outputs = [spec.name for spec in self._outputs]
+        known = ", ".join([*self._argument_names, *self._scalar_names, *outputs])
+        twice = [name for name in names if name in self._argument_names]
+        if twice:
+            raise ArgumentError(f"{self.op.name} got {', '.join(twice)} twice, by place and by name; it takes {known}")
+        raise ArgumentError(f"{self.op.name} takes no {', '.join(names)}; it takes {known}")
 
     def _allocate(self, spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
         return torch.empty(output_shape(spec, sizes), dtype=spec.dtype, device=self._torch_device)

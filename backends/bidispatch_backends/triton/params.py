@@ -1,12 +1,16 @@
-"""Reduction params, tiles, default tile ladders and class labels of the Triton kernels. Imports no triton, no torch."""
+"""Reduction params, tiles, default tile ladders and class labels of the Triton kernels. Imports no triton, no torch.
+
+A ladder is `((max_m, tile), ...)`, as `Implementation.tiles` wants it. Functions here take the params and tile classes of
+their own family; they are typed `Any` because the registry calls all families' through one signature.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bidispatch.device import Device
+from bidispatch.device import Arch, Device
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 
@@ -28,7 +32,8 @@ __all__ = [
     "row_tiles",
 ]
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_KB = 1024
 
 
 def _power_of_two(value: int) -> int:
@@ -37,11 +42,8 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-# ---- gemm, bmm
-
-
 class GemmParams(Params):
-    """`gemm` and `bmm`. K is walked in order in an fp32 accumulator, whatever the tile."""
+    """`gemm` and `bmm`. K is walked in order into an fp32 accumulator, whatever the tile."""
 
     input_precision: Literal["ieee", "tf32"] = "ieee"
     """How fp32 operands are multiplied: as they are, or rounded to TF32. Other dtypes ignore it."""
@@ -60,7 +62,129 @@ class GemmTile(Tile):
     _sizes = field_validator("block_m", "block_n", "block_k", "num_warps")(_power_of_two)
 
 
-def gemm_numerics(params: Params, problem: Problem) -> str:
-    """`k_sequential` for 16-bit dtypes; for fp32 with the precision of the products."""
-    assert_params = _cast(params, GemmParams)
-    return f"k_sequential.{assert_params.input_precision}" if problem.dtype == "float32" else "k_sequential"
+def gemm_numerics(params: Any, problem: Problem) -> str:
+    """`k_sequential`; for fp32 with the precision of the products."""
+    return f"k_sequential.{params.input_precision}" if problem.dtype == "float32" else "k_sequential"
+
+
+def gemm_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, GemmTile], ...]:
+    """Rungs of 16, 32, 64 and 128 rows, and a wide one for large M where shared memory allows it."""
+    arch = device.arch
+    if problem.dtype == "float32":
+        # Without TF32, NVIDIA's products run on the FMA units and the operands in registers: smaller tiles.
+        shapes = [(16, 16, 64, 32, 4), (32, 32, 64, 32, 4), (64, 64, 64, 32, 4), (None, 128, 64, 32, 8)]
+        return tuple((max_m, _gemm_tile(arch, 4, *shape)) for max_m, *shape in shapes)
+    shapes = [(16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (64, 64, 128, 64, 4), (None, 128, 128, 64, 8)]
+    if arch.shared_memory >= 200 * _KB:
+        shapes[-1:] = [(512, 128, 128, 64, 8), (None, 128, 256, 64, 8)]
+    return tuple((max_m, _gemm_tile(arch, 2, *shape)) for max_m, *shape in shapes)
+
+
+def _gemm_tile(arch: Arch, item_bytes: int, block_m: int, block_n: int, block_k: int, num_warps: int) -> GemmTile:
+    """As many stages, up to 4, as fit with 2 KB to spare."""
+    stage_bytes = (block_m + block_n) * block_k * item_bytes
+    num_stages = min(4, (arch.shared_memory - 2 * _KB) // stage_bytes)
+    if arch.vendor == "amd":
+        num_stages = min(2, num_stages)  # more than one tile ahead costs LDS there and buys nothing
+    return GemmTile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
+
+
+class RowParams(Params):
+    """Row sums. Lane i of `block` sums elements i, i + block, ... in order; the lanes are then summed in adjacent pairs."""
+
+    block: int = Field(default=4096, ge=1024)
+
+    _sizes = field_validator("block")(_power_of_two)
+
+
+class RowTile(Tile):
+    """Launch shape of one row. The order of the sum is spelled out in the kernel, so warps do not enter it."""
+
+    num_warps: int = Field(ge=1, le=16)
+
+    _sizes = field_validator("num_warps")(_power_of_two)
+
+
+def row_numerics(params: Any, problem: Problem) -> str:
+    """`row_pairwise.<block>`: how the sum over a row is ordered."""
+    return f"row_pairwise.{params.block}"
+
+
+def row_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, RowTile], ...]:
+    """About 512 elements a warp, at most 8 warps."""
+    warps = min(problem.size("n"), params.block) // 512
+    return ((None, RowTile(num_warps=min(8, 1 << max(0, warps.bit_length() - 1)))),)
+
+
+class ElementTile(Tile):
+    """Launch shape of an elementwise kernel: columns and warps a program."""
+
+    block: int = Field(default=1024, ge=64)
+    num_warps: int = Field(default=4, ge=1, le=16)
+
+    _sizes = field_validator("block", "num_warps")(_power_of_two)
+
+
+def element_numerics(params: Any, problem: Problem) -> str:
+    """`elementwise`: no sums; every element has the same arithmetic."""
+    return "elementwise"
+
+
+def element_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, ElementTile], ...]:
+    """One shape for all."""
+    return ((None, ElementTile()),)
+
+
+class AttentionParams(Params):
+    """The order of attention's sums: KV tiles and splits at absolute positions, the same for decode and prefill."""
+
+    kv_split: int = Field(default=512, ge=16)
+    """KV positions that start from a fresh accumulator; the splits are then folded in ascending order."""
+    block_n: int = Field(default=32, ge=16)
+    """KV positions of one tile, which share one running maximum."""
+
+    _sizes = field_validator("block_n")(_power_of_two)
+
+    @model_validator(mode="after")
+    def _splits_hold_whole_tiles(self) -> AttentionParams:
+        if self.kv_split % self.block_n:
+            raise ValueError(f"kv_split={self.kv_split} is not a multiple of block_n={self.block_n}")
+        return self
+
+
+class AttentionTile(Tile):
+    """Launch shapes of attention: `decode` where splits run in parallel, `prefill` where one program walks them."""
+
+    decode_block_m: int = Field(ge=16)
+    """Rows (query tokens times grouped heads) of a tile."""
+    decode_warps: int = Field(ge=1, le=16)
+    decode_stages: int = Field(ge=1)
+    prefill_block_m: int = Field(ge=16)
+    prefill_warps: int = Field(ge=1, le=16)
+    prefill_stages: int = Field(ge=1)
+    decode_tokens: int = Field(default=256, ge=0)
+    """Calls of up to this many tokens run their splits in parallel, workspace allowing."""
+    workspace_mb: int = Field(default=256, ge=0)
+    """The most MiB a bound kernel may hold for the partial results of parallel splits."""
+
+    _sizes = field_validator("decode_block_m", "decode_warps", "prefill_block_m", "prefill_warps")(_power_of_two)
+
+
+def attention_numerics(params: Any, problem: Problem) -> str:
+    """`kv_split.<positions>.<tile>.exp2`: absolute splits, left fold, row sums by the matrix unit, weights by exp2."""
+    return f"kv_split.{params.kv_split}.{params.block_n}.exp2"
+
+
+def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, AttentionTile], ...]:
+    """One tile for any number of tokens: the kernel itself chooses between decode and prefill."""
+    wide = problem.size("head_dim") > 128
+    single = problem.dtype == "float32"
+    tile = AttentionTile(
+        decode_block_m=16,
+        decode_warps=4,
+        decode_stages=1 if single else 2,
+        prefill_block_m=16 if single and wide else 32 if single else 64,
+        prefill_warps=8 if wide else 4,
+        prefill_stages=1 if single else 2,
+    )
+    return ((None, tile),)

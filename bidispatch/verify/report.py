@@ -1,0 +1,306 @@
+"""What a verification found, as frozen data: checks, accuracy, classes, stock, controls, totals. Imports no torch."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bidispatch.device import Device
+from bidispatch.environment import describe
+from bidispatch.errors import InvarianceError
+from bidispatch.invariance import Invariance
+from bidispatch.ops.schema import Problem
+from bidispatch.planning.selection import Selection
+from bidispatch.records import Record
+
+__all__ = [
+    "Accuracy",
+    "Check",
+    "ControlResult",
+    "Mismatch",
+    "ProblemResult",
+    "Report",
+    "Skipped",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """One element whose bits differ, and the smallest call that shows it."""
+
+    size: int
+    """M: the rows (tokens) of the call."""
+    row: int
+    """The row in that call; for a batch of matrices, counted through all of them."""
+    output: str
+    element: int
+    """The element within the row, axes flattened."""
+    value: float
+    expected: float
+    value_bits: str
+    expected_bits: str
+    ulps: int | None
+    """Representable numbers between the two; None where either is not finite."""
+
+    def __str__(self) -> str:
+        distance = "not finite" if self.ulps is None else f"{self.ulps} ULP{'s' if self.ulps != 1 else ''} apart"
+        return (
+            f"M={self.size} row {self.row} {self.output}[{self.element}]: {self.value!r} ({self.value_bits}), "
+            f"alone {self.expected!r} ({self.expected_bits}), {distance}"
+        )
+
+    @property
+    def order(self) -> tuple[int, int, str, int]:
+        """What "smallest" goes by."""
+        return (self.size, self.row, self.output, self.element)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One kind of comparison for one problem: how many rows it compared, and how many differed in any bit."""
+
+    name: str
+    rows: int = 0
+    elements: int = 0
+    differing: int = 0
+    smallest: Mismatch | None = None
+    note: str = ""
+    """Why nothing was compared, where that is so."""
+
+    @property
+    def passed(self) -> bool:
+        """No difference. A check that compared nothing passes; the problem it belongs to then has nothing to show."""
+        return not self.differing
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.name}: nothing compared" + (f" ({self.note})" if self.note else "")
+        found = f"{self.differing} of {self.rows} rows differ"
+        return f"{self.name}: {found}" + (f"; smallest: {self.smallest}" if self.smallest else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """‖out − ref‖ / ‖ref‖ of one output against the fp64 reference; infinite when the output is not finite."""
+
+    output: str
+    distribution: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemResult:
+    """What was found about one problem's ladder."""
+
+    selection: Selection
+    level: Invariance
+    checks: tuple[Check, ...]
+    """What must hold."""
+    classes: tuple[Check, ...] = ()
+    """Rungs of the ladder against each other, and merged weights against separate ones."""
+    accuracy: tuple[Accuracy, ...] = ()
+    stock: Check | None = None
+    """The same comparison of plain torch: its differences are reported and fail nothing."""
+    cuda_graph: bool = False
+    """Whether graph replay was compared."""
+    error: str = ""
+    """What a kernel raised, where one did."""
+    seconds: float = 0.0
+
+    @property
+    def problem(self) -> Problem:
+        return self.selection.problem
+
+    @property
+    def comparisons(self) -> int:
+        """Rows compared bit by bit; stock's do not count."""
+        return sum(check.rows for check in (*self.checks, *self.classes))
+
+    @property
+    def differing(self) -> int:
+        """Rows that differed in any bit."""
+        return sum(check.differing for check in (*self.checks, *self.classes))
+
+    @property
+    def smallest(self) -> Mismatch | None:
+        """The smallest failing pair."""
+        return _smallest((*self.checks, *self.classes))
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared, no bit differed, the numbers are right and nothing raised."""
+        invariant = any(check.rows for check in self.checks) and not self.differing
+        accurate = bool(self.accuracy) and all(accuracy.passed for accuracy in self.accuracy)
+        return invariant and accurate and not self.error
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Everything that speaks against it, one line each; empty when it passed."""
+        lines = [str(check) for check in (*self.checks, *self.classes) if not check.passed]
+        lines += [
+            f"accuracy of {a.output} ({a.distribution}): {a.error:.2e}, at most {a.limit:.0e} is right"
+            for a in self.accuracy
+            if not a.passed
+        ]
+        if self.error:
+            lines.append(self.error)
+        elif not any(check.rows for check in self.checks):
+            lines.append("nothing compared")
+        elif not self.accuracy:
+            lines.append("accuracy was not measured")
+        return tuple(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlResult:
+    """A kernel broken on purpose: whether the checks named in `by` caught it."""
+
+    name: str
+    by: str
+    caught: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A problem that was not verified, and why."""
+
+    problem: Problem
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run of `verify_plan`."""
+
+    device: Device
+    results: tuple[ProblemResult, ...]
+    controls: tuple[ControlResult, ...]
+    skipped: tuple[Skipped, ...]
+    made: str
+    """When, as an ISO date and time with offset."""
+    seconds: float
+
+    @property
+    def comparisons(self) -> int:
+        """Rows compared bit by bit, over all problems."""
+        return sum(result.comparisons for result in self.results)
+
+    @property
+    def differing(self) -> int:
+        """Rows that differed in any bit, over all problems."""
+        return sum(result.differing for result in self.results)
+
+    @property
+    def controls_caught(self) -> bool:
+        """Whether every broken kernel was caught; if not, this run proves nothing."""
+        return bool(self.controls) and all(control.caught for control in self.controls)
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared, every problem passed and every control was caught."""
+        return self.comparisons > 0 and self.controls_caught and all(result.passed for result in self.results)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Everything that speaks against the run, one line each; empty when it passed."""
+        lines = [f"{result.problem}: {fault}" for result in self.results for fault in result.faults]
+        lines += [
+            f"control not caught: {control.name}, which {control.by} should catch; this run proves nothing"
+            for control in self.controls
+            if not control.caught
+        ]
+        if not self.controls:
+            lines.append("no control was run")
+        if not self.comparisons:
+            lines.append("nothing was compared")
+        return tuple(lines)
+
+    def raise_if_failed(self) -> None:
+        """Raise `InvarianceError` with every fault unless the run passed."""
+        if not self.passed:
+            raise InvarianceError("\n".join(self.faults))
+
+    def records(self) -> list[Record]:
+        """A record for each problem that passed with something compared; none when a control was not caught."""
+        if not self.controls_caught:
+            return []
+        return [self._record(result) for result in self.results if result.passed]
+
+    def _record(self, result: ProblemResult) -> Record:
+        selection = result.selection
+        return Record(
+            problem=selection.problem.key,
+            ladder=selection.ladder_key,
+            numerics=selection.numerics,
+            level=result.level.label,
+            comparisons=result.comparisons,
+            cuda_graph=result.cuda_graph,
+            made=self.made,
+            environment=describe(self.device, {rung.implementation for rung in selection.rungs}),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "device": self.device.name,
+            "arch": self.device.arch.name,
+            "passed": self.passed,
+            "comparisons": self.comparisons,
+            "differing": self.differing,
+            "made": self.made,
+            "seconds": round(self.seconds, 3),
+            "faults": list(self.faults),
+            "controls": [asdict(control) for control in self.controls],
+            "problems": [_result_json(result) for result in self.results],
+            "skipped": [{"problem": _problem_json(s.problem), "reason": s.reason} for s in self.skipped],
+        }
+
+
+def now() -> str:
+    """The time a report is made, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _smallest(checks: Sequence[Check]) -> Mismatch | None:
+    found = [check.smallest for check in checks if check.smallest]
+    return min(found, key=lambda mismatch: mismatch.order, default=None)
+
+
+def _result_json(result: ProblemResult) -> dict[str, Any]:
+    return {
+        **_problem_json(result.problem),
+        "implementations": list(result.selection.implementations),
+        "numerics": result.selection.numerics,
+        "level": result.level.label,
+        "passed": result.passed,
+        "comparisons": result.comparisons,
+        "differing": result.differing,
+        "cuda_graph": result.cuda_graph,
+        "checks": [_check_json(check) for check in result.checks],
+        "classes": [_check_json(check) for check in result.classes],
+        "accuracy": [{**asdict(accuracy), "passed": accuracy.passed} for accuracy in result.accuracy],
+        "stock": _check_json(result.stock) if result.stock else None,
+        "faults": list(result.faults),
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _problem_json(problem: Problem) -> dict[str, Any]:
+    return {"op": problem.op, "dtype": problem.dtype, "dims": dict(problem.dims)}
+
+
+def _check_json(check: Check) -> dict[str, Any]:
+    """JSON has no NaN: a mismatch's values go as text, beside their bits."""
+    content = asdict(check)
+    if content["smallest"]:
+        content["smallest"]["value"] = repr(content["smallest"]["value"])
+        content["smallest"]["expected"] = repr(content["smallest"]["expected"])
+    return content
