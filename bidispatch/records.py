@@ -11,14 +11,18 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bidispatch.device import Device
 from bidispatch.environment import describe, hard_part
-from bidispatch.errors import RecordError
+from bidispatch.errors import RecordError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.planning.selection import Selection
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = ["Record", "RecordStore", "records_folder"]
 
@@ -64,6 +68,13 @@ def records_folder() -> Path:
     return Path(platformdirs.user_data_dir("bidispatch", appauthor=False)) / "records"
 
 
+@lru_cache(maxsize=1)
+def _adapter() -> TypeAdapter[list[Record]]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(list[Record])
+
+
 class RecordStore:
     """The records of one device."""
 
@@ -90,10 +101,15 @@ class RecordStore:
                 f"{self.path} has format version {content.get('version')!r}, this bidispatch reads {_VERSION}; "
                 "run `bidispatch verify --all --record` to make it anew"
             )
+        from pydantic import ValidationError
+
         try:
-            return [Record(**record) for record in content["records"]]
-        except (KeyError, TypeError) as error:
+            records = _adapter().validate_python(content.get("records"))
+            for record in records:
+                Invariance.parse(record.level)
+        except (ValidationError, UsageError) as error:
             raise RecordError(f"{self.path} has a record that is not whole ({error}); delete the file") from error
+        return records
 
     def find(self, selection: Selection) -> Record | None:
         """The newest record that proves a selection here and now, or None."""

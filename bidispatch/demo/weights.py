@@ -21,12 +21,14 @@ from bidispatch.errors import DeviceError, UsageError
 
 __all__ = ["LayerWeights", "Weights", "has_safetensors", "load", "merge", "random", "tensor_shapes"]
 
-# Standard deviation of the logits that random weights give. Wide enough that greedy decoding has a clear favourite,
-# as a trained model has, and not so wide that it cannot change its mind.
+# What makes greedy decoding of random weights lively, as a trained model's is: logits of this standard deviation give
+# it a clear favourite among the words; attention scores this much sharper than plain noise's, and layers that add
+# this much more than they read, make the favourite follow the context. With gains of 1 it circles around a few words,
+# and around one where the head is tied to the embedding.
 _LOGIT_SCALE = 3.0
-# The embedding is the residual stream before any layer has added to it. Kept below what a layer adds, so that the
-# next token follows the context and decoding does not circle around one token.
 _EMBEDDING_SCALE = 0.3
+_QK_GAIN = 2.0
+_OUTPUT_GAIN = 2.0
 _INDEX = "model.safetensors.index.json"
 
 
@@ -96,7 +98,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random(config: ModelConfig, *, dtype: str, device: str = "cpu", seed: int = 0) -> Weights:
-    """Draw weights. They are drawn on the CPU, in fp32, so a seed means the same weights on every machine."""
+    """Draw weights, on the CPU and in fp32, so that a seed means the same weights whatever device serves them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: _draw(name, shape, config, generator).to(device=device, dtype=getattr(torch, dtype))
@@ -108,15 +110,20 @@ def random(config: ModelConfig, *, dtype: str, device: str = "cpu", seed: int = 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(shape, generator=generator)
     if name.endswith("norm.weight"):
-        return noise.mul_(0.1).add_(1.0)
+        weight = noise.mul_(0.1).add_(1.0)
+        return weight.mul_(_QK_GAIN) if name.endswith(("q_norm.weight", "k_norm.weight")) else weight
     if name.endswith(".bias"):
         return noise.mul_(0.02)
-    scale = 1 / math.sqrt(shape[-1])
-    if name == "lm_head.weight" or (name == "model.embed_tokens.weight" and config.tie_word_embeddings):
-        return noise.mul_(_LOGIT_SCALE * scale)
-    if name == "model.embed_tokens.weight":
+    if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
         return noise.mul_(_EMBEDDING_SCALE)
-    return noise.mul_(scale)
+    gain = 1.0
+    if name in ("lm_head.weight", "model.embed_tokens.weight"):
+        gain = _LOGIT_SCALE
+    elif name.endswith(("o_proj.weight", "down_proj.weight")):
+        gain = _OUTPUT_GAIN
+    elif name.endswith(("q_proj.weight", "k_proj.weight")) and not config.qk_norm:
+        gain = _QK_GAIN
+    return noise.mul_(gain / math.sqrt(shape[-1]))
 
 
 def merge(config: ModelConfig, tensor: Callable[[str], torch.Tensor], source: str) -> Weights:

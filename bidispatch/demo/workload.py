@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from bidispatch.demo.config import ModelConfig
 from bidispatch.demo.scheduler import EngineLimits, Request
+from bidispatch.errors import UsageError
 
-__all__ = ["Workload", "make_workload"]
+__all__ = ["Workload", "default_workload", "make_workload"]
 
 PAGE_SIZE = 16
 _SHORTEST_PROMPT = 5
@@ -30,6 +31,13 @@ class Workload:
         return sum(request.max_new_tokens for request in self.requests)
 
 
+def default_workload(config: ModelConfig, *, gpu: bool) -> Workload:
+    """What the demo serves: a dozen short requests on a processor, more and longer ones on a GPU."""
+    if not gpu:
+        return make_workload(config)
+    return make_workload(config, requests=24, longest_prompt=1500, new_tokens=(32, 64), max_tokens=512, max_seqs=16)
+
+
 def make_workload(
     config: ModelConfig,
     *,
@@ -40,10 +48,20 @@ def make_workload(
     max_seqs: int = 8,
     seed: int = 0,
 ) -> Workload:
-    """Draw requests that join and leave in mid-flight: prompts of 5 to `longest_prompt` tokens, arriving a few steps
-    apart, each with its own number of new tokens. `max_tokens` is the token budget of a step; longer prompts are
-    chunked.
+    """Draw requests that join and leave in mid-flight.
+
+    Prompts have 5 to `longest_prompt` tokens, arrive a few steps apart, and ask for different numbers of new tokens.
+    `max_tokens` is the token budget of a step; longer prompts are chunked. Prompts are kept short enough for the
+    model's `max_position_embeddings`. Raises `UsageError` for no requests, or a model too short for any.
     """
+    if requests < 1:
+        raise UsageError(f"{requests} requests asked for; the demo needs at least 1")
+    longest_prompt = min(longest_prompt, config.max_position_embeddings - new_tokens[1] + 1)
+    if longest_prompt < _SHORTEST_PROMPT:
+        raise UsageError(
+            f"the model has {config.max_position_embeddings} positions (max_position_embeddings), too few for "
+            f"{_SHORTEST_PROMPT} prompt tokens and {new_tokens[1]} new ones"
+        )
     draw = random.Random(seed)  # noqa: S311 - prompts, not secrets
     lengths = _spread(_SHORTEST_PROMPT, longest_prompt, requests)
     draw.shuffle(lengths)

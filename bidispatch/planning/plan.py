@@ -39,6 +39,7 @@ class Plan:
         self._records = records
         self._selections: dict[tuple[Problem, str | None], Selection] = {}
         self._frozen = False
+        self._warned_of_records = False
 
     def select(self, op: str, *, dtype: str, **dims: DimValue) -> Selection:
         """Return what serves an op with these dims.
@@ -111,7 +112,9 @@ class Plan:
         except RecordError as error:
             if self.profile.trust == "verified":
                 raise
-            _log.warning("%s", error)
+            if not self._warned_of_records:
+                self._warned_of_records = True
+                _log.warning("%s", error)
             return None
 
 

@@ -175,7 +175,7 @@ def _climb(
     reached = 0
     for candidate in examined:
         listed, reasons = candidate.listed, list(candidate.reasons)
-        if candidate.numerics and candidate.numerics != numerics:
+        if numerics and candidate.numerics and candidate.numerics != numerics:
             reasons.append(f"its class is {candidate.numerics}, the ladder's is {numerics}")
         verdict, serves = REJECTED, ""
         if not reasons:

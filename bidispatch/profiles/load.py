@@ -98,6 +98,10 @@ class ProfileStore:
         """The profile of that name, or in that file, resolved. `device` is what a file without `extends` edits for."""
         return self._resolve(self._read(*self._find(name)), device)
 
+    def find(self, name: str) -> Path:
+        """The file of a profile named, or given as a file. Raises `UsageError` for a name nobody has."""
+        return self._find(name)[0]
+
     def _files(self, layer: int) -> list[Path]:
         folder = self._folders[layer]
         return sorted(folder.glob("*.yaml")) if folder.is_dir() else []

@@ -1,7 +1,11 @@
-"""The shape of a profile file, as pydantic models. `schema.json`, which editors read, is generated from them."""
+"""The shape of a profile file, as pydantic models. `schema.json`, which editors read, is generated from them:
+`python -m bidispatch.profiles.schema > hw_profiles/schema.json`.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +15,16 @@ from bidispatch.device import ARCHS
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import DTYPES
 
-__all__ = ["Candidate", "Condition", "InvarianceSection", "Match", "ProfileFile", "Rule", "json_schema"]
+__all__ = [
+    "Candidate",
+    "Condition",
+    "InvarianceSection",
+    "Match",
+    "ProfileFile",
+    "Rule",
+    "json_schema",
+    "json_schema_text",
+]
 
 Scalar = bool | int | float | str
 
@@ -93,7 +106,7 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "bidispatch hardware profile"
     definitions = schema["$defs"]
-    definitions["Rule"]["properties"]["dtypes"]["items"] = {"enum": list(DTYPES)}
+    definitions["Rule"]["properties"]["dtypes"]["items"] = {"enum": [*DTYPES, *DTYPES.values()]}
     definitions["Match"]["properties"]["arch"] = {
         **definitions["Match"]["properties"]["arch"],
         "enum": list(ARCHS),
@@ -103,3 +116,12 @@ def json_schema() -> dict[str, Any]:
     if levels != ["run", "batch", "sequence", "topology"]:
         raise RuntimeError(f"InvarianceSection.require must list the levels {levels}")
     return schema
+
+
+def json_schema_text() -> str:
+    """The JSON schema as `hw_profiles/schema.json` holds it."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json_schema_text())

@@ -21,13 +21,17 @@ class TensorSpec:
     name: str
     dtype: torch.dtype
     ndim: int
-    head: int
-    """How many leading axes are run-time sizes."""
     sizes: tuple[tuple[int, str, int], ...]
     """(axis, run-time size, offset): the axis must hold that size plus the offset."""
-    tail: tuple[int, ...]
+    known: tuple[tuple[int, int], ...]
+    """(axis, size) of the axes after those."""
     present: bool
     any_strides: bool
+
+    @property
+    def head(self) -> int:
+        """How many leading axes are run-time sizes."""
+        return len(self.sizes)
 
 
 def tensor_specs(arguments: Sequence[Argument], problem: Problem) -> tuple[TensorSpec, ...]:
@@ -51,9 +55,8 @@ def _resolve(argument: Argument, problem: Problem) -> TensorSpec:
         name=argument.name,
         dtype=getattr(torch, dtype),
         ndim=len(known),
-        head=head,
         sizes=tuple(sizes),
-        tail=tuple(size for size in known[head:] if size is not None),
+        known=tuple((axis, size) for axis, size in enumerate(known) if axis >= head and size is not None),
         present=not argument.when or problem.flag(argument.when),
         any_strides=argument.any_strides,
     )
@@ -70,7 +73,7 @@ def _known_size(axis: str | int, problem: Problem) -> int | None:
 
 def output_shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
     """The shape of an output, from the run-time sizes its arguments had."""
-    return tuple(sizes[size] + offset for _, size, offset in spec.sizes) + spec.tail
+    return (*(sizes[size] + offset for _, size, offset in spec.sizes), *(size for _, size in spec.known))
 
 
 def check_tensors(
@@ -84,9 +87,9 @@ def check_tensors(
     sizes = {} if sizes is None else sizes
     grad = torch.is_grad_enabled()
     for spec, tensor in zip(specs, tensors, strict=True):
-        if tensor is None or not spec.present:
-            if (tensor is None) is spec.present:
-                _fail_presence(problem, spec)
+        if tensor is None:
+            if spec.present:
+                raise ArgumentError(f"{problem}: {spec.name} is missing")
             continue
         try:
             shape = tensor.shape
@@ -94,13 +97,16 @@ def check_tensors(
             raise ArgumentError(f"{problem}: {spec.name} must be a tensor, not {type(tensor).__name__}") from None
         if (
             len(shape) != spec.ndim
-            or (shape[spec.head :] if spec.head else shape) != spec.tail
+            or not spec.present
             or tensor.dtype is not spec.dtype
             or tensor.device != device
             or not (spec.any_strides or tensor.is_contiguous() or tensor.stride(-1) == 1 or shape[-1] == 1)
             or (grad and tensor.requires_grad)
         ):
             _fail(problem, spec, tensor, device)
+        for axis, known in spec.known:
+            if shape[axis] != known:
+                _fail(problem, spec, tensor, device)
         for axis, size, offset in spec.sizes:
             actual = shape[axis] - offset
             if sizes.setdefault(size, actual) != actual:
@@ -111,17 +117,13 @@ def check_tensors(
     return sizes
 
 
-def _fail_presence(problem: Problem, spec: TensorSpec) -> NoReturn:
-    if spec.present:
-        raise ArgumentError(f"{problem}: {spec.name} is missing")
-    raise ArgumentError(f"{problem}: {spec.name} given, but it was bound without; select with {spec.name}=true")
-
-
 def _fail(problem: Problem, spec: TensorSpec, tensor: Any, device: torch.device) -> NoReturn:
-    wanted = ", ".join([*(size + (f"+{offset}" if offset else "") for _, size, offset in spec.sizes)])
-    shape = f"[{', '.join(filter(None, [wanted, ', '.join(map(str, spec.tail))]))}]"
-    if len(tensor.shape) != spec.ndim or tensor.shape[spec.head :] != spec.tail:
-        raise ArgumentError(f"{problem}: {spec.name} must be {shape}, not {list(tensor.shape)}")
+    if not spec.present:
+        raise ArgumentError(f"{problem}: {spec.name} given, but it was bound without; select with {spec.name}=true")
+    if len(tensor.shape) != spec.ndim or any(tensor.shape[axis] != size for axis, size in spec.known):
+        sizes = [size + (f"+{offset}" if offset else "") for _, size, offset in spec.sizes]
+        wanted = ", ".join([*sizes, *(str(size) for _, size in spec.known)])
+        raise ArgumentError(f"{problem}: {spec.name} must be [{wanted}], not {list(tensor.shape)}")
     if tensor.dtype is not spec.dtype:
         raise ArgumentError(f"{problem}: {spec.name} must be {spec.dtype}, not {tensor.dtype}")
     if tensor.device != device:

@@ -29,8 +29,8 @@ class BoundKernel:
     returns its output, or a tuple of them. Raises `ArgumentError` for tensors it was not bound for.
 
     ``bound.launch(*everything)`` skips the checks: every argument, scalar and output, positionally, outputs
-    allocated, no run-time size 0. A call with such a size launches nothing. Neither reads anything from the device. A bound kernel owns workspaces, so two
-    threads or streams need one each.
+    allocated, no run-time size 0 (a call with such a size launches nothing). Neither reads anything from the device.
+    A bound kernel owns workspaces, so two threads or streams need one each.
     """
 
     __slots__ = (
@@ -96,16 +96,9 @@ class BoundKernel:
                     f"bind with a larger {_LIMIT_OF_SIZE[size]}"
                 )
         scalars = self._scalars(named) if named else self._default_scalars
-        given = [named.pop(spec.name, None) for spec in self._outputs]
+        outputs = tuple([self._output(spec, named.pop(spec.name, None), sizes) for spec in self._outputs])
         if named:
             self._fail_names(named)
-        outputs = tuple(
-            [
-                self._allocate(spec, sizes) if output is None else output
-                for spec, output in zip(self._outputs, given, strict=True)
-            ]
-        )
-        check_tensors(self.problem, self._outputs, outputs, self._torch_device, sizes)
         return (*arguments, *scalars, *outputs), outputs, 0 not in sizes.values()
 
     def _fill(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
@@ -121,9 +114,9 @@ class BoundKernel:
         scalars = []
         for name, default in zip(self._scalar_names, self._default_scalars, strict=True):
             value = named.pop(name, default)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if type(value) not in (float, int):
                 raise ArgumentError(f"{self.problem}: {name} is a float, not {value!r}")
-            scalars.append(float(value))
+            scalars.append(value)
         return tuple(scalars)
 
     def _fail_names(self, names: Iterable[str]) -> NoReturn:
@@ -134,8 +127,11 @@ class BoundKernel:
             raise ArgumentError(f"{self.op.name} got {', '.join(twice)} twice, by place and by name; it takes {known}")
         raise ArgumentError(f"{self.op.name} takes no {', '.join(names)}; it takes {known}")
 
-    def _allocate(self, spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
-        return torch.empty(output_shape(spec, sizes), dtype=spec.dtype, device=self._torch_device)
+    def _output(self, spec: TensorSpec, given: torch.Tensor | None, sizes: dict[str, int]) -> torch.Tensor:
+        if given is None:
+            return torch.empty(output_shape(spec, sizes), dtype=spec.dtype, device=self._torch_device)
+        check_tensors(self.problem, (spec,), (given,), self._torch_device, sizes)
+        return given
 
     def __repr__(self) -> str:
         names = " -> ".join(dict.fromkeys(rung.implementation.name for rung in self.rungs))

@@ -94,9 +94,7 @@ class Tally:
         return Check(self._name, self._rows, self._elements, self._differing, self._smallest, note)
 
 
-def _mismatch(
-    size: int, row: int, output: str, element: int, value: torch.Tensor, expected: torch.Tensor
-) -> Mismatch:
+def _mismatch(size: int, row: int, output: str, element: int, value: torch.Tensor, expected: torch.Tensor) -> Mismatch:
     ours, theirs = int(bits(value.reshape(1))), int(bits(expected.reshape(1)))
     width = value.element_size() * 8
     finite = bool(torch.isfinite(value)) and bool(torch.isfinite(expected))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bidispatch.device import Device
 from bidispatch.environment import describe
-from bidispatch.errors import InvarianceError
+from bidispatch.errors import InvarianceError, SelectionError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.selection import Selection
@@ -48,7 +49,7 @@ class Mismatch:
         distance = "not finite" if self.ulps is None else f"{self.ulps} ULP{'s' if self.ulps != 1 else ''} apart"
         return (
             f"M={self.size} row {self.row} {self.output}[{self.element}]: {self.value!r} ({self.value_bits}), "
-            f"alone {self.expected!r} ({self.expected_bits}), {distance}"
+            f"instead of {self.expected!r} ({self.expected_bits}), {distance}"
         )
 
     @property
@@ -173,7 +174,7 @@ class Skipped:
     """A problem that was not verified, and why."""
 
     problem: Problem
-    reason: str
+    error: SelectionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ class Report:
             "faults": list(self.faults),
             "controls": [asdict(control) for control in self.controls],
             "problems": [_result_json(result) for result in self.results],
-            "skipped": [{"problem": _problem_json(s.problem), "reason": s.reason} for s in self.skipped],
+            "skipped": [{"problem": _problem_json(s.problem), "reason": str(s.error)} for s in self.skipped],
         }
 
 
@@ -286,7 +287,7 @@ def _result_json(result: ProblemResult) -> dict[str, Any]:
         "cuda_graph": result.cuda_graph,
         "checks": [_check_json(check) for check in result.checks],
         "classes": [_check_json(check) for check in result.classes],
-        "accuracy": [{**asdict(accuracy), "passed": accuracy.passed} for accuracy in result.accuracy],
+        "accuracy": [_accuracy_json(accuracy) for accuracy in result.accuracy],
         "stock": _check_json(result.stock) if result.stock else None,
         "faults": list(result.faults),
         "seconds": round(result.seconds, 3),
@@ -295,6 +296,12 @@ def _result_json(result: ProblemResult) -> dict[str, Any]:
 
 def _problem_json(problem: Problem) -> dict[str, Any]:
     return {"op": problem.op, "dtype": problem.dtype, "dims": dict(problem.dims)}
+
+
+def _accuracy_json(accuracy: Accuracy) -> dict[str, Any]:
+    """JSON has no infinity: an error that is not finite is null."""
+    error = accuracy.error if math.isfinite(accuracy.error) else None
+    return {**asdict(accuracy), "error": error, "passed": accuracy.passed}
 
 
 def _check_json(check: Check) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bidispatch.ops.schema import Argument, Problem
 from bidispatch.runtime.arguments import check_tensors, output_shape, tensor_specs
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import Kernel, Limits
-from bidispatch.verify.compare import Tally, bits, poison
+from bidispatch.verify.compare import Tally, poison
 from bidispatch.verify.report import Check
 
 __all__ = ["Arguments", "Canvas", "Subject", "Trial", "limits_for", "measure"]
@@ -61,9 +61,7 @@ class Canvas:
                 [size + 2 * extra for size, extra in zip(shape, room, strict=True)], dtype=dtype, device=subject.device
             )
             self._whole.append(whole)
-            self._windows.append(
-                tuple(slice(extra, extra + size) for size, extra in zip(shape, room, strict=True))
-            )
+            self._windows.append(tuple(slice(extra, extra + size) for size, extra in zip(shape, room, strict=True)))
         self.outputs = tuple(whole[window] for whole, window in zip(self._whole, self._windows, strict=True))
         self.repaint()
 
@@ -85,7 +83,7 @@ class Canvas:
         return tuple(rows.expand(count, *rows.shape[1:]) for rows in blank)
 
     def margins(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Everything around the outputs, as it is and as it was: each allocation as one row of integers.
+        """Everything around the outputs, as it is and as it was: each allocation as one row.
 
         The outputs themselves are painted over.
         """
@@ -94,8 +92,8 @@ class Canvas:
             clean = torch.empty_like(whole)
             poison(clean, self._salt)
             whole[window] = clean[window]
-            actual.append(bits(whole).view(1, -1))
-            before.append(bits(clean).view(1, -1))
+            actual.append(whole.view(1, -1))
+            before.append(clean.view(1, -1))
         return tuple(actual), tuple(before)
 
 
@@ -149,9 +147,7 @@ def tally_trial(tally: Tally, canvas: Canvas, trial: Trial) -> None:
     """Compare what a trial left on its canvas. Paints over it where the trial has margins."""
     tally.add(trial.size, canvas.rows(trial.rows), trial.expected, trial.rows)
     if trial.untouched is not None and len(trial.untouched):
-        tally.add(
-            trial.size, canvas.rows(trial.untouched), canvas.poison_rows(len(trial.untouched)), trial.untouched
-        )
+        tally.add(trial.size, canvas.rows(trial.untouched), canvas.poison_rows(len(trial.untouched)), trial.untouched)
     if trial.margin or trial.gap:
         tally.add(trial.size, *canvas.margins())
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bidispatch.demo.config import CPU_MODEL
 from bidispatch.demo.scheduler import EngineLimits, PagePool, Request, Scheduler
-from bidispatch.demo.workload import make_workload
+from bidispatch.demo.workload import default_workload, make_workload
 from bidispatch.errors import UsageError
 
 LIMITS = EngineLimits(max_tokens=8, max_seqs=4, max_seq_len=40, page_size=4, pages=10)
@@ -160,6 +162,22 @@ def test_the_demo_s_workload_is_the_same_every_time_and_fits_its_engine():
     assert lengths[-1] > workload.limits.max_tokens, "at least one prompt is chunked"
     assert sum(workload.limits.pages_for(request.positions) for request in workload.requests) > workload.limits.pages
     serve(workload.limits, list(workload.requests), PagePool(workload.limits.pages))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_default_workload_is_served_in_full(gpu):
+    workload = default_workload(CPU_MODEL, gpu=gpu)
+    fed = serve(workload.limits, list(workload.requests), PagePool(workload.limits.pages))
+    assert sum(map(len, fed.values())) == sum(request.positions for request in workload.requests)
+
+
+def test_prompts_are_kept_short_enough_for_a_short_model():
+    short = replace(CPU_MODEL, max_position_embeddings=64)
+    assert make_workload(short).limits.max_seq_len <= 64
+    with pytest.raises(UsageError, match="the model has 30 positions"):
+        make_workload(replace(CPU_MODEL, max_position_embeddings=30))
+    with pytest.raises(UsageError, match="0 requests asked for"):
+        make_workload(CPU_MODEL, requests=0)
 
 
 @pytest.mark.parametrize("requests", [1, 2, 3])

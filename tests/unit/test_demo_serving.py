@@ -15,13 +15,17 @@ from bidispatch.demo import compare
 from bidispatch.demo.config import CPU_MODEL, Llama3Rope, ModelConfig
 from bidispatch.demo.engine import Engine, make_batch
 from bidispatch.demo.graphs import bucket_sizes, padded
-from bidispatch.demo.kernels import BoundOp, StockKernels
+from bidispatch.demo.kernels import BoundOp, PlanKernels, StockKernels
 from bidispatch.demo.model import Decoder, rope_tables, rotate
+from bidispatch.demo.problems import decoder_problems
 from bidispatch.demo.scheduler import EngineLimits, PagePool, Request, Scheduler
 from bidispatch.demo.weights import Weights, merge, random, tensor_shapes
 from bidispatch.demo.workload import Workload, make_workload
-from bidispatch.errors import UsageError
+from bidispatch.errors import SelectionError, UsageError
+from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
+from bidispatch.planning.plan import plan
+from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import Limits
 
@@ -46,6 +50,15 @@ LLAMA = replace(
 )
 SLIDING = replace(TINY, num_hidden_layers=3, layer_windows=(0, 5, 5))
 TIED = replace(TINY, tie_word_embeddings=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small only wait for each other on more, and on a busy machine they wait long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class RowKernels:
@@ -299,8 +312,61 @@ def test_stock_torch_moves_on_a_cpu_in_fp32():
     assert 0 < result.max_logprob_difference < 1e-3
 
 
-def test_greedy_decoding_of_random_weights_is_not_degenerate():
-    config = replace(CPU_MODEL, vocab_size=2048)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [TINY, LLAMA, SLIDING], ids=["qwen3", "llama", "sliding"])
+def test_nothing_moves_under_the_plan(config, dtype):
+    tensors, _ = draw(config)
+    weights = merge(config, lambda name: tensors[name].to(getattr(torch, dtype)), "drawn")
+    kernels = PlanKernels(plan("cpu"))
+    workload = small_workload(config)
+    result = compare.run(config, weights, kernels, workload)
+    assert result.identical
+    assert result.values_compared == workload.new_tokens * config.vocab_size
+    assert set(kernels.selections) == set(decoder_problems(config, dtype, workload.limits.page_size).values())
+    assert {selection.level for selection in kernels.selections.values()} == {Invariance.SEQUENCE}
+
+
+def test_the_plan_generates_what_a_plain_model_would():
+    tensors, weights = draw(SLIDING)
+    workload = small_workload(SLIDING, requests=3)
+    engine = Engine(SLIDING, weights, PlanKernels(plan("cpu")), workload.limits)
+    tokens, logprobs = serve(engine, workload.requests)
+    for request in workload.requests:
+        whole = [*request.prompt, *tokens[request.id]]
+        expected = naive_log_probabilities(SLIDING, tensors, whole)[len(request.prompt) - 1 : -1]
+        assert (logprobs[request.id] - expected).norm() / expected.norm() < 1e-6
+
+
+def test_the_plan_through_torch_ops_gives_the_same_bits():
+    _, weights = draw(TINY)
+    workload = small_workload()
+    direct = serve(Engine(TINY, weights, PlanKernels(plan("cpu")), workload.limits), workload.requests)
+    kernels = PlanKernels(plan("cpu"), torch_ops=True)
+    through = serve(Engine(TINY, weights, kernels, workload.limits), workload.requests)
+    assert direct[0] == through[0]
+    assert all(same_bits(direct[1][request], through[1][request]) for request in direct[1])
+
+
+def test_a_plan_below_sequence_level_is_refused():
+    class BatchPlan:
+        def select_problem(self, problem: Problem) -> Selection:
+            return replace(plan("cpu").select_problem(problem), level=Invariance.BATCH)
+
+    _, weights = draw(TINY)
+    with pytest.raises(SelectionError, match="needs level sequence: plan with require='sequence'"):
+        Engine(TINY, weights, PlanKernels(BatchPlan()), small_workload().limits)
+
+
+def test_each_problem_is_bound_once_for_each_size():
+    kernels = PlanKernels(plan("cpu"))
+    problem = decoder_problems(TINY, "float32", 16)["qkv"]
+    assert kernels.bind(problem, Limits(8)) is kernels.bind(problem, Limits(8))
+    assert kernels.bind(problem, Limits(8)) is not kernels.bind(problem, Limits(9))
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True}, {"model_type": "llama"}])
+def test_greedy_decoding_of_random_weights_is_not_degenerate(change):
+    config = replace(CPU_MODEL, vocab_size=2048, **change)
     workload = small_workload(config, requests=3, new_tokens=(20, 20), max_seqs=3, max_tokens=32)
     tokens, logprobs = serve(
         Engine(config, random(config, dtype="float32"), StockKernels(), workload.limits), workload.requests

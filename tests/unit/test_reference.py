@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,7 +87,8 @@ def in_words(problem: Problem, *arguments: Any) -> tuple[torch.Tensor, ...]:
         return (out if bias is None else out + bias.double().expand_as(out),)
     if problem.op == "bmm":
         a, b = arguments
-        return (torch.stack([in_words(problem_of("gemm", {"n": 1, "k": 1}), x, y.T, None)[0] for x, y in zip(a, b)]),)
+        gemm = problem_of("gemm", {"n": 1, "k": 1})
+        return (torch.stack([in_words(gemm, x, y.T, None)[0] for x, y in zip(a, b, strict=True)]),)
     outs = [row_in_words(problem, *row) for row in rows_of(problem, arguments)]
     return tuple(torch.tensor(out, dtype=torch.float64) for out in zip(*outs, strict=True))
 
@@ -182,14 +184,16 @@ def test_the_reference_is_the_formula(case: tuple[str, dict[str, Any]], dtype: s
         assert relative_error(value, reference) < 1e-12
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_stock_torch_is_near_the_reference(case: tuple[str, dict[str, Any]], dtype: str, distribution: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "distribution"),
+    # Of scores of size 2^20 a rounded one decides which value wins the softmax: nothing to be near to.
+    [(c, d) for c, d in itertools.product(CASES, DISTRIBUTIONS) if (c[0], d) != ("attention", "scaled")],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
+def test_stock_torch_is_near_the_reference(case: tuple[str, dict[str, Any]], distribution: str, dtype: str) -> None:
     problem = problem_of(*case, dtype)
     op = ops.get(problem.op)
-    if problem.op == "attention" and distribution == "scaled" and dtype != "float32":
-        pytest.skip("one rounded score of size 2^20 decides which value wins the softmax")
     arguments = arguments_of(problem, 40, distribution=distribution)
     got = load(op.stock)(problem, *arguments)
     wanted = load(op.reference)(problem, *arguments)
@@ -197,8 +201,7 @@ def test_stock_torch_is_near_the_reference(case: tuple[str, dict[str, Any]], dty
         name = str(problem.dims.get(output.dtype, dtype))
         assert value.dtype is getattr(torch, name)
         assert value.shape == reference.shape
-        scaled_softmax = distribution == "scaled" and problem.op in ("attention", "softmax")
-        assert relative_error(value, reference) < (3e-4 if scaled_softmax else TOLERANCE[dtype])
+        assert relative_error(value, reference) < TOLERANCE[dtype]
 
 
 def test_a_wrong_stock_result_would_be_seen() -> None:
@@ -264,7 +267,8 @@ def test_cache_slots_no_sequence_uses_hold_nan() -> None:
         assert not bool((slots.any(-1) ^ slots.all(-1)).any())
         assert bool(cache[table[0, 3:].long()].isnan().all())
         assert bool(cache[table[1].long()].isnan().all())
-    assert bool(q[5:].isnan().all()) and not bool(q[:5].isnan().any())
+    assert bool(q[5:].isnan().all())
+    assert not bool(q[:5].isnan().any())
 
 
 def test_ascending_pages_ascend() -> None:

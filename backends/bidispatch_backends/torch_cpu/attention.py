@@ -11,11 +11,11 @@ blocks of `rows`, padded with zeros; the products are `torch.bmm` over KV heads,
 and [rows, kv_tile] x [kv_tile, head_dim]. As many heads are taken at a time as keep a step within 16384 elements, which
 torch's element loops do not share among threads (exp and tanh do from 2048 on, but have no scalar tail to move).
 
-Measured with torch 2.13 on an AVX-512 processor: the bits depend neither on the place in a block nor on 1 to 4 threads.
+Measured with torch 2.13 on an AVX-512 processor: the bits follow neither the place in a block nor 1 to 4 threads.
 
-Not promised: a key's value is multiplied by an exact 0 for queries before it, so that a NaN or an infinity in it reaches
-earlier queries of its own sequence and tile, if it is in the cache already. A bound kernel keeps its buffers, so it must
-not run in two threads at once.
+Not promised: a value is multiplied by an exact 0 for queries before it, so that a NaN or an infinity in it reaches
+earlier queries of its own sequence and tile, if it is in the cache already. A bound kernel keeps its buffers, so it
+must not run in two threads at once.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _PagedAttention:
         first_kv = max(0, first_query - self._window + 1) if self._window else 0
         first_kv -= first_kv % self._tile
         positions = torch.arange(first_kv, kv_len, device="cpu")
-        pages, slots = page_row[positions // self._page_size], positions % self._page_size
+        pages, slots = page_row[positions // self._page_size].long(), positions % self._page_size
         for tile in row_blocks(len(positions), self._tile):
             self._load(self._keys, k_cache[pages[tile], slots[tile]])
             self._load(self._values, v_cache[pages[tile], slots[tile]])

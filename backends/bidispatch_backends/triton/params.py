@@ -140,7 +140,7 @@ class AttentionParams(Params):
 
     kv_split: int = Field(default=512, ge=16)
     """KV positions that start from a fresh accumulator; the splits are then folded in ascending order."""
-    block_n: int = Field(default=32, ge=16)
+    block_n: int = Field(default=64, ge=16)
     """KV positions of one tile, which share one running maximum."""
 
     _sizes = field_validator("block_n")(_power_of_two)
@@ -179,12 +179,14 @@ def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
     """One tile for any number of tokens: the kernel itself chooses between decode and prefill."""
     wide = problem.size("head_dim") > 128
     single = problem.dtype == "float32"
+    # Two stages hold two KV tiles; the wide fp32 ones, and any wide ones on a small shared memory, fit once.
+    stages = 1 if single or (wide and device.arch.shared_memory < 128 * _KB) else 2
     tile = AttentionTile(
         decode_block_m=16,
         decode_warps=4,
-        decode_stages=1 if single else 2,
+        decode_stages=stages,
         prefill_block_m=16 if single and wide else 32 if single else 64,
         prefill_warps=8 if wide else 4,
-        prefill_stages=1 if single else 2,
+        prefill_stages=stages,
     )
     return ((None, tile),)

@@ -1,0 +1,113 @@
+"""`bidispatch explain OP`: every candidate for one problem, with its verdict and all reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from bidispatch import ops
+from bidispatch.cli import failures, render
+from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
+from bidispatch.errors import SelectionError
+from bidispatch.ops.schema import Problem
+from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
+from bidispatch.planning.plan import Plan
+from bidispatch.planning.plan import plan as make_plan
+from bidispatch.planning.selection import Selection, rung_ranges
+
+__all__ = ["command"]
+
+_STYLES = {CHOSEN: "green", REJECTED: "red", SPARE: "dim", UNLISTED: "dim"}
+
+
+def command(
+    op: Annotated[str, typer.Argument(help="An op of the catalogue, such as gemm.", metavar="OP")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32, ...; the op's first by default.", metavar="DTYPE")
+    ] = None,
+    dim: DimOption = None,
+    device: DeviceOption = "auto",
+    profile: ProfileOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Show every candidate for a problem, and all reasons.
+
+    Each with its verdict, its class, and the file and line it is from. Without --dim, typical dims are used; with any, all that have no default must be given.
+
+    \b
+    Exit code 1: nothing fits.
+
+    \b
+    Example: bidispatch explain gemm --dtype bf16 --dim n=6144 --dim k=4096 --device sm90
+    """
+    asked = ops.get(op)
+    wanted = dtype or asked.dtypes[0]
+    dims = parse_dims(dim)
+    problem = asked.problem(wanted, dims) if dims else asked.typical(wanted)
+    plan = make_plan(device, profile=profile)
+    try:
+        result: Selection | SelectionError = plan.select_problem(problem)
+    except SelectionError as error:
+        result = error
+    if as_json:
+        render.json_document(_document(plan, problem, result))
+    else:
+        _print(plan, problem, result)
+    return failures.FINDING if isinstance(result, SelectionError) else 0
+
+
+def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> None:
+    render.line(str(problem))
+    render.plan_header(plan, [problem] if isinstance(result, Selection) else [])
+    if isinstance(result, Selection):
+        render.line(f"{'class':<13}{result.numerics}")
+        render.line(f"{'claims':<13}{result.level.label}, {_evidence(result)}")
+    render.line()
+    if result.decisions:
+        rows = [(d.implementation, d.verdict, d.serves, d.numerics, d.source, "\n".join(d.reasons)) for d in result.decisions]
+        render.table(("implementation", "verdict", "serves", "class", "source", "reasons"), rows, _STYLES)
+        render.line()
+    if isinstance(result, Selection):
+        ranges = rung_ranges([rung.max_m for rung in result.rungs])
+        render.table(
+            ("M", "implementation", "params", "tile"),
+            [
+                (_rows(*span), rung.implementation.name, _fields(rung.params), _fields(rung.tile))
+                for span, rung in zip(ranges, result.rungs, strict=True)
+            ],
+        )
+    else:
+        render.error_line(f"error: {render.why_not(problem, result)}")
+
+
+def _evidence(selection: Selection) -> str:
+    if selection.evidence is None:
+        return f"not proved here: `bidispatch verify {selection.problem.op} --record`"
+    return f"verified here, {selection.evidence.comparisons} rows, {selection.evidence.made}"
+
+
+def _rows(first: int, last: int | None) -> str:
+    if last is None:
+        return "any" if first == 1 else f"{first} and more"
+    return f"{first} to {last}"
+
+
+def _fields(model: BaseModel | None) -> str:
+    return " ".join(f"{name}={value}" for name, value in model.model_dump().items()) if model else ""
+
+
+def _document(plan: Plan, problem: Problem, result: Selection | SelectionError) -> dict[str, Any]:
+    served = isinstance(result, Selection)
+    decisions: Sequence[Decision] = result.decisions
+    return {
+        "problem": {"op": problem.op, "dtype": problem.dtype, "dims": dict(problem.dims)},
+        "device": {"name": plan.device.name, "arch": plan.device.arch.name, "predicted": plan.device.predicted},
+        "profile": {"name": plan.profile.name, "chain": list(plan.profile.chain), "note": plan.profile.note},
+        "selection": result.as_json() if isinstance(result, Selection) else None,
+        "decisions": [asdict(decision) for decision in decisions],
+        **({} if served else {"error": failures.as_json_error(result)}),  # type: ignore[arg-type]
+    }

@@ -1,0 +1,165 @@
+"""`bidispatch verify`: what the plan selects, compared bit by bit on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bidispatch import ops as catalogue
+from bidispatch.cli import failures, machine, render
+from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
+from bidispatch.errors import UsageError
+from bidispatch.invariance import Invariance
+from bidispatch.ops.schema import Problem
+from bidispatch.planning.plan import Plan
+from bidispatch.planning.plan import plan as make_plan
+from bidispatch.records import RecordStore
+
+if TYPE_CHECKING:
+    from bidispatch.verify.report import ProblemResult, Report
+
+__all__ = ["command"]
+
+_STYLES = {"passed": "green", "caught": "green", "FAILED": "red", "NOT CAUGHT": "red"}
+
+
+def command(
+    op: Annotated[list[str] | None, typer.Argument(help="Ops to verify.", metavar="[OP]...")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Verify every op the plan serves.")] = False,
+    level: Annotated[
+        str | None, typer.Option(help="run, batch or sequence; what each kernel claims by default.", metavar="LEVEL")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Only this dtype; may be given several times.", metavar="DTYPE")
+    ] = None,
+    dim: DimOption = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Also compare CUDA graph replay.")] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes/--no-classes", help="Compare the rungs of each ladder with one another.")
+    ] = True,
+    full: Annotated[bool, typer.Option("--full", help="Take every M up to 512 (128 on a CPU).")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Keep what passed, as evidence for plans.")] = False,
+    device: DeviceOption = "auto",
+    profile: ProfileOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Prove the plan's kernels on this machine, bit by bit.
+
+    A row's result must not depend on the rest of the batch. Kernels broken on purpose run along and must be caught. Plain torch runs along too; its differences are shown and
+    fail nothing. With --dim, one op is checked at those dims only.
+
+    \b
+    Exit code 1: a bit differed, a broken kernel was not caught, or nothing was compared.
+
+    \b
+    Example: bidispatch verify gemm attention --dtype bf16 --record
+    """
+    if bool(op) == every:
+        raise UsageError("name the ops to verify, or --all for every op: bidispatch verify gemm attention")
+    problems = _problems(op or [], dtype or [], parse_dims(dim))
+    wanted = Invariance.parse(level) if level else None
+    machine.require_torch("verify")
+    plan = _plan_to_prove(make_plan(device, profile=profile))
+    machine.require_device(plan.device)
+    store = RecordStore(plan.device)
+    if record:
+        store.load()  # a file that cannot be added to is better known before the work than after it
+    report = _run(plan, op or None, dtype or None, problems, wanted, cuda_graph, classes, full)
+    proofs = report.records() if record else []
+    if proofs:
+        store.add(proofs)
+    if as_json:
+        render.json_document({**report.as_json(), "recorded": len(proofs), "records": str(store.path)})
+    else:
+        _print(report)
+        if record:
+            render.line(f"recorded {len(proofs)} of {len(report.results)} problems in {store.path}")
+    return 0 if report.passed else failures.FINDING
+
+
+def _problems(op: Sequence[str], dtypes: Sequence[str], dims: dict[str, str]) -> list[Problem] | None:
+    """The problems that --dim names; None without it."""
+    if not dims:
+        return None
+    if len(op) != 1:
+        raise UsageError("--dim is for one op: bidispatch verify gemm --dim n=6144 --dim k=4096")
+    asked = catalogue.get(op[0])
+    return [asked.problem(dtype, dims) for dtype in dtypes or asked.dtypes]
+
+
+def _plan_to_prove(plan: Plan) -> Plan:
+    """The same plan without the demand for proof, which is made here."""
+    profile = replace(plan.profile, trust="claimed")
+    return Plan(plan.device, profile, plan.registry, RecordStore(plan.device), plan.require)
+
+
+def _run(
+    plan: Plan,
+    op: Sequence[str] | None,
+    dtypes: Sequence[str] | None,
+    problems: Sequence[Problem] | None,
+    level: Invariance | None,
+    cuda_graph: bool,
+    classes: bool,
+    full: bool,
+) -> Report:
+    from bidispatch.verify.runner import verify_plan
+
+    with render.progress_bar() as bar:
+        task = bar.add_task("verify", total=None)
+        return verify_plan(
+            plan,
+            ops=None if problems else op,
+            dtypes=None if problems else dtypes,
+            problems=problems,
+            level=level,
+            cuda_graph=cuda_graph,
+            classes=classes,
+            effort="full" if full else "quick",
+            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+        )
+
+
+def _print(report: Report) -> None:
+    render.table(
+        ("problem", "implementation", "level", "rows compared", "differ", "worst error", "stock torch", "s", "result"),
+        [_row(result) for result in report.results],
+        _STYLES,
+    )
+    for skipped in report.skipped:
+        render.line(f"skipped {skipped.problem}: {str(skipped.reason).partition(chr(10))[0]}")
+    render.line()
+    render.table(
+        ("broken on purpose", "must be caught by", "result"),
+        [(control.name, control.by, "caught" if control.caught else "NOT CAUGHT") for control in report.controls],
+        _STYLES,
+    )
+    render.line()
+    uncompared = [c for result in report.results for c in (*result.checks, *result.classes) if not c.rows]
+    for note in dict.fromkeys(str(check) for check in uncompared):
+        render.line(note)
+    for fault in report.faults:
+        render.line(f"fault: {fault}")
+    render.line(
+        f"{report.comparisons} rows compared on {report.device.name}, {report.differing} differ; "
+        f"{sum(result.passed for result in report.results)} of {len(report.results)} problems passed, "
+        f"{report.seconds:.1f} s"
+    )
+
+
+def _row(result: ProblemResult) -> tuple[str, ...]:
+    stock = result.stock
+    return (
+        str(result.problem),
+        "\n".join(result.selection.implementations),
+        result.level.label,
+        str(result.comparisons),
+        str(result.differing),
+        f"{max((accuracy.error for accuracy in result.accuracy), default=0.0):.1e}",
+        f"{stock.differing} of {stock.rows} rows differ" if stock else "not run",
+        f"{result.seconds:.1f}",
+        "passed" if result.passed else "FAILED",
+    )

@@ -1,0 +1,47 @@
+"""How far a kernel is from the fp64 reference, so that none passes by being invariant and wrong. Imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bidispatch.runtime.bind import load_attribute
+from bidispatch.runtime.context import Limits
+from bidispatch.verify.report import Accuracy
+from bidispatch.verify.subject import Canvas, Subject, limits_for
+
+__all__ = ["LIMITS", "measure_accuracy"]
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output: a few of its epsilons (fp32: of a long
+sum's). fp16 and bf16 round once at the end, attention also its weights."""
+
+# fp32 scores of scaled q and k reach 2^24: their last place is then wider than the softmax.
+_DISTRIBUTIONS = {"attention": ("normal", "positive")}
+_ALL = ("normal", "positive", "scaled")
+
+
+def measure_accuracy(subject: Subject, rebind: Callable[[Limits], Subject], rows: int) -> Iterator[Accuracy]:
+    """‖out − ref‖ / ‖ref‖ of each output for each distribution, in calls of so many rows.
+
+    `rebind` gives the kernel under test, bound for the calls that the op's generator makes.
+    """
+    reference: Callable[..., tuple[torch.Tensor, ...]] = load_attribute(subject.op.reference)
+    calls = {
+        distribution: subject.inputs(rows, distribution=distribution, seed=3)
+        for distribution in _DISTRIBUTIONS.get(subject.op.name, _ALL)
+    }
+    bound = rebind(limits_for(subject.problem, calls.values()))
+    for distribution, arguments in calls.items():
+        canvas = Canvas(bound, arguments, salt=0)
+        bound.call(arguments, canvas.outputs)
+        references = reference(subject.problem, *arguments, *subject.scalars)
+        for name, out, wanted in zip(subject.output_names, canvas.outputs, references, strict=True):
+            yield Accuracy(name, distribution, _error(out, wanted), LIMITS[out.dtype])
+
+
+def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    error = float((out.double() - reference).norm() / reference.norm())
+    return error if math.isfinite(error) else math.inf

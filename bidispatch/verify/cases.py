@@ -1,0 +1,159 @@
+"""What is verified: which problems, and how many rows, sequences and neighbours. Imports no torch.
+
+A record proves exactly the problem it was made for, so the catalogue's typical dims come first: they are what `plan`
+shows. The others are there to fall between tiles: sizes that no tile divides, and every switch of an op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bidispatch import ops
+from bidispatch.device import Device
+from bidispatch.errors import UsageError, did_you_mean
+from bidispatch.ops.schema import DimValue, Op, Problem, parse_dtype
+from bidispatch.planning.selection import Selection
+
+__all__ = ["EFFORTS", "Sizes", "problems_for", "sizes_for"]
+
+EFFORTS = ("quick", "full")
+
+Dims = Mapping[str, DimValue]
+
+_HEADS: Dims = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+# Beside the typical dims. Small, so that a processor can take them; a GPU's tiles do not divide them either.
+_EXTRA: Mapping[str, Sequence[Dims]] = {
+    "gemm": (
+        {"n": 203, "k": 333},
+        {"n": 320, "k": 1024, "bias": True, "out_dtype": "float32"},
+        {"n": 1, "k": 64, "bias": True},
+    ),
+    "bmm": ({"n": 77, "k": 129}, {"n": 64, "k": 80, "out_dtype": "float32"}),
+    "rms_norm": ({"n": 128}, {"n": 1003, "gemma": True}),
+    "fused_add_rms_norm": ({"n": 1003, "gemma": True},),
+    "silu_and_mul": ({"n": 333},),
+    "gelu_tanh_and_mul": ({"n": 333},),
+    "softmax": ({"n": 1003}, {"n": 40, "out_dtype": "float32"}),
+    "log_softmax": ({"n": 9001, "out_dtype": "float32"},),
+    "mean": ({"n": 1003},),
+    "attention": (
+        {**_HEADS, "window": 100},
+        {**_HEADS, "softcap": 20.0, "sinks": True},
+        {**_HEADS, "num_kv_heads": 1, "head_dim": 80, "page_size": 8},
+        {**_HEADS, "num_kv_heads": 8, "causal": False},
+    ),
+}
+_EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
+    "gemm": (
+        {"n": 6144, "k": 4096, "bias": True},
+        {"n": 4097, "k": 4104},
+        {"n": 4096, "k": 12288, "out_dtype": "float32"},
+    ),
+    "bmm": ({"n": 512, "k": 128},),
+    "log_softmax": ({"n": 151936},),
+    "attention": (
+        {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "window": 1000, "sinks": True},
+        {"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "softcap": 50.0},
+    ),
+}
+
+_ROWS = (1, 2, 3, 5, 7, 8, 16, 17, 33, 64, 100, 200, 257)
+_LONGEST_CPU_EDGE, _LONGEST_GPU_EDGE = 300, 4100
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is compared for one problem."""
+
+    rows: tuple[int, ...]
+    """M of each batch."""
+    pool: int
+    """Distinct rows."""
+    graph_rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """KV lengths of the sequences."""
+    chunks: tuple[int, ...]
+    decodes: int
+    """Positions of each sequence that are decoded, and chunks of a size that are run alone, at most."""
+    max_seqs: int
+    accuracy_rows: int = 67
+
+
+def problems_for(
+    device: Device, op_names: Sequence[str] | None = None, dtypes: Sequence[str] | None = None
+) -> Iterator[Problem]:
+    """The default problems: typical dims and odd ones, for each op asked for (all that exist, when None) and dtype.
+
+    Raises `UsageError` for an op or dtype that does not exist, and for an op asked for by name that nothing implements.
+    """
+    chosen = [op for op in ops.CATALOGUE.values() if op.available]
+    if op_names is not None:
+        chosen = [_available(name) for name in dict.fromkeys(op_names)]
+    wanted = None if dtypes is None else {parse_dtype(dtype) for dtype in dtypes}
+    for op in chosen:
+        for dtype in op.dtypes:
+            if wanted is None or dtype in wanted:
+                yield from dict.fromkeys(_problems_of(op, dtype, device))
+
+
+def _available(name: str) -> Op:
+    op = ops.get(name)
+    if not op.available:
+        available = [other.name for other in ops.CATALOGUE.values() if other.available]
+        raise UsageError(f"{name} is unsupported: no backend implements it yet; verify takes {', '.join(available)}")
+    return op
+
+
+def _problems_of(op: Op, dtype: str, device: Device) -> Iterator[Problem]:
+    yield op.typical(dtype)
+    extra = [*_EXTRA.get(op.name, ())]
+    if device.arch.vendor != "cpu":
+        extra += _EXTRA_ON_GPU.get(op.name, ())
+    for dims in extra:
+        yield op.problem(dtype, dims)
+
+
+def sizes_for(selection: Selection, effort: str) -> Sizes:
+    """How much to compare for a ladder: fixed sizes, and both sides of every edge it has.
+
+    Raises `UsageError` for an effort that does not exist.
+    """
+    if effort not in EFFORTS:
+        raise UsageError(f"unknown effort {effort!r}; known: {', '.join(EFFORTS)}{did_you_mean(effort, EFFORTS)}")
+    full = effort == "full"
+    on_cpu = selection.device.arch.vendor == "cpu"
+    longest_edge = _LONGEST_CPU_EDGE if on_cpu else _LONGEST_GPU_EDGE
+    rungs = [edge for rung in selection.rungs if rung.max_m for edge in _around(rung.max_m)]
+    blocks = [edge for size in _block_sizes(selection) if size < longest_edge for edge in _around(size)]
+    rows = {*_ROWS, *rungs, *(edge for edge in blocks if edge <= max(_ROWS))}
+    lengths = {1, 16, 17, 100, 300, *(edge for edge in blocks if edge > 32)}
+    if not on_cpu:
+        rows |= {1000, 2049}
+        lengths |= {511, 512, 513, 777, 2049, 5000}
+    if full:
+        # Libraries choose inside a rung, where nobody sees the edges: every M.
+        rows |= set(range(1, 129 if on_cpu else 513))
+        lengths |= {257, 513, 777}
+    return Sizes(
+        rows=tuple(sorted(rows)),
+        pool=16 if on_cpu else 64,
+        graph_rows=(1, 16, 17, 64, 257),
+        lengths=tuple(sorted(lengths)),
+        chunks=(1, 7, 64, 512),
+        decodes=(24 if on_cpu else 200) * (4 if full else 1),
+        max_seqs=24 if on_cpu else 64,
+    )
+
+
+def _around(edge: int) -> tuple[int, ...]:
+    return tuple(size for size in (edge - 1, edge, edge + 1) if size > 0)
+
+
+def _block_sizes(selection: Selection) -> set[int]:
+    """Every integer among a ladder's params and tiles: blocks of rows, tiles and splits of the KV have edges too."""
+    values = set()
+    for rung in selection.rungs:
+        fields = {**rung.params.model_dump(), **(rung.tile.model_dump() if rung.tile else {})}
+        values |= {value for value in fields.values() if type(value) is int and value >= 8}
+    return values

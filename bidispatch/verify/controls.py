@@ -1,0 +1,127 @@
+"""Negative controls: kernels broken on purpose that the checks must catch, run with every verification.
+
+They go through the same comparison as what is verified. A control that is not caught means that the checks prove
+nothing here, and fails the run; so does a sound kernel that does not pass. Imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from bidispatch import ops
+from bidispatch.device import Device
+from bidispatch.invariance import Invariance
+from bidispatch.ops.schema import Problem
+from bidispatch.planning.selection import Selection
+from bidispatch.registry import Implementation, Params, Rung
+from bidispatch.verify.broken import ControlParams
+from bidispatch.verify.cases import Sizes
+from bidispatch.verify.ladder import verify_selection
+from bidispatch.verify.report import ControlResult, ProblemResult
+
+__all__ = ["ATTENTION_FAULTS", "PRODUCT_FAULTS", "control_selection", "run_controls"]
+
+_ACCURACY = "accuracy"
+
+PRODUCT_FAULTS: Mapping[str, str] = {
+    "splits follow M": "batch sizes, normal",
+    "a row is skipped": "batch sizes, normal",
+    "splits change by the call": "repeated calls",
+    "neighbours leak": "neighbours of NaN, inf and huge",
+    "a row too many": "memory around the batch",
+    "strides ignored": "strided and unaligned rows",
+    "splits follow the limits": "bound for",
+    "splits follow N": "merged and separate weights",
+    "last k dropped": _ACCURACY,
+}
+"""Each fault of the product, and the check that must catch it (its name, or how that begins)."""
+
+ATTENTION_FAULTS: Mapping[str, str] = {
+    "splits follow the longest": "mixed batches, normal",
+    "splits follow the chunk": "decode against prefill",
+    "splits follow the page": "page order",
+    "splits follow the limits": "bound for",
+    "neighbours leak": "neighbours of NaN, inf and huge",
+    "unused slots leak": "mixed batches, normal",
+    "padding is written": "padding rows and empty sequences",
+    "wrong scale": _ACCURACY,
+}
+
+_LADDER, _CAPTURE = "rungs of two classes", "splits follow the capture"
+_SIZES = Sizes(
+    rows=(1, 2, 5, 17),
+    pool=6,
+    graph_rows=(1, 17),
+    lengths=(1, 4, 5, 9, 18),
+    chunks=(7,),
+    decodes=6,
+    max_seqs=6,
+    accuracy_rows=8,
+)
+_PRODUCT = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
+_ATTENTION = ops.get("attention").problem("float32", {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "page_size": 4})
+
+
+def run_controls(
+    device: Device, *, rows: bool = True, attention: bool = True, cuda_graph: bool = False
+) -> Iterator[ControlResult]:
+    """Run the controls of the row-wise checks, of attention's, and of graph replay."""
+    if rows:
+        yield _must_pass("a sound product", device, _PRODUCT)
+        for fault, by in PRODUCT_FAULTS.items():
+            yield _must_fail(f"product: {fault}", by, _verify(device, _PRODUCT, [ControlParams(fault=fault)]))
+        ladder = [ControlParams(splits=1), ControlParams(splits=2)]
+        yield _must_fail(_LADDER, "rungs of the ladder", _verify(device, _PRODUCT, ladder))
+    if attention:
+        yield _must_pass("a sound attention", device, _ATTENTION)
+        for fault, by in ATTENTION_FAULTS.items():
+            yield _must_fail(f"attention: {fault}", by, _verify(device, _ATTENTION, [ControlParams(fault=fault)]))
+    if cuda_graph:
+        result = _verify(device, _PRODUCT, [ControlParams(fault=_CAPTURE)], cuda_graph=True)
+        yield _must_fail(f"product: {_CAPTURE}", "CUDA graph replay", result)
+
+
+def control_selection(device: Device, problem: Problem, rungs: Sequence[Params]) -> Selection:
+    """A ladder of control kernels; its first rungs serve M up to 4, 8 and so on."""
+    kernel = "attention" if problem.op == "attention" else "product"
+    implementation = Implementation(
+        name=f"control.{kernel}",
+        op=problem.op,
+        load=f"bidispatch.verify.broken:bind_{kernel}",
+        archs=("*",),
+        dtypes=("float32",),
+        numerics=lambda params, problem: "control",
+        params=ControlParams,
+        libraries=("torch",),
+        cuda_graph=problem.op != "attention",
+    )
+    tops = [*(4 * (index + 1) for index in range(len(rungs) - 1)), None]
+    ladder = tuple(Rung(implementation, params, None, top) for params, top in zip(rungs, tops, strict=True))
+    return Selection(problem, device, ladder, "control", Invariance.SEQUENCE, ())
+
+
+def _verify(
+    device: Device, problem: Problem, rungs: Sequence[ControlParams], *, cuda_graph: bool = False
+) -> ProblemResult:
+    return verify_selection(
+        control_selection(device, problem, rungs),
+        cuda_graph=cuda_graph,
+        select=lambda part: control_selection(device, part, rungs),
+        stock=False,
+        sizes=_SIZES,
+    )
+
+
+def _must_fail(name: str, by: str, result: ProblemResult) -> ControlResult:
+    if by == _ACCURACY:
+        wrong = [accuracy for accuracy in result.accuracy if not accuracy.passed]
+        detail = f"error {wrong[0].error:.2e}" if wrong else ""
+        return ControlResult(name, by, bool(wrong), detail or result.error)
+    failed = [check for check in (*result.checks, *result.classes) if check.name.startswith(by) and not check.passed]
+    return ControlResult(name, by, bool(failed), str(failed[0]) if failed else result.error)
+
+
+def _must_pass(name: str, device: Device, problem: Problem) -> ControlResult:
+    """A check that fails everything catches every control: a kernel without fault must pass."""
+    result = _verify(device, problem, [ControlParams()])
+    return ControlResult(name, "passing every check", result.passed, "; ".join(result.faults))

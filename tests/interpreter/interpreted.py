@@ -1,0 +1,89 @@
+"""What the interpreter's tests share: run a kernel on the CPU into poisoned outputs, and compare bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from bidispatch import ops
+from bidispatch.device import ARCHS, Device
+from bidispatch.ops.schema import Problem
+from bidispatch.registry import Implementation, Registry
+from bidispatch.runtime.bind import load_attribute
+from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch_backends.triton import register
+
+REGISTRY = Registry()
+register(REGISTRY)
+SM90 = Device(ARCHS["sm90"], "sm90", predicted=True)
+CPU = Device(ARCHS["cpu"], "cpu")
+TOLERANCE = {"float32": 2e-6, "float16": 1e-3}
+DTYPES = (
+    "float32",
+    "float16",
+    pytest.param(
+        "bfloat16",
+        marks=pytest.mark.skip(reason="Triton's interpreter multiplies bfloat16 as raw bits and truncates its stores"),
+    ),
+)
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
+
+
+def implementation(problem: Problem) -> Implementation:
+    """The one Triton kernel of an op."""
+    (found,) = REGISTRY.for_op(problem.op)
+    return found
+
+
+def tiles(problem: Problem, params: Any = None) -> list[Any]:
+    """The tiles of the default ladder on sm90, by rising M."""
+    found = implementation(problem)
+    return [tile for _, tile in found.tiles(SM90, problem, params or found.params())]
+
+
+def bind(problem: Problem, *, params: Any = None, tile: Any = None, limits: Limits | None = None) -> Kernel:
+    """Bind on the CPU; by default with default params, the smallest tile and room for a test's batch."""
+    found = implementation(problem)
+    params = params or found.params()
+    context = BindContext(CPU, problem, params, tile or tiles(problem, params)[0], limits or Limits(1024, 16, 2048))
+    return load_attribute(found.load)(context)  # type: ignore[no-any-return]
+
+
+def scalars(problem: Problem) -> tuple[float, ...]:
+    return tuple(scalar.default_for(problem) for scalar in ops.get(problem.op).scalars)
+
+
+def draw_inputs(problem: Problem, rows: int, **options: Any) -> list[Any]:
+    return load_attribute(ops.get(problem.op).inputs)(problem, rows, **options)  # type: ignore[no-any-return]
+
+
+def reference(problem: Problem, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    return load_attribute(ops.get(problem.op).reference)(problem, *arguments, *scalars(problem))  # type: ignore[no-any-return]
+
+
+def poisoned_outputs(problem: Problem, arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """NaN-filled outputs, so that an element nobody writes is seen."""
+    op = ops.get(problem.op)
+    outputs = []
+    for spec, like in zip(op.outputs, reference(problem, arguments), strict=True):
+        dtype = problem.dtype if spec.dtype == "dtype" else str(problem[spec.dtype])
+        outputs.append(torch.full(like.shape, float("nan"), dtype=getattr(torch, dtype)))
+    return outputs
+
+
+def run(problem: Problem, arguments: Sequence[Any], kernel: Kernel | None = None) -> list[torch.Tensor]:
+    """Launch into poisoned outputs."""
+    outputs = poisoned_outputs(problem, arguments)
+    (kernel or bind(problem))(*arguments, *scalars(problem), *outputs)
+    return outputs
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.contiguous().view(_BITS[left.dtype]), right.contiguous().view(_BITS[right.dtype]))
+
+
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())

@@ -1,0 +1,200 @@
+"""Paged attention: right for every feature, and the same bits however a sequence is cut, cached, paged or batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DTYPES, TOLERANCE, bind, reference, relative_error, same_bits, scalars, tiles
+
+from bidispatch import ops
+from bidispatch.errors import ArgumentError, UsageError
+from bidispatch.ops.reference.attention import paged_batch
+from bidispatch.ops.schema import Problem
+from bidispatch.runtime.context import Kernel, Limits
+from bidispatch_backends.triton.params import AttentionParams
+
+PARAMS = AttentionParams(kv_split=64, block_n=32)
+LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
+HEADS = {"head_dim": 32, "num_heads": 4, "num_kv_heads": 2}
+FEATURES: dict[str, dict[str, Any]] = {
+    "grouped": HEADS,
+    "one head each, page of 1": {**HEADS, "num_kv_heads": 4, "page_size": 1},
+    "one KV head for 24, more than a tile has rows": {**HEADS, "num_heads": 24, "num_kv_heads": 1, "page_size": 256},
+    "group of 3, head_dim 80, page of 5": {"head_dim": 80, "num_heads": 3, "num_kv_heads": 1, "page_size": 5},
+    "head_dim 8": {**HEADS, "head_dim": 8},
+    "head_dim 192": {**HEADS, "head_dim": 192, "num_heads": 2, "num_kv_heads": 1},
+    "window": {**HEADS, "window": 40},
+    "window of 1": {**HEADS, "window": 1},
+    "softcap": {**HEADS, "softcap": 5.0},
+    "sinks": {**HEADS, "sinks": True},
+    "window, softcap and sinks": {**HEADS, "window": 70, "softcap": 20.0, "sinks": True},
+    "not causal": {**HEADS, "causal": False},
+}
+# Query and KV lengths: a decode, a prefill, an empty sequence, a chunk behind a prefix, a whole split, a first token.
+QUERIES, KVS = [1, 37, 0, 5, 1, 1], [130, 37, 0, 70, 64, 1]
+
+
+def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
+    return ops.get("attention").problem(dtype, dims)
+
+
+def bind_path(problem: Problem, path: str, params: AttentionParams = PARAMS) -> Kernel:
+    """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
+    (tile,) = tiles(problem, params)
+    tokens = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    tile = tile.model_copy(update={"decode_tokens": tokens, "decode_block_m": 16, "prefill_block_m": 16})
+    return bind(problem, params=params, tile=tile, limits=LIMITS)
+
+
+def attend(kernel: Kernel, problem: Problem, batch: Sequence[Any]) -> torch.Tensor:
+    """Run into a poisoned output."""
+    out = torch.full_like(batch[0], float("nan"))
+    kernel(*batch, *scalars(problem), out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_both_paths_agree_in_every_bit_and_with_the_reference(feature: str, dtype: str) -> None:
+    problem = problem_of(dtype, FEATURES[feature])
+    batch = paged_batch(problem, QUERIES, KVS, padding_rows=2)
+    walked = attend(bind_path(problem, "walked"), problem, batch)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    rows = sum(QUERIES)
+    assert same_bits(walked[:rows], parallel[:rows])
+    assert relative_error(walked[:rows], reference(problem, batch)[0][:rows]) < TOLERANCE[dtype]
+    for out in (walked, parallel):
+        assert out[rows:].isnan().all(), "rows that no sequence owns were written"
+
+
+@pytest.mark.parametrize("distribution", ["positive", "scaled"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_tiles_are_near_the_reference(dtype: str, distribution: str) -> None:
+    problem = problem_of(dtype, HEADS)
+    batch = paged_batch(problem, [1, 70, 20], [520, 70, 90], distribution=distribution)
+    (tile,) = tiles(problem)
+    tile = tile.model_copy(update={"decode_tokens": 0})
+    out = attend(bind(problem, tile=tile), problem, batch)
+    # Scores of thousands, as `scaled` has them, lose absolute precision to fp32 itself.
+    tolerance = max(TOLERANCE[dtype], 1e-4) if distribution == "scaled" else TOLERANCE[dtype]
+    assert relative_error(out, reference(problem, batch)[0]) < tolerance
+
+
+def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 150) -> dict[str, int]:
+    """Rows of one sequence that differ from its whole prefill alone, by how the sequence was served instead."""
+    seed = 7
+
+    def serve(kv: int, query: int, neighbours: Sequence[tuple[int, int]] = (), **paging: Any) -> torch.Tensor:
+        queries, kvs = [n[0] for n in neighbours] + [query], [n[1] for n in neighbours] + [kv]
+        seeds = [*range(100, 100 + len(neighbours)), seed]
+        batch = paged_batch(problem, queries, kvs, sequence_seeds=seeds, **paging)
+        return attend(kernel_for(len(batch[0])), problem, batch)[-query:]
+
+    whole = serve(length, length)
+
+    def count(out: torch.Tensor, start: int) -> int:
+        expected = whole[start : start + len(out)]
+        return sum(not same_bits(a, b) for a, b in zip(out, expected, strict=True))
+
+    ends = [0, 1, 50, 64, 65, 130, length]
+    others = [(3, 90), (1, 40), (20, 20)]
+    return {
+        "decoded": sum(count(serve(p + 1, 1), p) for p in (0, 1, 31, 32, 63, 64, 65, 100, 127, 128, 149)),
+        "in chunks": sum(count(serve(b, b - a), a) for a, b in zip(ends, ends[1:], strict=False)),
+        "among others": count(serve(length, length, others), 0),
+        "a chunk among others": count(serve(length, 50, others), length - 50),
+        "in ascending pages": count(serve(length, length, page_order="ascending"), 0),
+        "in other pages of a wider table": count(serve(length, 50, page_seed=5, max_pages=60), length - 50),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", ["grouped", "window, softcap and sinks", "group of 3, head_dim 80, page of 5"])
+def test_a_sequence_has_the_same_bits_however_it_is_served(feature: str, dtype: str) -> None:
+    problem = problem_of(dtype, FEATURES[feature])
+    kernels = {path: bind_path(problem, path) for path in ("parallel", "walked")}
+    differ = rows_that_differ(problem, lambda tokens: kernels["parallel" if tokens < 32 else "walked"])
+    assert differ == dict.fromkeys(differ, 0)
+
+
+def test_splits_that_follow_the_batch_are_caught() -> None:
+    """Negative control: a split width that follows the number of tokens, as an occupancy heuristic would choose it."""
+    problem = problem_of("float32", HEADS)
+    wide = bind_path(problem, "walked", AttentionParams(kv_split=128, block_n=32))
+    narrow = bind_path(problem, "parallel")
+    differ = rows_that_differ(problem, lambda tokens: narrow if tokens < 32 else wide)
+    assert differ["decoded"] > 0
+    assert differ["in chunks"] > 0
+
+
+@pytest.mark.parametrize("path", ["parallel", "walked"])
+def test_caches_may_be_strided_views(path: str) -> None:
+    """As vLLM holds them: keys and values interleaved, heads before slots."""
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, QUERIES, KVS)
+    plain = attend(bind_path(problem, path), problem, batch)
+    caches = torch.full((batch[1].shape[0], 2, 2, 16, 40), float("nan"))
+    views = [caches[:, i, :, :, :32].transpose(1, 2) for i in range(2)]
+    for view, cache in zip(views, batch[1:3], strict=True):
+        view.copy_(cache)
+    wide_q = torch.full((len(batch[0]), 6, 48), float("nan"))
+    wide_q[:, 1:5, 8:40] = batch[0]
+    strided = [wide_q[:, 1:5, 8:40], *views, *batch[3:]]
+    assert same_bits(plain, attend(bind_path(problem, path), problem, strided))
+
+
+@pytest.mark.parametrize("path", ["parallel", "walked"])
+def test_pages_behind_the_window_are_not_read(path: str) -> None:
+    """An engine frees them: their table entries then name a page of another sequence, NaN here."""
+    problem = problem_of("float32", {**HEADS, "window": 20})
+    batch = paged_batch(problem, [3], [150])
+    before = attend(bind_path(problem, path), problem, batch)
+    poison = batch[1].isnan().all(dim=(1, 2, 3)).nonzero()[0, 0]
+    batch[3][0, : (150 - 3 - 19) // 16] = poison.to(torch.int32)
+    assert same_bits(before, attend(bind_path(problem, path), problem, batch))
+
+
+@pytest.mark.parametrize("path", ["parallel", "walked"])
+def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -> None:
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, [2, 2], [40, 150])
+    expected = attend(bind_path(problem, path), problem, batch)
+    batch[3] = batch[3][:, :3].contiguous()  # 48 positions: enough for the first alone
+    out = attend(bind_path(problem, path), problem, batch)
+    assert same_bits(expected[:2], out[:2])
+    assert out[2:].isnan().all()
+
+
+def test_equal_workspace_use_leaves_no_trace_of_earlier_calls() -> None:
+    problem = problem_of("float32", {**HEADS, "window": 40})
+    kernel = bind_path(problem, "parallel")
+    first, second = paged_batch(problem, [4, 1], [200, 90]), paged_batch(problem, [1, 3], [65, 300], seed=3)
+    alone = attend(bind_path(problem, "parallel"), problem, second)
+    attend(kernel, problem, first)
+    assert same_bits(alone, attend(kernel, problem, second))
+
+
+def test_the_workspace_limit_changes_the_path_and_not_the_bits() -> None:
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, [1, 1], [130, 40])
+    (tile,) = tiles(problem, PARAMS)
+    walking = tile.model_copy(update={"workspace_mb": 0, "prefill_block_m": 16})
+    out = attend(bind(problem, params=PARAMS, tile=walking, limits=LIMITS), problem, batch)
+    assert same_bits(out, attend(bind_path(problem, "parallel"), problem, batch))
+
+
+def test_limits_without_a_sequence_length_are_refused() -> None:
+    problem = problem_of("float32", HEADS)
+    with pytest.raises(UsageError, match="max_seq_len"):
+        bind(problem, limits=Limits(max_tokens=4))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, [1], [3])
+    with pytest.raises(ArgumentError, match="scale"):
+        bind_path(problem, "walked")(*batch, scale, torch.empty_like(batch[0]))

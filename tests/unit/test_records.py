@@ -1,0 +1,156 @@
+"""Record files: broken, foreign and newer ones are refused, writers lose nothing, readers never see half a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+from fakes import CPU, H200, fake, gemm_rule, plan_of, registry_of
+
+from bidispatch.errors import RecordError
+from bidispatch.records import Record, RecordStore, records_folder
+
+
+def record(name: str = "a", **changes) -> Record:
+    fields = {
+        "problem": name,
+        "ladder": "[]",
+        "numerics": "k",
+        "level": "sequence",
+        "comparisons": 10,
+        "cuda_graph": False,
+        "made": "2025-01-01T00:00:00+00:00",
+        "environment": {"device": "x", "soft": {"driver": "1"}},
+    }
+    return Record(**{**fields, **changes})
+
+
+@pytest.fixture
+def store(isolated) -> RecordStore:
+    return RecordStore(H200)
+
+
+def test_the_file_is_named_after_the_device_in_the_folder_the_variable_names(store, isolated, monkeypatch):
+    assert store.path == isolated / "records" / "sm90-nvidia-h200.json"
+    monkeypatch.delenv("BIDISPATCH_RECORDS_DIR")
+    assert records_folder().parts[-2:] == ("bidispatch", "records")
+
+
+def test_what_is_added_is_read_back(store):
+    assert store.load() == []
+    store.add([record("a"), record("b", level="batch")])
+    assert store.load() == [record("a"), record("b", level="batch")]
+    assert RecordStore(CPU).load() == []
+
+
+def test_a_newer_record_of_the_same_thing_replaces_the_older(store):
+    store.add([record("a"), record("b")])
+    store.add([record("a", made="2026", comparisons=20, environment={"device": "x", "soft": {"driver": "2"}})])
+    assert [(each.problem, each.comparisons) for each in store.load()] == [("b", 10), ("a", 20)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"ladder": "[1]"}, {"level": "batch"}, {"environment": {"device": "y"}}], ids=lambda change: next(iter(change))
+)
+def test_a_record_of_something_else_stays(store, change):
+    store.add([record("a")])
+    store.add([record("a", **change)])
+    assert len(store.load()) == 2
+
+
+WHOLE = {"format": "bidispatch-records", "version": 1, "records": []}
+ONE = json.loads(json.dumps({name: getattr(record(), name) for name in Record.__slots__}))
+BROKEN = {
+    "truncated": (json.dumps(WHOLE)[:-9], "is not a readable record file"),
+    "empty": ("", "is not a readable record file"),
+    "not text": (b"\xff\xfe\x00", "is not a readable record file"),
+    "foreign json": ('{"results": []}', "was not written by bidispatch"),
+    "a list": ("[]", "was not written by bidispatch"),
+    "a number": ("3", "was not written by bidispatch"),
+    "future version": (json.dumps({**WHOLE, "version": 2}), "has format version 2, this bidispatch reads 1"),
+    "no version": (json.dumps({"format": WHOLE["format"]}), "has format version None"),
+    "no records": (json.dumps({"format": WHOLE["format"], "version": 1}), "a record that is not whole"),
+    "records of another type": (json.dumps({**WHOLE, "records": {}}), "a record that is not whole"),
+    "a record that is text": (json.dumps({**WHOLE, "records": ["x"]}), "a record that is not whole"),
+    "a record that lacks a field": (
+        json.dumps({**WHOLE, "records": [{name: value for name, value in ONE.items() if name != "level"}]}),
+        "not whole",
+    ),
+    "a field of another type": (json.dumps({**WHOLE, "records": [{**ONE, "environment": 5}]}), "not whole"),
+    "a level nobody knows": (json.dumps({**WHOLE, "records": [{**ONE, "level": "perfect"}]}), "not whole.*'perfect'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_a_record_error_that_says_what_to_do(store, case):
+    content, message = BROKEN[case]
+    store.path.parent.mkdir()
+    store.path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for use in (store.load, lambda: store.add([record()])):
+        with pytest.raises(RecordError, match=f"(?s){store.path.name} .*{message}") as info:
+            use()
+        assert any(word in str(info.value) for word in ("delete", "move it away", "verify --all --record"))
+    before = content if isinstance(content, bytes) else content.encode()
+    assert store.path.read_bytes() == before  # nothing was thrown away
+
+
+@pytest.mark.parametrize("trust", ["claimed", "verified"])
+def test_a_broken_file_warns_once_where_claims_are_trusted_and_stops_where_they_are_not(store, trust, tmp_path, caplog):
+    store.path.parent.mkdir()
+    store.path.write_text("{")
+    registry = registry_of(fake("a.gemm"))
+    plan = plan_of(tmp_path, registry, gemm_rule("impl: a.gemm"), head=f"invariance: {{trust: {trust}}}")
+    for n in (8, 16):
+        if trust == "verified":
+            with pytest.raises(RecordError, match="not a readable record file"):
+                plan.select("gemm", dtype="fp32", n=n, k=8)
+        else:
+            with caplog.at_level(logging.WARNING):
+                assert plan.select("gemm", dtype="fp32", n=n, k=8).evidence is None
+    assert len(caplog.records) == (trust == "claimed")
+
+
+def test_two_processes_that_write_at_once_lose_nothing(store):
+    code = """
+import sys
+from bidispatch.device import ARCHS, Device
+from bidispatch.records import Record, RecordStore
+store = RecordStore(Device(ARCHS["sm90"], "NVIDIA H200"))
+for i in range(25):
+    store.add([Record(f"{sys.argv[1]}-{i}", "[]", "k", "batch", 1, False, "2025", {})])
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("one", "two")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert {each.problem for each in store.load()} == {f"{name}-{i}" for name in ("one", "two") for i in range(25)}
+
+
+def test_a_reader_never_sees_half_a_file(store):
+    store.add([record("first")])
+    done = threading.Event()
+
+    def write() -> None:
+        for i in range(40):
+            store.add([record(str(i), environment={"padding": "x" * 2000})])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while not done.is_set() or not reads:
+        assert RecordStore(H200).load()[0].problem == "first"
+        reads += 1
+    writer.join()
+    assert len(store.load()) == 41
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(store, monkeypatch):
+    store.add([record("first")])
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="disk full"):
+        broken.setattr("pathlib.Path.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        store.add([record("second")])
+    assert [each.problem for each in store.load()] == ["first"]
+    assert not list(store.path.parent.glob("*.new"))
