@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bidispatch import ops
 from bidispatch.device import Device
@@ -14,7 +15,7 @@ from bidispatch.environment import BIT_VARIABLES, describe, hard_part
 from bidispatch.errors import BidispatchError
 from bidispatch.planning.overrides import IMPL_VARIABLE
 from bidispatch.planning.plan import Plan, plan
-from bidispatch.profiles.load import PROFILE_VARIABLE, ProfileStore, builtin_folder, user_folder
+from bidispatch.profiles.load import PROFILE_VARIABLE, builtin_folder, user_folder
 from bidispatch.records import Record, RecordStore
 from bidispatch.registry import Registry, default_registry
 from bidispatch.requirements import Package, installed_version
@@ -65,7 +66,9 @@ def _gpus(found: Diagnosis) -> None:
         return
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    except pynvml.NVMLError as error:
+        if Path("/dev/nvidiactl").exists():
+            found.findings.append(f"an NVIDIA driver is there, but does not answer: {error}")
         return
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
@@ -94,23 +97,27 @@ def _device(found: Diagnosis) -> Device | None:
 def _torch(found: Diagnosis) -> None:
     entries = found.sections.setdefault("torch", {"python": platform.python_version()})
     gpus = len(found.sections["GPUs the driver sees"])
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     try:
         import torch
     except (ImportError, OSError) as error:  # a torch without its CUDA libraries raises OSError
         found.lacks.append(f"torch does not import ({error}); `pip install torch`")
         return
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-    cpu_only = torch.version.cuda is None and torch.version.hip is None
-    entries["torch"] = f"{torch.__version__}, built for {'the CPU' if cpu_only else built_for}"
+    built_for = next((f"{n} {v}" for n, v in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if v), "CPU")
+    entries["torch"] = f"{torch.__version__}, built for {built_for}"
     entries["threads"] = str(torch.get_num_threads())
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     entries["GPUs it can use"] = str(usable)
-    if hidden and gpus:
+    if gpus and os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         found.findings.append("CUDA_VISIBLE_DEVICES hides every GPU from this process")
     elif gpus and not usable:
-        why = "it is a CPU build" if cpu_only else f"it is built for {built_for}; does the driver support that?"
-        found.lacks.append(f"the driver sees {gpus} GPUs, torch {torch.__version__} can use none: {why}")
+        found.lacks.append(
+            f"the driver sees {gpus} GPUs, torch {torch.__version__}, built for {built_for}, can use none; "
+            "install a torch built for this driver"
+        )
+    elif Path("/dev/kfd").exists() and not usable:
+        found.lacks.append(
+            f"an AMD GPU is there (/dev/kfd), torch {torch.__version__}, built for {built_for}, cannot use it"
+        )
 
 
 def _registry(found: Diagnosis) -> Registry | None:

@@ -42,11 +42,11 @@ class Entry:
     calls: int
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that counts every op under it. Composite ops are taken apart into what they run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: dict[tuple[str, str, str, str], int] = {}
 
     def __torch_dispatch__(
@@ -100,6 +100,7 @@ def _adds(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether this call of a listed op does more than its name says."""
     if any(part in func._overloadname for part in ADDING_OVERLOADS):
         return True
-    values = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    values = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    values.update(kwargs)
     # accumulate adds into one place from several; alpha makes a sum of a product, which may be fused or not.
     return bool(values.get("accumulate", False)) or values.get("alpha", 1) != 1

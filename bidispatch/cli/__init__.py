@@ -9,11 +9,20 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
+_INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. `arguments` are those of the process by default."""
     import sys
 
-    from bidispatch.cli.app import run
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        from bidispatch.cli.app import run
 
-    return run(list(sys.argv[1:] if arguments is None else arguments))
+        code = run(words)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        sys.stderr.write("interrupted\n")
+    return code

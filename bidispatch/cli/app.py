@@ -22,7 +22,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 fine, 1 a finding, 2 usage, 3 this machine lacks something.",
     add_completion=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command("plan")(plan.command)
 app.command("explain")(explain.command)
@@ -54,17 +54,15 @@ def run(arguments: list[str]) -> int:
     """Run a command line; print what went wrong in one place; return the exit code."""
     # Errors come also from parsing, when no option has a value yet: look at the words themselves.
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    render.show_log(debug=debug)
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="bidispatch", standalone_mode=False)
+        with render.log_shown(debug=debug):
+            result = typer.main.get_command(app).main(arguments, prog_name="bidispatch", standalone_mode=False)
     except BidispatchError as error:
         return failures.report(error, as_json=as_json, debug=debug)
     except _TyperUsageError as error:
         return failures.report_usage(error, as_json=as_json)
-    except (typer.Abort, KeyboardInterrupt):
-        result = failures.INTERRUPTED
+    except typer.Abort:  # how some versions of typer pass Ctrl-C on; others return 130
+        return failures.INTERRUPTED
     except BrokenPipeError:
         return failures.reader_gone()
-    if result == failures.INTERRUPTED:
-        render.error_line("interrupted")
     return result if isinstance(result, int) else 0

@@ -46,10 +46,8 @@ def command(
 
     Uncovered ops are those nothing proves; ops nobody has heard of are among them. Weights are random.
 
-    \b
     Exit code 1: something is uncovered.
 
-    \b
     Example: bidispatch audit --model Qwen3-8B --framework transformers
     """
     machine.require_torch("audit")

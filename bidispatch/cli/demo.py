@@ -12,7 +12,7 @@ from bidispatch.cli import failures, machine, render
 from bidispatch.cli.options import DeviceOption, JsonOption
 from bidispatch.demo.config import CPU_MODEL, GPU_MODEL, ModelConfig
 from bidispatch.demo.problems import decoder_problems
-from bidispatch.demo.workload import PAGE_SIZE, Workload, make_workload
+from bidispatch.demo.workload import PAGE_SIZE, Workload, default_workload
 from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.plan import Plan
@@ -34,18 +34,19 @@ def command(
         typer.Option(help="A Hugging Face folder of a dense Qwen3 or Llama; random weights if it has none."),
     ] = None,
     device: DeviceOption = "auto",
-    requests: Annotated[int, typer.Option(min=1, help="Requests to serve.")] = 12,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests to serve; 12 on a processor, 24 on a GPU by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the requests.")] = 0,
     as_json: JsonOption = False,
 ) -> int:
     """Serve a small model, and see whether logprobs move.
 
-    Each request is served alone and among others, by continuous batching, and compared. Twice: with stock torch, and with the kernels of this machine's plan.
+    Each request is served alone and among others, by continuous batching, and compared. Twice: with stock torch, and
+    with the kernels of this machine's plan.
 
-    \b
     Exit code 1: under the plan a logprob moved.
 
-    \b
     Example: bidispatch demo --requests 16
     """
     machine.require_torch("demo")
@@ -55,7 +56,8 @@ def command(
     problems = list(dict.fromkeys(decoder_problems(config, dtype_for(plan.device), PAGE_SIZE).values()))
     if not as_json:
         _print_plan(plan, problems)
-    workload = make_workload(config, requests=requests, seed=seed)
+    gpu = plan.device.arch.vendor != "cpu"
+    workload = default_workload(config, gpu=gpu, requests=requests, seed=seed)
     results = _serve(plan, config, model, workload, seed, quiet=as_json)
     if as_json:
         render.json_document(
@@ -136,7 +138,7 @@ def _print_result(result: Result) -> None:
     render.line(f"  differing bit patterns: {result.values_differ} of {result.values_compared}")
     render.line(f"  tokens that differ: {result.tokens_differ} of {result.tokens_compared}")
     render.line(
-        f"  {result.seconds:.1f} s; together in {together.steps} steps, up to {together.most_requests} requests in one: "
+        f"  {result.seconds:.1f} s; together in {together.steps} steps of up to {together.most_requests} requests: "
         f"{together.partial_prefills} chunks of prompts, {together.mixed_steps} steps of prefill and decode mixed, "
         f"{together.graph_replays} CUDA graph replays"
     )

@@ -17,10 +17,8 @@ def command(as_json: JsonOption = False) -> int:
     GPUs, driver, packages, backends that failed and why, profiles, records, and environment variables that change
     bits behind a plan's back.
 
-    \b
     Exit code 3: there is no torch, or a GPU that torch cannot use.
 
-    \b
     Example: bidispatch doctor
     """
     diagnosis = diagnose()

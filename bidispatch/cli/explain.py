@@ -36,12 +36,11 @@ def command(
 ) -> int:
     """Show every candidate for a problem, and all reasons.
 
-    Each with its verdict, its class, and the file and line it is from. Without --dim, typical dims are used; with any, all that have no default must be given.
+    Each with its verdict, its class, and the file and line it is from. Without --dim, typical dims are used; with
+    any, all that have no default must be given.
 
-    \b
     Exit code 1: nothing fits.
 
-    \b
     Example: bidispatch explain gemm --dtype bf16 --dim n=6144 --dim k=4096 --device sm90
     """
     asked = ops.get(op)
@@ -68,7 +67,10 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
         render.line(f"{'claims':<13}{result.level.label}, {_evidence(result)}")
     render.line()
     if result.decisions:
-        rows = [(d.implementation, d.verdict, d.serves, d.numerics, d.source, "\n".join(d.reasons)) for d in result.decisions]
+        rows = [
+            (d.implementation, d.verdict, d.serves, d.numerics, d.source, "\n".join(d.reasons))
+            for d in result.decisions
+        ]
         render.table(("implementation", "verdict", "serves", "class", "source", "reasons"), rows, _STYLES)
         render.line()
     if isinstance(result, Selection):

@@ -29,13 +29,11 @@ def command(
 ) -> int:
     """Show what serves every op on a device.
 
-    With the line that says so, its class, and the evidence for it. The device need not be in this machine, and torch need not be installed. Ops are shown at typical dims;
-    `bidispatch explain` takes others.
+    With its class, the evidence for it and the line that says so. The device need not be in this machine, and torch
+    need not be installed. Ops are shown at typical dims; `bidispatch explain` takes others.
 
-    \b
     Exit code 1: nothing is served, or a choice that was forced, or must be verified, cannot be had.
 
-    \b
     Example: bidispatch plan --device sm103
     """
     made = make_plan(device, profile=profile, require=require)

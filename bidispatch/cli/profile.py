@@ -33,7 +33,6 @@ _Name = Annotated[str, typer.Argument(help="A profile's name or file.", metavar=
 def list_profiles(as_json: JsonOption = False) -> int:
     """List every profile, and what this machine uses.
 
-    \b
     Example: bidispatch profile list
     """
     store = ProfileStore(default_registry())
@@ -88,7 +87,6 @@ def show(
 ) -> int:
     """Print a profile, as it stands or as it resolves.
 
-    \b
     Example: bidispatch profile show sm103 --resolved
     """
     store = ProfileStore(default_registry())
@@ -124,10 +122,8 @@ def lint(
 
     Each as path:line:column, all of a file at once.
 
-    \b
     Exit code 1: there is a fault.
 
-    \b
     Example: bidispatch profile lint hw_profiles/*.yaml
     """
     registry = default_registry()
@@ -151,7 +147,6 @@ def diff(before: _Name, after: _Name, as_json: JsonOption = False) -> int:
 
     As they resolve, with all that they extend.
 
-    \b
     Example: bidispatch profile diff sm90 my.yaml
     """
     store = ProfileStore(default_registry())
@@ -186,7 +181,6 @@ def init(
 
     It changes nothing until one of its two lines is uncommented.
 
-    \b
     Example: bidispatch profile init sm90 --out my.yaml
     """
     chosen = Arch.parse(arch)

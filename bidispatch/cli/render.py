@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +22,8 @@ from rich.text import Text
 from bidispatch.device import Device
 from bidispatch.errors import SelectionError
 from bidispatch.ops.schema import DTYPES, Problem
-from bidispatch.planning.decisions import CHOSEN
+from bidispatch.planning.decisions import CHOSEN, REJECTED
+from bidispatch.planning.overrides import forced_choice
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.selection import Selection
 
@@ -30,14 +32,15 @@ __all__ = [
     "error_line",
     "json_document",
     "line",
+    "log_shown",
     "plan_header",
     "plan_rows",
     "plan_table",
     "plan_unsupported",
     "progress_bar",
-    "show_log",
     "table",
     "warning",
+    "why_not",
 ]
 
 _out = Console(markup=False, highlight=False, emoji=False)
@@ -125,17 +128,20 @@ class _Warnings(logging.Handler):
             warning(text)
 
 
-def show_log(*, debug: bool) -> None:
-    """Send the library's log to stderr; all of it with `debug`."""
-    logger = logging.getLogger("bidispatch")
-    for handler in [handler for handler in logger.handlers if isinstance(handler, _Warnings)]:
-        logger.removeHandler(handler)
-    handler = _Warnings()
+@contextmanager
+def log_shown(*, debug: bool) -> Iterator[None]:
+    """Show the library's warnings on stderr inside a `with` block; with `debug`, all of its log."""
+    logger, handler = logging.getLogger("bidispatch"), _Warnings()
+    level = logger.level
     if debug:
         handler.setLevel(logging.DEBUG)
         logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
-    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +212,15 @@ def plan_table(results: Sequence[tuple[Problem, Selection | SelectionError]]) ->
     """Print what serves each problem."""
     columns = ("op", "dtype", "implementation", "class", "level", "evidence", "source")
     rows = [
-        (row.op, " ".join(DTYPES[dtype] for dtype in row.dtypes), row.implementation, row.numerics, row.level, row.evidence, row.source)
+        (
+            row.op,
+            " ".join(DTYPES[dtype] for dtype in row.dtypes),
+            row.implementation,
+            row.numerics,
+            row.level,
+            row.evidence,
+            row.source,
+        )
         for row in plan_rows(results)
     ]
     table(columns, rows)
@@ -229,6 +243,10 @@ def plan_unsupported(results: Sequence[tuple[Problem, Selection | SelectionError
 
 
 def why_not(problem: Problem, error: SelectionError) -> str:
-    """The reason nothing serves a problem, without the trace."""
+    """The reason nothing serves a problem, on one line."""
+    verdicts = {decision.verdict for decision in error.decisions}
+    if REJECTED in verdicts and CHOSEN not in verdicts and forced_choice(problem.op) is None:
+        rejected = [decision for decision in error.decisions if decision.verdict == REJECTED]
+        return "; ".join(dict.fromkeys(reason for decision in rejected for reason in decision.reasons))
     first: str = str(error).partition("\n")[0]
     return first.removeprefix(f"{problem.op} is unsupported: ")

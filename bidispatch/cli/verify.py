@@ -48,13 +48,12 @@ def command(
 ) -> int:
     """Prove the plan's kernels on this machine, bit by bit.
 
-    A row's result must not depend on the rest of the batch. Kernels broken on purpose run along and must be caught. Plain torch runs along too; its differences are shown and
-    fail nothing. With --dim, one op is checked at those dims only.
+    A row's result must not depend on the rest of the batch. Kernels broken on purpose run along and must be caught.
+    Plain torch runs along too; its differences are shown and fail nothing. With --dim, one op is checked at those
+    dims only.
 
-    \b
     Exit code 1: a bit differed, a broken kernel was not caught, or nothing was compared.
 
-    \b
     Example: bidispatch verify gemm attention --dtype bf16 --record
     """
     if bool(op) == every:
@@ -130,7 +129,7 @@ def _print(report: Report) -> None:
         _STYLES,
     )
     for skipped in report.skipped:
-        render.line(f"skipped {skipped.problem}: {str(skipped.reason).partition(chr(10))[0]}")
+        render.line(f"skipped {skipped.problem}: {render.why_not(skipped.problem, skipped.error)}")
     render.line()
     render.table(
         ("broken on purpose", "must be caught by", "result"),

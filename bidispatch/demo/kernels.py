@@ -28,8 +28,10 @@ class Kernels(Protocol):
 
     name: str
     """`stock` or `plan`, for reports."""
-    cuda_graphs: bool
-    """Whether decode steps on a GPU may be captured in CUDA graphs."""
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether decode steps on a GPU may be captured in CUDA graphs."""
 
     def bind(self, problem: Problem, limits: Limits) -> BoundOp:
         """Return the callable for a problem, for calls up to `limits`."""

@@ -31,11 +31,19 @@ class Workload:
         return sum(request.max_new_tokens for request in self.requests)
 
 
-def default_workload(config: ModelConfig, *, gpu: bool) -> Workload:
+def default_workload(config: ModelConfig, *, gpu: bool, requests: int | None = None, seed: int = 0) -> Workload:
     """What the demo serves: a dozen short requests on a processor, more and longer ones on a GPU."""
     if not gpu:
-        return make_workload(config)
-    return make_workload(config, requests=24, longest_prompt=1500, new_tokens=(32, 64), max_tokens=512, max_seqs=16)
+        return make_workload(config, requests=12 if requests is None else requests, seed=seed)
+    return make_workload(
+        config,
+        requests=24 if requests is None else requests,
+        longest_prompt=1500,
+        new_tokens=(32, 64),
+        max_tokens=512,
+        max_seqs=16,
+        seed=seed,
+    )
 
 
 def make_workload(

@@ -34,15 +34,13 @@ def _dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
 def gemm(
     problem: Problem, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """`F.linear`: [m, n]."""
-    compute, out = _dtypes(problem)
-    return (F.linear(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute)).to(out),)
+    """`F.linear`, then a cast where the result is wider, as models do with their logits: [m, n]."""
+    return (F.linear(x, weight, bias).to(_dtypes(problem)[1]),)
 
 
 def bmm(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`torch.bmm`: [matrices, m, n]."""
-    compute, out = _dtypes(problem)
-    return (torch.bmm(a.to(compute), b.to(compute)).to(out),)
+    """`torch.bmm`, then a cast where the result is wider: [matrices, m, n]."""
+    return (torch.bmm(a, b).to(_dtypes(problem)[1]),)
 
 
 def rms_norm(problem: Problem, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:

@@ -51,27 +51,27 @@ class Plan:
 
     def select_problem(self, problem: Problem) -> Selection:
         """`select` for a problem made by `Op.problem`."""
-        forced = forced_choice(problem.op)
-        key = (problem, forced[0] if forced else None)
+        key = _key(problem)
         if key not in self._selections:
             if self._frozen:
                 raise PlanFrozenError(
                     f"the plan is frozen and was never asked for {problem}; select it before freeze(), "
                     "which comes before CUDA graphs are captured"
                 )
-            self._selections[key] = select(
-                problem, self.device, self.profile, self.registry, self.require, self._find_record
-            )
+            self._selections[key] = self._decide(problem)
         return self._selections[key]
 
     def supported(self) -> list[tuple[Problem, Selection | SelectionError]]:
-        """Every op of the catalogue in each of its dtypes at typical dims: what serves it, or why nothing does."""
+        """Every op of the catalogue in each of its dtypes at typical dims: what serves it, or why nothing does.
+
+        Asking is not selecting: neither `selections` nor the fingerprint changes.
+        """
         results: list[tuple[Problem, Selection | SelectionError]] = []
         for op in ops.CATALOGUE.values():
             for dtype in op.dtypes:
                 problem = op.typical(dtype)
                 try:
-                    results.append((problem, self.select_problem(problem)))
+                    results.append((problem, self._look_up(problem)))
                 except SelectionError as error:
                     results.append((problem, error))
         return results
@@ -92,7 +92,7 @@ class Plan:
         name and the versions that matter; never the names of implementations. One made for a device that is not
         here starts with `predicted` and equals no real one.
         """
-        chosen = self.selections if problems is None else [self.select_problem(problem) for problem in problems]
+        chosen = self.selections if problems is None else [self._look_up(problem) for problem in problems]
         used = {rung.implementation for selection in chosen for rung in selection.rungs}
         environment = hard_part(describe(self.device, used))
         del environment["code"]  # names packages; records, which hold for exact code, keep it
@@ -105,6 +105,13 @@ class Plan:
         prefix = "predicted-" if self.device.predicted else ""
         return f"{prefix}{self.device.arch.name}-{self.require.label}-{digest}"
 
+    def _look_up(self, problem: Problem) -> Selection:
+        """What was selected for a problem, or what would be."""
+        return self._selections.get(_key(problem)) or self._decide(problem)
+
+    def _decide(self, problem: Problem) -> Selection:
+        return select(problem, self.device, self.profile, self.registry, self.require, self._find_record)
+
     def _find_record(self, selection: Selection) -> Record | None:
         """Evidence for a selection. A broken record file is an error only where records are what is trusted."""
         try:
@@ -116,6 +123,12 @@ class Plan:
                 self._warned_of_records = True
                 _log.warning("%s", error)
             return None
+
+
+def _key(problem: Problem) -> tuple[Problem, str | None]:
+    """A forced choice is part of what was asked."""
+    forced = forced_choice(problem.op)
+    return problem, forced[0] if forced else None
 
 
 def plan(

@@ -178,9 +178,7 @@ def _union(before: Mapping[str, object], after: Mapping[str, object]) -> list[st
     return list(dict.fromkeys([*before, *after]))
 
 
-def _change(
-    where: str, before: str, after: str, before_source: str = "", after_source: str = ""
-) -> Iterator[Change]:
+def _change(where: str, before: str, after: str, before_source: str = "", after_source: str = "") -> Iterator[Change]:
     if before != after:
         yield Change(where, before, after, before_source, after_source)
 
@@ -218,7 +216,6 @@ def write_new(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError as error:
-        raise UsageError(f"{path} is there already and is not overwritten; name another file with --out") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file with --out") from error
+        why = "is there already and is not overwritten" if path.exists() else f"cannot be written ({error.strerror})"
+        raise UsageError(f"{path} {why}; name another file with --out") from error

@@ -7,7 +7,7 @@ shows. The others are there to fall between tiles: sizes that no tile divides, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bidispatch import ops
 from bidispatch.device import Device
@@ -58,9 +58,6 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
     ),
 }
 
-_ROWS = (1, 2, 3, 5, 7, 8, 16, 17, 33, 64, 100, 200, 257)
-_LONGEST_CPU_EDGE, _LONGEST_GPU_EDGE = 300, 4100
-
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -75,9 +72,41 @@ class Sizes:
     """KV lengths of the sequences."""
     chunks: tuple[int, ...]
     decodes: int
-    """Positions of each sequence that are decoded, and chunks of a size that are run alone, at most."""
+    """Positions of each sequence that are decoded, at most."""
+    singles: int
+    """Calls of one decode step, or of one chunk of a size."""
     max_seqs: int
     accuracy_rows: int = 67
+
+
+_ON_GPU = Sizes(
+    rows=(1, 2, 3, 5, 7, 8, 16, 17, 33, 64, 100, 200, 257, 1000, 2049),
+    pool=64,
+    graph_rows=(1, 16, 17, 64, 257),
+    lengths=(1, 16, 17, 100, 511, 512, 513, 777, 2049, 5000),
+    chunks=(1, 7, 64, 512),
+    decodes=200,
+    singles=24,
+    max_seqs=64,
+)
+_ON_CPU = Sizes(
+    rows=(1, 2, 3, 5, 7, 8, 16, 17, 33, 64, 100, 200),
+    pool=16,
+    graph_rows=(1, 16, 17, 64),
+    lengths=(1, 16, 17, 100, 300),
+    chunks=(1, 7, 64, 512),
+    decodes=24,
+    singles=6,
+    max_seqs=24,
+)
+# For the typical dims of products and attention, which take a processor long.
+_ON_CPU_LARGE = replace(
+    _ON_CPU, rows=(1, 2, 7, 17, 64), pool=4, lengths=(1, 17, 200), chunks=(7, 64), decodes=8, singles=3, max_seqs=8
+)
+_LARGE = 1 << 19
+_MOST_ELEMENTS = 1 << 28
+_TYPICAL_CONTEXT = 256
+_SHORTEST_TILE = 32
 
 
 def problems_for(
@@ -121,39 +150,45 @@ def sizes_for(selection: Selection, effort: str) -> Sizes:
     """
     if effort not in EFFORTS:
         raise UsageError(f"unknown effort {effort!r}; known: {', '.join(EFFORTS)}{did_you_mean(effort, EFFORTS)}")
-    full = effort == "full"
     on_cpu = selection.device.arch.vendor == "cpu"
-    longest_edge = _LONGEST_CPU_EDGE if on_cpu else _LONGEST_GPU_EDGE
-    rungs = [edge for rung in selection.rungs if rung.max_m for edge in _around(rung.max_m)]
-    blocks = [edge for size in _block_sizes(selection) if size < longest_edge for edge in _around(size)]
-    rows = {*_ROWS, *rungs, *(edge for edge in blocks if edge <= max(_ROWS))}
-    lengths = {1, 16, 17, 100, 300, *(edge for edge in blocks if edge > 32)}
-    if not on_cpu:
-        rows |= {1000, 2049}
-        lengths |= {511, 512, 513, 777, 2049, 5000}
-    if full:
+    base = _ON_GPU
+    if on_cpu:
+        base = _ON_CPU_LARGE if _work_of_a_row(selection.problem) >= _LARGE else _ON_CPU
+    rows = {*base.rows, *_edges(selection, max(base.rows))}
+    lengths = {*base.lengths, *(edge for edge in _edges(selection, max(base.lengths)) if edge > _SHORTEST_TILE)}
+    if effort == "full":
         # Libraries choose inside a rung, where nobody sees the edges: every M.
         rows |= set(range(1, 129 if on_cpu else 513))
-        lengths |= {257, 513, 777}
-    return Sizes(
-        rows=tuple(sorted(rows)),
-        pool=16 if on_cpu else 64,
-        graph_rows=(1, 16, 17, 64, 257),
+        lengths |= {257, 300, 513, 777}
+    width = max(value for value in selection.problem.dims.values() if type(value) is int)
+    rungs = {edge for rung in selection.rungs if rung.max_m for edge in _around(rung.max_m)}
+    return replace(
+        base,
+        rows=tuple(sorted(rungs | {m for m in rows if m * width <= _MOST_ELEMENTS})),
         lengths=tuple(sorted(lengths)),
-        chunks=(1, 7, 64, 512),
-        decodes=(24 if on_cpu else 200) * (4 if full else 1),
-        max_seqs=24 if on_cpu else 64,
+        decodes=base.decodes * (1 if effort == "quick" else 4),
+        singles=base.singles * (1 if effort == "quick" else 4),
     )
+
+
+def _work_of_a_row(problem: Problem) -> int:
+    """Roughly how many multiplications a row takes, where that can be many."""
+    if problem.op == "attention":
+        return problem.size("num_heads") * problem.size("head_dim") * _TYPICAL_CONTEXT
+    return problem.size("n") * problem.size("k") if "k" in problem.dims else 0
+
+
+def _edges(selection: Selection, most: int) -> set[int]:
+    """Both sides of every integer among a ladder's params and tiles, up to a size.
+
+    Blocks of rows, tiles and splits of the KV have edges too, and a kernel that follows one differs there.
+    """
+    values: set[object] = set()
+    for rung in selection.rungs:
+        values |= {*rung.params.model_dump().values(), *(rung.tile.model_dump().values() if rung.tile else ())}
+    blocks = [value for value in values if type(value) is int and 8 <= value <= most]
+    return {edge for block in blocks for edge in _around(block)}
 
 
 def _around(edge: int) -> tuple[int, ...]:
     return tuple(size for size in (edge - 1, edge, edge + 1) if size > 0)
-
-
-def _block_sizes(selection: Selection) -> set[int]:
-    """Every integer among a ladder's params and tiles: blocks of rows, tiles and splits of the KV have edges too."""
-    values = set()
-    for rung in selection.rungs:
-        fields = {**rung.params.model_dump(), **(rung.tile.model_dump() if rung.tile else {})}
-        values |= {value for value in fields.values() if type(value) is int and value >= 8}
-    return values

@@ -24,7 +24,6 @@ from bidispatch.verify.subject import Subject, limits_for
 __all__ = ["check_ladder", "check_merged"]
 
 _LADDER, _MERGED = "rungs of the ladder", "merged and separate weights"
-_MERGED_ROWS = (1, 16, 17, 64, 257)
 
 
 def check_ladder(selection: Selection, sizes: Sizes) -> Check:
@@ -47,7 +46,7 @@ def check_ladder(selection: Selection, sizes: Sizes) -> Check:
     return tally.check(note=f"{len(selection.rungs)} rungs, {problem.dims.get('out_dtype', problem.dtype)} outputs")
 
 
-def check_merged(selection: Selection, select: Callable[[Problem], Selection]) -> Check:
+def check_merged(selection: Selection, sizes: Sizes, select: Callable[[Problem], Selection]) -> Check:
     """A product with two weights merged into one against the product with each: hosts merge qkv and shard by N.
 
     `select` is the plan's. A part in another class was never promised to be equal, and is not compared.
@@ -58,9 +57,9 @@ def check_merged(selection: Selection, select: Callable[[Problem], Selection]) -
     n = problem.size("n")
     cut = max(1, n // 3 // 8 * 8)
     device = torch.device(selection.device.torch_device)
-    limits = Limits(max(_MERGED_ROWS))
+    limits = Limits(max(sizes.graph_rows))
     whole = Subject(problem, device, bind(problem, selection.device, selection.rungs, limits).launch)
-    x, weight, bias = whole.inputs(max(_MERGED_ROWS), seed=5)
+    x, weight, bias = whole.inputs(max(sizes.graph_rows), seed=5)
     tally = Tally(_MERGED, whole.output_names)
     notes = []
     for first, last in ((0, cut), (cut, n)):
@@ -74,11 +73,15 @@ def check_merged(selection: Selection, select: Callable[[Problem], Selection]) -
             notes.append(f"n={last - first} is in class {chosen.numerics}")
             continue
         separate = Subject(part, device, bind(part, selection.device, chosen.rungs, limits).launch)
-        part_weight, part_bias = (None if tensor is None else tensor[first:last] for tensor in (weight, bias))
-        for m in _MERGED_ROWS:
-            merged = whole.alone([x[:m], weight, bias])[0][:, first:last]
-            tally.add(m, separate.alone([x[:m], part_weight, part_bias]), (merged,))
+        for m in sizes.graph_rows:
+            some = _rows(x, 0, m)
+            merged = whole.alone([some, weight, bias])[0][:, first:last]
+            tally.add(m, separate.alone([some, _rows(weight, first, last), _rows(bias, first, last)]), (merged,))
     return tally.check(note="; ".join(notes))
+
+
+def _rows(tensor: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
+    return None if tensor is None else tensor[first:last]
 
 
 def _widest(selection: Selection) -> Problem:

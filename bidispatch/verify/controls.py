@@ -55,6 +55,7 @@ _SIZES = Sizes(
     lengths=(1, 4, 5, 9, 18),
     chunks=(7,),
     decodes=6,
+    singles=6,
     max_seqs=6,
     accuracy_rows=8,
 )

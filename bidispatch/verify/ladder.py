@@ -117,7 +117,7 @@ class _Findings:
         if select is not None:
             self.classes.append(check_ladder(selection, sizes))
             if selection.problem.op == "gemm":
-                self.classes.append(check_merged(selection, select))
+                self.classes.append(check_merged(selection, sizes, select))
         if stock:
             plain = stock_subject(selection.problem, device)
             self.stock = (sequences if attention else rows).stock_check(plain, sizes)

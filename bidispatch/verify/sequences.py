@@ -293,21 +293,23 @@ def _small(pool: SequencePool, max_seqs: int) -> Iterator[Trial]:
 def _decodes(pool: SequencePool, sizes: Sizes) -> Iterator[Trial]:
     """Decode steps one at a time, a few and many at a time, of one sequence and of all."""
     every = pool.shuffled([step for i in range(len(pool.lengths)) for step in pool.decodes(i, sizes.decodes)])
-    for step in every[: sizes.decodes]:
-        yield pool.trial([step])
-    for batch in (5, sizes.max_seqs):
-        for first in range(0, len(every), batch):
-            yield pool.trial(every[first : first + batch])
+    yield from _in_calls(pool, every[: sizes.singles], 1)
+    yield from _in_calls(pool, every[: 5 * sizes.singles], 5)
+    yield from _in_calls(pool, every, sizes.max_seqs)
 
 
 def _chunks(pool: SequencePool, sizes: Sizes, size: int) -> Iterator[Trial]:
     """Chunks one call each, as an engine runs them, and many in one call, sharing their sequence's pages."""
-    for sequence in range(len(pool.lengths)):
-        chunks = pool.chunks(sequence, size)
-        for chunk in pool.shuffled(chunks)[: max(2, sizes.decodes // 8)]:
-            yield pool.trial([chunk])
-        for first in range(0, len(chunks), sizes.max_seqs):
-            yield pool.trial(pool.shuffled(chunks[first : first + sizes.max_seqs]))
+    cut = [pool.chunks(sequence, size) for sequence in range(len(pool.lengths))]
+    yield from _in_calls(pool, pool.shuffled([chunk for chunks in cut for chunk in chunks])[: sizes.singles], 1)
+    for chunks in cut:
+        yield from _in_calls(pool, chunks, sizes.max_seqs)
+
+
+def _in_calls(pool: SequencePool, pieces: Sequence[Piece], count: int) -> Iterator[Trial]:
+    """So many pieces a call, in random order."""
+    for first in range(0, len(pieces), count):
+        yield pool.trial(pool.shuffled(pieces[first : first + count]))
 
 
 def _prefixes(pool: SequencePool) -> Iterator[Trial]:

@@ -16,13 +16,13 @@ from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
 from bidispatch_backends.triton.params import AttentionParams
 
-PARAMS = AttentionParams(kv_split=64, block_n=32)
+PARAMS = AttentionParams(kv_split=48, block_n=16)
 LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
 HEADS = {"head_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 FEATURES: dict[str, dict[str, Any]] = {
     "grouped": HEADS,
     "one head each, page of 1": {**HEADS, "num_kv_heads": 4, "page_size": 1},
-    "one KV head for 24, more than a tile has rows": {**HEADS, "num_heads": 24, "num_kv_heads": 1, "page_size": 256},
+    "one KV head for 18, more than a tile has rows": {**HEADS, "num_heads": 18, "num_kv_heads": 1, "page_size": 64},
     "group of 3, head_dim 80, page of 5": {"head_dim": 80, "num_heads": 3, "num_kv_heads": 1, "page_size": 5},
     "head_dim 8": {**HEADS, "head_dim": 8},
     "head_dim 192": {**HEADS, "head_dim": 192, "num_heads": 2, "num_kv_heads": 1},
@@ -34,7 +34,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "not causal": {**HEADS, "causal": False},
 }
 # Query and KV lengths: a decode, a prefill, an empty sequence, a chunk behind a prefix, a whole split, a first token.
-QUERIES, KVS = [1, 37, 0, 5, 1, 1], [130, 37, 0, 70, 64, 1]
+QUERIES, KVS = [1, 18, 0, 5, 1, 1], [100, 18, 0, 60, 48, 1]
 
 
 def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
@@ -83,7 +83,7 @@ def test_default_tiles_are_near_the_reference(dtype: str, distribution: str) -> 
     assert relative_error(out, reference(problem, batch)[0]) < tolerance
 
 
-def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 150) -> dict[str, int]:
+def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 110) -> dict[str, int]:
     """Rows of one sequence that differ from its whole prefill alone, by how the sequence was served instead."""
     seed = 7
 
@@ -99,15 +99,15 @@ def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 150) -> di
         expected = whole[start : start + len(out)]
         return sum(not same_bits(a, b) for a, b in zip(out, expected, strict=True))
 
-    ends = [0, 1, 50, 64, 65, 130, length]
-    others = [(3, 90), (1, 40), (20, 20)]
+    ends = [0, 1, 40, 48, 49, 97, length]
+    others = [(3, 90), (1, 40), (5, 5)]
     return {
-        "decoded": sum(count(serve(p + 1, 1), p) for p in (0, 1, 31, 32, 63, 64, 65, 100, 127, 128, 149)),
+        "decoded": sum(count(serve(p + 1, 1), p) for p in (0, 15, 16, 47, 48, 96, 109)),
         "in chunks": sum(count(serve(b, b - a), a) for a, b in zip(ends, ends[1:], strict=False)),
         "among others": count(serve(length, length, others), 0),
-        "a chunk among others": count(serve(length, 50, others), length - 50),
+        "a chunk among others": count(serve(length, 20, others), length - 20),
         "in ascending pages": count(serve(length, length, page_order="ascending"), 0),
-        "in other pages of a wider table": count(serve(length, 50, page_seed=5, max_pages=60), length - 50),
+        "in other pages of a wider table": count(serve(length, 20, page_seed=5, max_pages=30), length - 20),
     }
 
 
@@ -116,16 +116,16 @@ def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 150) -> di
 def test_a_sequence_has_the_same_bits_however_it_is_served(feature: str, dtype: str) -> None:
     problem = problem_of(dtype, FEATURES[feature])
     kernels = {path: bind_path(problem, path) for path in ("parallel", "walked")}
-    differ = rows_that_differ(problem, lambda tokens: kernels["parallel" if tokens < 32 else "walked"])
+    differ = rows_that_differ(problem, lambda tokens: kernels["parallel" if tokens < 12 else "walked"])
     assert differ == dict.fromkeys(differ, 0)
 
 
 def test_splits_that_follow_the_batch_are_caught() -> None:
     """Negative control: a split width that follows the number of tokens, as an occupancy heuristic would choose it."""
     problem = problem_of("float32", HEADS)
-    wide = bind_path(problem, "walked", AttentionParams(kv_split=128, block_n=32))
+    wide = bind_path(problem, "walked", AttentionParams(kv_split=96, block_n=16))
     narrow = bind_path(problem, "parallel")
-    differ = rows_that_differ(problem, lambda tokens: narrow if tokens < 32 else wide)
+    differ = rows_that_differ(problem, lambda tokens: narrow if tokens < 12 else wide)
     assert differ["decoded"] > 0
     assert differ["in chunks"] > 0
 
@@ -160,7 +160,7 @@ def test_pages_behind_the_window_are_not_read(path: str) -> None:
 @pytest.mark.parametrize("path", ["parallel", "walked"])
 def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -> None:
     problem = problem_of("float32", HEADS)
-    batch = paged_batch(problem, [2, 2], [40, 150])
+    batch = paged_batch(problem, [2, 2], [40, 120])
     expected = attend(bind_path(problem, path), problem, batch)
     batch[3] = batch[3][:, :3].contiguous()  # 48 positions: enough for the first alone
     out = attend(bind_path(problem, path), problem, batch)
@@ -171,7 +171,7 @@ def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -
 def test_equal_workspace_use_leaves_no_trace_of_earlier_calls() -> None:
     problem = problem_of("float32", {**HEADS, "window": 40})
     kernel = bind_path(problem, "parallel")
-    first, second = paged_batch(problem, [4, 1], [200, 90]), paged_batch(problem, [1, 3], [65, 300], seed=3)
+    first, second = paged_batch(problem, [4, 1], [150, 90]), paged_batch(problem, [1, 3], [65, 200], seed=3)
     alone = attend(bind_path(problem, "parallel"), problem, second)
     attend(kernel, problem, first)
     assert same_bits(alone, attend(kernel, problem, second))

@@ -72,7 +72,7 @@ def rows_that_differ(problem: Problem, run_rows: Callable[[list[Any]], list[torc
 def test_result_is_near_the_fp64_reference(name: str, dims: dict[str, Any], dtype: str) -> None:
     for n in WIDTHS:
         problem = ops.get(name).problem(dtype, {"n": n, **dims})
-        for distribution in ("normal", "positive", "scaled"):
+        for distribution in ("normal", "positive", "scaled") if n == 100 else ("normal",):
             arguments = draw_inputs(problem, 3, distribution=distribution)
             for out, exact in zip(run(problem, arguments), reference(problem, arguments), strict=True):
                 # A softmax of 1 has the logarithm 0, and 0 no relative error.

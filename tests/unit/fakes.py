@@ -25,7 +25,7 @@ class BlockTile(Tile):
     block_m: int
 
 
-CALLS: list[tuple[str, int | None]] = []
+launches: list[tuple[str, int | None]] = []
 """(implementation's load attribute, its tile's block_m) of every launch of a fake kernel, in order."""
 
 
@@ -82,7 +82,7 @@ def _bind(label: str, context: BindContext) -> Any:
     stock, given = load_attribute(op.stock), len(op.arguments) + len(op.scalars)
 
     def launch(*everything: Any) -> None:
-        CALLS.append((label, context.tile.block_m if context.tile else None))
+        launches.append((label, context.tile.block_m if context.tile else None))
         results = stock(context.problem, *everything[:given])
         results = results if isinstance(results, tuple) else (results,)
         for output, result in zip(everything[given:], results, strict=True):

@@ -157,7 +157,9 @@ def test_a_problem_survives_its_own_text(data):
     assert "dtype" not in problem.dims.values()
 
 
-@given(name=st.text(max_size=12), value=st.one_of(st.none(), st.text(max_size=5), st.integers(), st.floats(), st.binary()))
+@given(
+    name=st.text(max_size=12), value=st.one_of(st.none(), st.text(max_size=5), st.integers(), st.floats(), st.binary())
+)
 def test_no_dim_whatever_it_is_makes_anything_but_a_problem_or_a_usage_error(name, value):
     try:
         problem = GEMM.problem("float32", {"n": 8, "k": 8, name: value})

@@ -195,7 +195,7 @@ def test_the_first_rule_that_matches_is_used_and_the_others_say_why_not(tmp_path
         ({"bias": True}, "bias is True, not False"),
         ({"n": 66}, "n=66 is not a multiple of 128"),
     ):
-        with pytest.raises(SelectionError, match="no rule of profile sm90 .* matches") as info:
+        with pytest.raises(SelectionError, match=r"no rule of profile sm90 .* matches") as info:
             select(plan, **dims)
         assert any(reason in why for why in decision(info.value, "a.gemm").reasons)
     with pytest.raises(SelectionError) as info:
@@ -224,7 +224,11 @@ def test_a_preferred_implementation_comes_first_with_the_params_the_rule_gives_i
     rule = gemm_rule("impl: a.gemm, max_m: 8", "impl: b.gemm, params: {splits: 2}, tile: {block_m: 32}")
     selection = select(plan_of(tmp_path, registry, rule, head="prefer: [b.gemm]"))
     (rung,) = selection.rungs
-    assert (rung.implementation.name, rung.params, rung.tile) == ("b.gemm", SplitParams(splits=2), BlockTile(block_m=32))
+    assert (rung.implementation.name, rung.params, rung.tile) == (
+        "b.gemm",
+        SplitParams(splits=2),
+        BlockTile(block_m=32),
+    )
     assert decision(selection, "b.gemm").source.endswith("sm90.yaml:2")
     assert decision(selection, "a.gemm").verdict == SPARE
 
@@ -289,9 +293,9 @@ def test_an_override_ends_when_its_block_raises(forcing):
 @pytest.mark.parametrize("by", ["variable", "override"])
 def test_a_forced_choice_that_does_not_fit_raises_with_the_trace(forcing, by, monkeypatch):
     monkeypatch.setenv("BIDISPATCH_IMPL", "gemm=c.gemm" if by == "variable" else "")
-    with bid.override("gemm=c.gemm" if by == "override" else ""):
-        with pytest.raises(SelectionError, match="forces c.gemm for gemm .*nothing else is tried") as info:
-            select(forcing)
+    override = bid.override("gemm=c.gemm" if by == "override" else "")
+    with override, pytest.raises(SelectionError, match=r"forces c.gemm for gemm .*nothing else is tried") as info:
+        select(forcing)
     found = decision(info.value, "c.gemm")
     assert (found.verdict, found.reasons) == (REJECTED, ("needs cpu, the device is sm90",))
     assert "needs cpu, the device is sm90" in str(info.value)
@@ -319,6 +323,16 @@ def test_a_forced_choice_nobody_can_read_is_refused(forcing, text, message, monk
 def test_a_selection_is_made_once(forcing):
     assert select(forcing) is select(forcing)
     assert forcing.selections == (select(forcing),)
+
+
+def test_asking_what_is_supported_selects_nothing(forcing):
+    select(forcing)
+    before = forcing.fingerprint()
+    forcing.freeze()
+    assert any(isinstance(result, SelectionError) for _, result in forcing.supported())
+    assert forcing.fingerprint([ops.get("gemm").problem("fp32", DIMS)]) != before
+    assert forcing.fingerprint() == before
+    assert len(forcing.selections) == 1
 
 
 def test_a_frozen_plan_answers_what_it_was_asked_and_refuses_what_is_new(forcing):
@@ -362,8 +376,10 @@ VERIFIED = "invariance: {trust: verified}"
 def trusting(tmp_path):
     registry = registry_of(fake("a.gemm", libraries=("pytest",)), fake("b.gemm"))
     selection = select(plan_of(tmp_path / "claimed", registry, LADDER))
-    return registry, selection, lambda ladder=LADDER, **given: plan_of(
-        tmp_path / "verified", registry, ladder, head=VERIFIED, **given
+    return (
+        registry,
+        selection,
+        lambda ladder=LADDER, **given: plan_of(tmp_path / "verified", registry, ladder, head=VERIFIED, **given),
     )
 
 
@@ -498,16 +514,18 @@ def test_two_processes_with_the_same_choices_have_one_fingerprint(device):
         "for n in map(int, sys.argv[2:]): plan.select('gemm', dtype='bf16', n=n, k=64)\n"
         "print(plan.fingerprint())"
     )
-    runs = [
-        subprocess.run(
+    choices = (("1", ("64", "128")), ("2", ("128", "64")), ("3", ("64",)))
+    processes = [
+        subprocess.Popen(
             [sys.executable, "-c", code, device, *sizes],
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
             env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed, sizes in (("1", ("64", "128")), ("2", ("128", "64")), ("3", ("64",)))
+        )
+        for seed, sizes in choices
     ]
+    runs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
     assert runs[0] == runs[1] != runs[2]
 
 

@@ -24,7 +24,7 @@ from bidispatch.planning.select import select
 from bidispatch.profiles.document import Document, read_document
 from bidispatch.profiles.lint import faults_of
 from bidispatch.profiles.load import ProfileStore, builtin_folder, lint_file
-from bidispatch.profiles.schema import json_schema
+from bidispatch.profiles.schema import Candidate, ProfileFile, Rule, json_schema
 from bidispatch.registry import default_registry
 
 REGISTRY = registry_of(fake("a.gemm"), fake("b.gemm"), fake("a.softmax", op="softmax", tile=None))
@@ -67,17 +67,26 @@ BAD: dict[str, tuple[str, list[tuple[int, int, str]]]] = {
     "max_m as text": (RULE % ", max_m: '4'", [(5, 42, "valid integer here, not '4' (text)")]),
     "max_m as bool": (RULE % ", max_m: true", [(5, 42, "valid integer here, not True (a bool)")]),
     "max_m of zero": (RULE % ", max_m: 0", [(5, 42, "greater than 0 here, not 0")]),
-    "a param that is a list": (RULE % ", params: {splits: [1]}", [(5, 52, "a bool, an int, a float or text here, not a list")]),
+    "a param that is a list": (
+        RULE % ", params: {splits: [1]}",
+        [(5, 52, "a bool, an int, a float or text here, not a list")],
+    ),
     "a condition that is a list": (WHEN % "n: [8]", [(5, 17, "text or conditions here, not a list")]),
     "a minimum that is text": (WHEN % "n: {min: low}", [(5, 23, "should be an int or a float here, not 'low' (text)")]),
     "no is text in YAML 1.2": (HEAD + "invariance: {trust: no}\n", [(2, 21, "'verified' here, not 'no' (text)")]),
     "duplicate key": (HEAD + "name: a\nname: b\n", [(3, 1, "duplicate key 'name', first on line 2")]),
     "duplicate op": (HEAD + "ops:\n  gemm: []\n  gemm: []\n", [(4, 3, "duplicate key 'gemm', first on line 3")]),
-    "merge key": (HEAD + "ops: {}\nmatch:\n  <<: {arch: sm90}\n  arch: sm90\n", [(4, 3, "merge keys (<<) are not supported")]),
+    "merge key": (
+        HEAD + "ops: {}\nmatch:\n  <<: {arch: sm90}\n  arch: sm90\n",
+        [(4, 3, "merge keys (<<) are not supported")],
+    ),
     "tag": (HEAD + "name: !mine x\n", [(2, 7, "'x' cannot be read as !mine")]),
     "date out of range": (HEAD + "name: 2024-13-45\n", [(2, 7, "cannot be read as")]),
     "key that is a list": (HEAD + "? [a, b]\n: 3\n", [(2, 3, "a key is text here")]),
-    "alias inside its anchor": (HEAD + "match: &x\n  arch: *x\n", [(2, 8, "an alias (*) stands inside its own anchor (&)"), (2, 8, "valid string here, not nothing")]),
+    "alias inside its anchor": (
+        HEAD + "match: &x\n  arch: *x\n",
+        [(2, 8, "an alias (*) stands inside its own anchor (&)"), (2, 8, "valid string here, not nothing")],
+    ),
     "unclosed bracket": (HEAD + "prefer: [a.gemm\n", [(3, 1, "not valid YAML: ")]),
     "tab": (HEAD + "match:\n\tarch: sm90\n", [(3, 1, "not valid YAML: ")]),
     "two documents": (HEAD + "---\nname: x\n", [(2, 1, "not valid YAML: but found another document")]),
@@ -99,7 +108,10 @@ BAD: dict[str, tuple[str, list[tuple[int, int, str]]]] = {
     ),
     "unknown implementation preferred": (HEAD + "prefer: [a.gemm, a.gem]\n", [(2, 18, "did you mean 'a.gemm'")]),
     "unknown implementation disabled": (HEAD + "disable: {a.gem: slow}\n", [(2, 11, "did you mean 'a.gemm'")]),
-    "implementation of another op": (RULE.replace("a.gemm", "a.softmax") % "", [(5, 27, "a.softmax implements softmax, not gemm")]),
+    "implementation of another op": (
+        RULE.replace("a.gemm", "a.softmax") % "",
+        [(5, 27, "a.softmax implements softmax, not gemm")],
+    ),
     "no implementation": (RULE.replace("impl: a.gemm", "max_m: 3") % "", [(5, 20, "'impl' is missing")]),
     "param inside tile": (
         RULE % ", tile: {splits: 2, block_m: 16}",
@@ -110,7 +122,10 @@ BAD: dict[str, tuple[str, list[tuple[int, int, str]]]] = {
         [(5, 44, "'block_m' is a tile size of a.gemm: it belongs in `tile`")],
     ),
     "unknown param": (RULE % ", params: {split: 2}", [(5, 44, "no param 'split' (did you mean 'splits'?)")]),
-    "unknown tile size": (RULE % ", tile: {block_n: 2, block_m: 1}", [(5, 42, "no tile size 'block_n' (did you mean 'block_m'?)")]),
+    "unknown tile size": (
+        RULE % ", tile: {block_n: 2, block_m: 1}",
+        [(5, 42, "no tile size 'block_n' (did you mean 'block_m'?)")],
+    ),
     "tile of what has none": (
         HEAD + "ops:\n  softmax:\n    - {dtypes: [fp32], candidates: [{impl: a.softmax, tile: {block_m: 4}}]}\n",
         [(4, 62, "a.softmax has no tile size 'block_m'; it has none")],
@@ -198,9 +213,9 @@ def test_anchors_that_do_not_nest_are_read(tmp_path):
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=6))
 WORDS = st.sampled_from(
-    ["schema_version", "ops", "gemm", "match", "arch", "dtypes", "candidates", "impl", "a.gemm", "max_m", "tile", "when",
-     "params", "splits", "block_m", "n", "in", "min", "prefer", "disable", "extends", "invariance", "require", "name"]
-)  # fmt: skip
+    [*ProfileFile.model_fields, *Rule.model_fields, *Candidate.model_fields]
+    + ["gemm", "a.gemm", "arch", "require", "splits", "block_m", "n", "in", "min"]
+)
 DATA = st.recursive(
     st.one_of(SCALARS, WORDS), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4)
 )
@@ -211,7 +226,9 @@ def same_shape(data) -> Document:
 
     def walk(value, where):
         document.values[where] = (len(where) + 1, 1)
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        for key, inner in (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        ):
             document.keys[(*where, key)] = (len(where) + 2, 1)
             walk(inner, (*where, key))
 
@@ -221,8 +238,6 @@ def same_shape(data) -> Document:
 
 @given(data=DATA, rule=DATA, candidate=DATA)
 def test_lint_answers_whatever_the_data_is_and_agrees_with_the_models(data, rule, candidate):
-    from bidispatch.profiles.schema import ProfileFile
-
     wrapped = {"schema_version": 1, "ops": {"gemm": [rule, {"dtypes": ["bf16"], "candidates": [candidate]}]}}
     for content in (data, wrapped):
         faults = faults_of(same_shape(content), REGISTRY)
@@ -379,7 +394,9 @@ def test_an_exact_profile_wins_over_the_familys_in_any_layer(folders):
 
 def test_no_profile_is_an_error_that_says_how_to_start_one(folders):
     store = folders({"sm90": "", "_base": ""})
-    with pytest.raises(SelectionError, match="no profile for gfx942 .*there are profiles for sm90.*profile init gfx942"):
+    with pytest.raises(
+        SelectionError, match=r"no profile for gfx942 .*there are profiles for sm90.*profile init gfx942"
+    ):
         store.for_device(Device(ARCHS["gfx942"], "MI300X"))
 
 
@@ -502,7 +519,9 @@ def test_params_that_a_validator_refuses_are_a_reason_not_a_crash(folders):
         splits: int
 
     registry = registry_of(fake("a.gemm", params=Picky), fake("b.gemm"))
-    store = folders({"cpu": "ops:\n  gemm:\n    - dtypes: [fp32]\n      candidates: [{impl: a.gemm}, {impl: b.gemm}]\n"})
+    store = folders(
+        {"cpu": "ops:\n  gemm:\n    - dtypes: [fp32]\n      candidates: [{impl: a.gemm}, {impl: b.gemm}]\n"}
+    )
     store = ProfileStore(registry, builtin=store._folders[0], user=store._folders[1])
     problem = ops.get("gemm").problem("fp32", {"n": 8, "k": 8})
     profile = store.for_device(CPU)

@@ -54,7 +54,9 @@ def test_a_newer_record_of_the_same_thing_replaces_the_older(store):
 
 
 @pytest.mark.parametrize(
-    "change", [{"ladder": "[1]"}, {"level": "batch"}, {"environment": {"device": "y"}}], ids=lambda change: next(iter(change))
+    "change",
+    [{"ladder": "[1]"}, {"level": "batch"}, {"environment": {"device": "y"}}],
+    ids=lambda change: next(iter(change)),
 )
 def test_a_record_of_something_else_stays(store, change):
     store.add([record("a")])
@@ -149,8 +151,13 @@ def test_a_reader_never_sees_half_a_file(store):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(store, monkeypatch):
     store.add([record("first")])
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="disk full"):
-        broken.setattr("pathlib.Path.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-        store.add([record("second")])
+
+    def full(*args) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("pathlib.Path.replace", full)
+        with pytest.raises(OSError, match="disk full"):
+            store.add([record("second")])
     assert [each.problem for each in store.load()] == ["first"]
     assert not list(store.path.parent.glob("*.new"))

@@ -131,7 +131,8 @@ def test_an_unknown_name_gets_a_suggestion():
 
 def test_ours_and_a_third_partys_backends_come_in_the_same_way(installed):
     registry = installed(
-        Entry("triton", registering("triton.gemm"), "bidispatch"), Entry("acme", registering("acme.gemm"), "acme-kernels")
+        Entry("triton", registering("triton.gemm"), "bidispatch"),
+        Entry("acme", registering("acme.gemm"), "acme-kernels"),
     )
     assert [implementation.name for implementation in registry.for_op("gemm")] == ["acme.gemm", "triton.gemm"]
     assert registry.origin("acme.gemm") == "acme from acme-kernels 1.0"
@@ -200,7 +201,10 @@ def test_a_preferred_implementation_of_a_broken_backend_is_shown(with_broken, tm
 
 def test_a_broken_backend_is_fatal_when_it_is_forced_and_the_cause_is_chained(with_broken, tmp_path):
     plan = plan_of(tmp_path, with_broken, RULE)
-    with bid.override("gemm=broken.gemm"), pytest.raises(BackendError, match="forced by bid.override.*libacme") as info:
+    with (
+        bid.override("gemm=broken.gemm"),
+        pytest.raises(BackendError, match=r"forced by bid.override.*libacme") as info,
+    ):
         plan.select("gemm", dtype="bfloat16", n=64, k=64)
     assert info.value.__cause__ is with_broken.failures["broken"].error
 
@@ -227,6 +231,6 @@ def test_a_kernel_that_does_not_import_is_a_backend_error_with_its_cause(load, c
     registry = registry_of(fake("a.gemm", load=load, tile=None))
     plan = plan_of(tmp_path, registry, gemm_rule("impl: a.gemm"), device=CPU)
     selection = plan.select("gemm", dtype="bfloat16", n=64, k=64)
-    with pytest.raises(BackendError, match="a.gemm was chosen, but .* does not load") as info:
+    with pytest.raises(BackendError, match=r"a.gemm was chosen, but .* does not load") as info:
         selection.bind(max_tokens=8)
     assert isinstance(info.value.__cause__, cause)

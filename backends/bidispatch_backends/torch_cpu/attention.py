@@ -8,10 +8,11 @@ by 0.
 
 Every step has one shape. The rows of a KV head (query positions times the query heads that share it) are cut into
 blocks of `rows`, padded with zeros; the products are `torch.bmm` over KV heads, [rows, head_dim] x [head_dim, kv_tile]
-and [rows, kv_tile] x [kv_tile, head_dim]. As many heads are taken at a time as keep a step within 16384 elements, which
-torch's element loops do not share among threads (exp and tanh do from 2048 on, but have no scalar tail to move).
+and [rows, kv_tile] x [kv_tile, head_dim], the latter padded (see `PRODUCT_COLUMNS`). As many heads are taken at a time
+as keep a step within 16384 elements, which torch's element loops do not share among threads (exp and tanh do from 2048
+on, but have no scalar tail to move).
 
-Measured with torch 2.13 on an AVX-512 processor: the bits follow neither the place in a block nor 1 to 4 threads.
+Measured with torch 2.13 (MKL) on an AVX-512 processor: the bits follow neither the place in a block nor 1 to 4 threads.
 
 Not promised: a value is multiplied by an exact 0 for queries before it, so that a NaN or an infinity in it reaches
 earlier queries of its own sequence and tile, if it is in the cache already. A bound kernel keeps its buffers, so it
@@ -23,7 +24,7 @@ from __future__ import annotations
 import torch
 
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.torch_cpu.workspace import row_blocks, workspace
+from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, pad_to, row_blocks, workspace
 
 __all__ = ["bind_paged_attention"]
 
@@ -52,8 +53,8 @@ class _PagedAttention:
         self._head_slices = list(row_blocks(self._kv_heads, max(1, _MOST_ELEMENTS // (self._rows * self._tile))))
         most_heads = self._head_slices[0].stop
         self._keys = workspace(self._kv_heads, self._tile, self._head_dim)
-        self._values = workspace(self._kv_heads, self._tile, self._head_dim)
-        self._decay = workspace(-(-most_heads * self._rows // _VECTOR) * _VECTOR)
+        self._values = workspace(self._kv_heads, self._tile, pad_to(PRODUCT_COLUMNS, self._head_dim))
+        self._decay = workspace(pad_to(_VECTOR, most_heads * self._rows))
         self._columns = torch.arange(self._tile, device="cpu")
 
     def __call__(
@@ -94,7 +95,7 @@ class _PagedAttention:
         )
         spans = [(int(p[0]), min(int(p[-1]), kv_len - 1)) for p in row_positions]
         maxima, sums = self._start(queries, sinks)
-        weighted = torch.zeros_like(blocks)
+        weighted = blocks.new_zeros(*blocks.shape[:-1], self._values.shape[-1])
 
         first_kv = max(0, first_query - self._window + 1) if self._window else 0
         first_kv -= first_kv % self._tile
@@ -116,13 +117,14 @@ class _PagedAttention:
         """[queries, kv_heads, group, width] to [blocks, kv_heads, rows, width], the end of the last block zero."""
         queries, _, _, width = values.shape
         used = queries * self._group
-        padded = values.new_zeros(self._kv_heads, -(-used // self._rows) * self._rows, width)
+        padded = values.new_zeros(self._kv_heads, pad_to(self._rows, used), width)
         padded[:, :used] = values.transpose(0, 1).reshape(self._kv_heads, used, width)
         return padded.view(self._kv_heads, -1, self._rows, width).transpose(0, 1).contiguous()
 
     def _from_blocks(self, blocks: torch.Tensor, queries: int) -> torch.Tensor:
-        """The inverse: [blocks, kv_heads, rows, head_dim] to [queries, num_heads, head_dim]."""
-        flat = blocks.transpose(0, 1).reshape(self._kv_heads, -1, self._head_dim)[:, : queries * self._group]
+        """The inverse: [blocks, kv_heads, rows, width] to [queries, num_heads, head_dim], the padded width cut off."""
+        heads = blocks[..., : self._head_dim].transpose(0, 1)
+        flat = heads.reshape(self._kv_heads, -1, self._head_dim)[:, : queries * self._group]
         by_query = flat.view(self._kv_heads, queries, self._group, self._head_dim).transpose(0, 1)
         return by_query.reshape(queries, -1, self._head_dim)
 
@@ -136,9 +138,8 @@ class _PagedAttention:
 
     def _load(self, buffer: torch.Tensor, gathered: torch.Tensor) -> None:
         """Put a tile's gathered keys or values [used, kv_heads, head_dim] into a buffer; the rest of it is zero."""
-        used = len(gathered)
-        buffer[:, :used] = gathered.transpose(0, 1)
-        buffer[:, used:] = 0
+        buffer.zero_()
+        buffer[:, : len(gathered), : self._head_dim] = gathered.transpose(0, 1)
 
     def _sees(self, span: tuple[int, int], start: int) -> bool:
         """Whether any query of a block sees any key of the tile at `start`."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.torch_cpu.workspace import row_blocks, workspace
+from bidispatch_backends.torch_cpu.workspace import pad_to, row_blocks, workspace
 
 __all__ = [
     "bind_fused_add_rms_norm",
@@ -45,7 +45,7 @@ class _Blocks:
     def __init__(self, n: int, block: int) -> None:
         self.n = n
         self.pieces = -(-n // block)
-        self.padded = self.pieces * block if self.pieces > 1 else -(-n // _VECTOR) * _VECTOR
+        self.padded = self.pieces * block if self.pieces > 1 else pad_to(_VECTOR, n)
         self.rows = max(1, min(_MOST_ROWS, block // self.padded))
 
     def buffer(self) -> torch.Tensor:

@@ -1,0 +1,168 @@
+"""Every kernel and tile a profile can select compiles for its arch and fits its shared memory, with no GPU.
+
+Binaries are cached by source in Triton's own cache (TRITON_CACHE_DIR), so a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+import bidispatch
+from bidispatch import ops
+from bidispatch.device import ARCHS, Device
+from bidispatch.ops.schema import Problem
+from bidispatch.registry import Registry, Rung
+from bidispatch_backends.triton import register
+from bidispatch_backends.triton.compile import Variant, compile_variant, target_of, variants
+from bidispatch_backends.triton.params import GemmParams, GemmTile
+
+COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
+ROW_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "softmax", "log_softmax", "mean")
+HEADS = {"num_heads": 32, "num_kv_heads": 8}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _problems() -> Iterator[Problem]:
+    def problem(op: str, dtype: str = "bfloat16", **dims: Any) -> Problem:
+        return ops.get(op).problem(dtype, dims)
+
+    for dtype in DTYPES:
+        yield problem("gemm", dtype, n=4096, k=4096)
+        yield problem("bmm", dtype, n=128, k=512)
+        for op in ROW_OPS:
+            yield problem(op, dtype, n=4096)
+        yield problem("attention", dtype, head_dim=128, **HEADS)
+        yield problem("attention", dtype, head_dim=256, **HEADS)
+    yield problem("gemm", n=4097, k=1000, bias=True, out_dtype="float32")
+    yield problem("gemm", n=1, k=7)
+    yield problem("bmm", n=7, k=4097)
+    yield problem("rms_norm", n=100, gemma=True)
+    yield problem("fused_add_rms_norm", n=151, gemma=True)
+    yield problem("silu_and_mul", n=100)
+    yield problem("log_softmax", "float32", n=151936)
+    yield problem("mean", n=1)
+    yield problem("attention", head_dim=64, causal=False, **HEADS)
+    yield problem("attention", head_dim=96, page_size=5, num_heads=40, num_kv_heads=1)
+    yield problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS)
+
+
+PROBLEMS = tuple(_problems())
+
+
+def triton_rungs(arch: str, problem: Problem) -> tuple[Rung, ...]:
+    """The Triton rungs that a plan for this arch selects."""
+    selection = bidispatch.plan(device=Device(ARCHS[arch], arch, predicted=True)).select_problem(problem)
+    return tuple(rung for rung in selection.rungs if rung.implementation.backend == "triton")
+
+
+def selected_variants(arch: str, problem: Problem) -> Mapping[str, Variant]:
+    """Every binary of those rungs, by its key: rungs can share one."""
+    return {
+        variant.key: variant
+        for rung in triton_rungs(arch, problem)
+        for variant in variants(rung.implementation.name, problem, rung.params, rung.tile, ARCHS[arch])
+    }
+
+
+def shared_memory_faults(arch: str, found: Mapping[str, Variant]) -> list[str]:
+    """Variants that need more shared memory than a block of the arch may use."""
+    limit = ARCHS[arch].shared_memory
+    faults = []
+    for variant in found.values():
+        shared = compile_variant(variant, target_of(ARCHS[arch])).metadata.shared
+        if shared > limit:
+            faults.append(f"{variant}: {shared} bytes of shared memory, {arch} has {limit}")
+    return faults
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("arch", COMPILED_ARCHS)
+def test_every_selected_kernel_compiles_and_fits(arch: str, problem: Problem) -> None:
+    found = selected_variants(arch, problem)
+    assert found, f"no Triton kernel is selected for {problem} on {arch}"
+    assert shared_memory_faults(arch, found) == []
+
+
+def test_a_tile_that_is_too_large_is_caught() -> None:
+    """Negative control: 4 stages of 128x256x64 in bf16 take 192 KB, an sm86 block has 99."""
+    problem = ops.get("gemm").problem("bfloat16", {"n": 4096, "k": 4096})
+    tile = GemmTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
+    (variant,) = variants("triton.gemm", problem, GemmParams(), tile, ARCHS["sm86"])
+    assert shared_memory_faults("sm86", {variant.key: variant})
+
+
+def test_every_registered_kernel_is_compiled() -> None:
+    registry = Registry()
+    register(registry)
+    compiled = {(problem.op, problem.dtype) for problem in PROBLEMS}
+    registered = {(found.op, dtype) for found in registry for dtype in found.dtypes}
+    assert registered == compiled
+
+
+@pytest.mark.parametrize("arch", COMPILED_ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["gemm", "bmm"])
+def test_ladders_rise_and_start_with_16_rows(op: str, dtype: str, arch: str) -> None:
+    registry = Registry()
+    register(registry)
+    (found,) = registry.for_op(op)
+    ladder = found.tiles(Device(ARCHS[arch], arch, predicted=True), ops.get(op).typical(dtype), found.params())
+    bounds = [max_m for max_m, _ in ladder]
+    assert bounds[:3] == [16, 32, 64]
+    assert bounds[-1] is None
+    assert bounds[:-1] == sorted(bounds[:-1], key=lambda bound: bound or 0)
+    rows = [tile.block_m for _, tile in ladder if isinstance(tile, GemmTile)]
+    assert rows[:3] == [16, 32, 64]
+    assert all(block == 128 for block in rows[3:])
+
+
+def assembly(arch: str, problem: Problem) -> Iterator[tuple[str, str]]:
+    for variant in selected_variants(arch, problem).values():
+        compiled = compile_variant(variant, target_of(ARCHS[arch]))
+        yield variant.kernel.fn.__name__, compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.op not in ("gemm", "bmm")], ids=str)
+def test_no_product_and_sum_is_left_for_the_compiler_to_contract(problem: Problem) -> None:
+    """PTX lets ptxas fuse `mul.f32` and `add.f32`; `mul.rn.f32` and `add.rn.f32` stay as they are."""
+    for name, text in assembly("sm90", problem):
+        assert re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", text) == [], name
+
+
+def test_a_kernel_compiled_with_fusion_is_seen_to_leave_some() -> None:
+    """Negative control of the check above."""
+    problem = ops.get("rms_norm").problem("bfloat16", {"n": 4096})
+    (variant,) = selected_variants("sm90", problem).values()
+    fused = Variant(
+        variant.kernel,
+        variant.signature,
+        variant.constants,
+        variant.aligned,
+        {**variant.options, "enable_fp_fusion": True},
+    )
+    text = compile_variant(fused, target_of(ARCHS["sm90"])).asm["ptx"]
+    assert re.search(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["gemm", "bmm", "attention"])
+def test_amd_uses_one_shape_of_matrix_instruction(op: str, dtype: str) -> None:
+    """The shape is part of the order of additions, so no tile may change it."""
+    problem = ops.get(op).typical(dtype)
+    shapes = {
+        shape
+        for name, text in assembly("gfx942", problem)
+        if name != "fold_kernel"
+        for shape in re.findall(r"v_mfma_f32_(\d+x\d+x\d+)", text) or ["none"]
+    }
+    assert shapes == {"16x16x4" if dtype == "float32" else "16x16x16"}
+
+
+def test_fp32_products_do_not_use_tf32() -> None:
+    for op in ("gemm", "bmm", "attention"):
+        for name, text in assembly("sm90", ops.get(op).typical("float32")):
+            assert "tf32" not in text, name

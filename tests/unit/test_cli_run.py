@@ -1,0 +1,157 @@
+"""The commands that run kernels, through their door: verify and demo on the processor."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from bidispatch.demo import compare  # noqa: E402
+from bidispatch.device import Device  # noqa: E402
+from bidispatch.records import RecordStore  # noqa: E402
+
+pytest_plugins = ["cli_door"]
+
+MEAN = ("verify", "mean", "--device", "cpu", "--dtype", "fp32", "--dim", "n=40")
+SMALL = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def on_this_cpu():
+    return Device.parse("cpu")
+
+
+def test_verify_counts_what_it_compared_and_catches_every_control(cli, as_json):
+    code, out, _ = cli(*MEAN)
+    assert code == 0
+    assert "passed" in out
+    assert "NOT CAUGHT" not in out
+    code, document = as_json(*MEAN)
+    assert code == 0
+    assert document["passed"]
+    assert document["comparisons"] > 100
+    assert document["differing"] == 0
+    assert document["controls"]
+    assert all(control["caught"] for control in document["controls"])
+    assert document["recorded"] == 0
+
+
+def test_verify_finds_a_variant_kernel_and_prints_the_smallest_pair(cli, as_json, extra_backend, own_profile):
+    own_profile("extends: cpu\nprefer: [extra.variant]\n")
+    code, out, _ = cli(*MEAN)
+    assert code == 1
+    assert "FAILED" in out
+    assert "M=3" in out  # it adds up otherwise from three rows on
+    code, document = as_json(*MEAN, "--record")
+    assert code == 1
+    assert document["differing"] > 0
+    assert document["recorded"] == 0
+    assert RecordStore(Device.parse("cpu")).load() == []
+
+
+def test_verify_proves_a_third_partys_kernel(cli, extra_backend, own_profile):
+    own_profile("extends: cpu\nprefer: [extra.sound]\n")
+    code, out, _ = cli(*MEAN)
+    assert code == 0
+    assert "extra.sound" in out
+
+
+def test_a_kernel_that_does_not_load_is_fatal_when_it_runs(cli, extra_backend, own_profile):
+    own_profile("extends: cpu\nprefer: [extra.unloadable]\n")
+    code, _, err = cli(*MEAN)
+    assert code == 3
+    assert "no_such_function" in err
+
+
+def test_a_record_made_is_evidence_for_the_plan_and_enough_where_only_proof_counts(cli, own_profile, on_this_cpu):
+    own_profile("extends: cpu\ninvariance: {trust: verified}\n")
+    problem = ("explain", "mean", "--dtype", "fp32", "--dim", "n=40", "--device", "cpu")
+    assert cli(*problem)[0] == 1
+    code, out, _ = cli(*MEAN, "--record")
+    assert code == 0
+    assert "recorded 1 of 1" in out
+    code, out, _ = cli(*problem)
+    assert code == 0
+    assert "verified here" in out
+    assert "hold   1" in cli("doctor")[1] or on_this_cpu != Device.detect()
+
+
+def test_doctor_counts_stale_records_and_says_what_changed(cli, as_json, on_this_cpu, monkeypatch):
+    if on_this_cpu != Device.detect():
+        pytest.skip("doctor looks at the GPU's records here")
+    assert cli(*MEAN, "--record")[0] == 0
+    assert as_json("doctor")[1]["sections"]["records"]["stale"] == "0"
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    _, document = as_json("doctor")
+    assert document["sections"]["records"]["stale"] == "1"
+    assert any("made with another variables" in finding for finding in document["findings"])
+
+
+@pytest.mark.parametrize("text", ['{"format": "bidispatch-rec', '{"format": "somebody else"}', "[]"])
+def test_a_truncated_or_foreign_record_file_is_left_alone_and_said_before_the_work(cli, as_json, on_this_cpu, text):
+    path = RecordStore(on_this_cpu).path
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    code, out, err = cli(*MEAN, "--record")
+    assert (code, out) == (1, "")
+    assert str(path) in err
+    assert as_json(*MEAN, "--record")[1]["error"]["type"] == "RecordError"
+    assert path.read_text() == text
+    code, _, err = cli("plan", "--device", "cpu")  # a claim is enough there, so the file is only warned of, once
+    assert code == 0
+    assert err.count(str(path)) == 1
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return str(tmp_path)
+
+
+def test_demo_prints_the_plan_and_both_differences(cli, model):
+    code, out, _ = cli("demo", "--model", model, "--requests", "3", "--device", "cpu")
+    assert code == 0
+    assert "torch_cpu.paged_attention" in out
+    stock, plan = out.partition("stock torch")[2].split("bidispatch plan")
+    assert "Logprob difference: 0.0000000000" in plan
+    assert "differing bit patterns: 0 of" in plan
+    assert "Logprob difference: 0.0000" in stock
+    assert "Logprob difference: 0.0000000000" not in stock
+
+
+def test_demo_as_json_has_the_keys_that_are_promised(as_json, model):
+    code, document = as_json("demo", "--model", model, "--requests", "3", "--device", "cpu")
+    assert code == 0
+    assert document["plan"]["max_logprob_difference"] == 0.0
+    assert document["plan"]["tokens_differ"] == 0
+    assert document["plan"]["identical"]
+    assert document["stock"]["max_logprob_difference"] > 0
+    assert document["fingerprint"].startswith("cpu-")
+    assert document["device"]
+
+
+@pytest.mark.parametrize("moved", [1e-3, float("nan")])
+def test_demo_is_a_finding_when_the_plans_logprobs_move(cli, as_json, model, monkeypatch, moved):
+    together = compare.Comparison.together
+
+    def disturbed(self, request, index, token, logprobs):
+        together(self, request, index, token, logprobs + moved if index == 1 else logprobs)
+
+    monkeypatch.setattr(compare.Comparison, "together", disturbed)
+    words = ("demo", "--model", model, "--requests", "2", "--device", "cpu")
+    code, document = as_json(*words)
+    assert code == 1
+    assert document["plan"]["max_logprob_difference"] != 0
+    assert cli(*words)[0] == 1
