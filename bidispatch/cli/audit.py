@@ -34,10 +34,12 @@ class Framework(str, enum.Enum):
 
 def command(
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face folder with a config.json; the demo's model by default.")
+        Path | None,
+        typer.Option("--model", help="A Hugging Face folder with a config.json; the demo's model by default."),
     ] = None,
     framework: Annotated[
-        Framework, typer.Option(help="builtin: the demo's decoder under the plan. transformers: as it is.")
+        Framework,
+        typer.Option("--framework", help="builtin: the demo's decoder under the plan. transformers: as it is."),
     ] = Framework.BUILTIN,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

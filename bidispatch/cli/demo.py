@@ -31,13 +31,13 @@ _TITLES = {"stock": "stock torch", "plan": "bidispatch plan"}
 def command(
     model: Annotated[
         Path | None,
-        typer.Option(help="A Hugging Face folder of a dense Qwen3 or Llama; random weights if it has none."),
+        typer.Option("--model", help="A Hugging Face folder of a dense Qwen3 or Llama; random weights if it has none."),
     ] = None,
     device: DeviceOption = "auto",
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests to serve; 12 on a processor, 24 on a GPU by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the requests.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights and the requests.")] = 0,
     as_json: JsonOption = False,
 ) -> int:
     """Serve a small model, and see whether logprobs move.
@@ -59,6 +59,8 @@ def command(
     gpu = plan.device.arch.vendor != "cpu"
     workload = default_workload(config, gpu=gpu, requests=requests, seed=seed)
     results = _serve(plan, config, model, workload, seed, quiet=as_json)
+    if results["plan"].together.most_requests < 2:
+        render.warning("no two requests met in a step, so this shows nothing; serve more with --requests")
     if as_json:
         render.json_document(
             {

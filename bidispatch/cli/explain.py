@@ -27,7 +27,7 @@ _STYLES = {CHOSEN: "green", REJECTED: "red", SPARE: "dim", UNLISTED: "dim"}
 def command(
     op: Annotated[str, typer.Argument(help="An op of the catalogue, such as gemm.", metavar="OP")],
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16, fp32, ...; the op's first by default.", metavar="DTYPE")
+        str | None, typer.Option("--dtype", help="bf16, fp16, fp32, ...; the op's first by default.", metavar="DTYPE")
     ] = None,
     dim: DimOption = None,
     device: DeviceOption = "auto",

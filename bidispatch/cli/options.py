@@ -12,10 +12,14 @@ from bidispatch.errors import UsageError
 __all__ = ["DeviceOption", "DimOption", "JsonOption", "ProfileOption", "parse_dims", "show_help_without_command"]
 
 DeviceOption = Annotated[
-    str, typer.Option(help="auto, cpu, cuda:0, or an arch such as sm103, which need not be here.", metavar="DEVICE")
+    str,
+    typer.Option(
+        "--device", help="auto, cpu, cuda:0, or an arch such as sm103, which need not be here.", metavar="DEVICE"
+    ),
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option(help="A profile's name or file, instead of the device's own.", metavar="NAME|FILE")
+    str | None,
+    typer.Option("--profile", help="A profile's name or file, instead of the device's own.", metavar="NAME|FILE"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 DimOption = Annotated[

@@ -23,7 +23,8 @@ def command(
     device: DeviceOption = "auto",
     profile: ProfileOption = None,
     require: Annotated[
-        str | None, typer.Option(help="run, batch, sequence or topology, instead of the profile's.", metavar="LEVEL")
+        str | None,
+        typer.Option("--require", help="run, batch, sequence or topology, instead of the profile's.", metavar="LEVEL"),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:

@@ -173,7 +173,8 @@ def _from(source: str) -> str:
 def init(
     arch: Annotated[str, typer.Argument(help="The arch it is for, such as sm90.", metavar="ARCH")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write it; your own profiles' folder by default.", metavar="FILE")
+        Path | None,
+        typer.Option("--out", help="Where to write it; your own profiles' folder by default.", metavar="FILE"),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:

@@ -30,10 +30,11 @@ def command(
     op: Annotated[list[str] | None, typer.Argument(help="Ops to verify.", metavar="[OP]...")] = None,
     every: Annotated[bool, typer.Option("--all", help="Verify every op the plan serves.")] = False,
     level: Annotated[
-        str | None, typer.Option(help="run, batch or sequence; what each kernel claims by default.", metavar="LEVEL")
+        str | None,
+        typer.Option("--level", help="run, batch or sequence; what each kernel claims by default.", metavar="LEVEL"),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="Only this dtype; may be given several times.", metavar="DTYPE")
+        list[str] | None, typer.Option("--dtype", help="Only this dtype; may be given several times.", metavar="DTYPE")
     ] = None,
     dim: DimOption = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Also compare CUDA graph replay.")] = False,

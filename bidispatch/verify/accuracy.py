@@ -15,9 +15,11 @@ from bidispatch.verify.subject import Canvas, Subject, limits_for
 __all__ = ["LIMITS", "measure_accuracy"]
 
 LIMITS = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3}
-"""The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output. fp16 and bf16 round once at the end (2e-4
-and 2e-3), attention also its weights. Matrix units truncate what they add to an fp32 sum, which over 12288 terms of one
-sign comes near the limit; operands rounded to TF32 are beyond it."""
+"""The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output.
+
+fp16 and bf16 round once at the end (2e-4 and 2e-3), attention also its weights. fp32 leaves room for matrix units,
+which truncate what they add to a long sum, and none for operands rounded to TF32 (about 3e-4).
+"""
 
 # fp32 scores of scaled q and k reach 2^24: their last place is then wider than the softmax.
 _DISTRIBUTIONS = {"attention": ("normal", "positive")}

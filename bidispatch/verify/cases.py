@@ -77,6 +77,7 @@ class Sizes:
     """Calls of one decode step, or of one chunk of a size."""
     max_seqs: int
     accuracy_rows: int = 67
+    """M of the calls that are compared with the fp64 reference."""
 
 
 _ON_GPU = Sizes(
@@ -104,9 +105,12 @@ _ON_CPU_LARGE = replace(
     _ON_CPU, rows=(1, 2, 7, 17, 64), pool=4, lengths=(1, 17, 200), chunks=(7, 64), decodes=8, singles=3, max_seqs=8
 )
 _LARGE = 1 << 19
-_MOST_ELEMENTS = 1 << 28
+"""Multiplications a row from which a processor takes the sizes above."""
 _TYPICAL_CONTEXT = 256
 _SHORTEST_TILE = 32
+"""KV tiles are wider; smaller integers among params count rows, heads or warps."""
+_MOST_ELEMENTS = 1 << 28
+"""Of the widest tensor of a batch, of which a GPU must hold several copies. Edges of the ladder are never left out."""
 
 
 def problems_for(

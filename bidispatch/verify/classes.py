@@ -47,13 +47,13 @@ def check_ladder(selection: Selection, sizes: Sizes) -> Check:
 
 
 def check_merged(selection: Selection, sizes: Sizes, select: Callable[[Problem], Selection]) -> Check:
-    """A product with two weights merged into one against the product with each: hosts merge qkv and shard by N.
+    """A `gemm` with two weights merged into one against the product with each: hosts merge qkv and shard by N.
 
     `select` is the plan's. A part in another class was never promised to be equal, and is not compared.
     """
     problem = selection.problem
-    if problem.op != "gemm" or problem.size("n") < 2:
-        return Check(_MERGED, note="only products have weights to merge")
+    if problem.size("n") < 2:
+        return Check(_MERGED, note="n=1 has no parts")
     n = problem.size("n")
     cut = max(1, n // 3 // 8 * 8)
     device = torch.device(selection.device.torch_device)

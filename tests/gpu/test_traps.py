@@ -52,10 +52,9 @@ def test_attention_is_the_same_over_prefill_tiles_and_as_decode(plan, dtype, dim
     lengths = [777, 2049, 1, 513, 5000]
     arguments = paged_batch(problem, lengths, lengths, device="cuda")
     limits = Limits(sum(lengths), len(lengths), max(lengths), max(lengths))
+    name = "triton.paged_attention"
     prefills = [
-        bind_tile(plan, problem, "triton.paged_attention", limits, prefill_block_m=rows, prefill_warps=warps)(
-            *arguments
-        )
+        bind_tile(plan, problem, name, limits, prefill_block_m=rows, prefill_warps=warps)(*arguments)
         for rows, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))
     ]
     assert all(same_bits(result, prefills[0]) for result in prefills[1:])
@@ -74,8 +73,7 @@ def test_attention_is_the_same_over_prefill_tiles_and_as_decode(plan, dtype, dim
             sinks,
         ]
         for decode_tokens in (0, 256):
-            tile = {"decode_tokens": decode_tokens}
-            decode = bind_tile(plan, problem, "triton.paged_attention", Limits(64, 64, 5000, 1), **tile)
+            decode = bind_tile(plan, problem, name, Limits(64, 64, 5000, 1), decode_tokens=decode_tokens)
             assert same_bits(decode(*step), prefills[0][start + positions])
 
 

@@ -8,7 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from bidispatch.cli import demo  # noqa: E402
 from bidispatch.demo import compare  # noqa: E402
+from bidispatch.demo.workload import make_workload  # noqa: E402
 from bidispatch.device import Device  # noqa: E402
 from bidispatch.records import RecordStore  # noqa: E402
 
@@ -26,6 +28,15 @@ SMALL = {
     "vocab_size": 128,
     "max_position_embeddings": 64,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads would only wait for one another, most of all when tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -115,13 +126,21 @@ def test_a_truncated_or_foreign_record_file_is_left_alone_and_said_before_the_wo
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path, monkeypatch):
+    """A small model's folder; the demo serves it a small workload, `--requests` of a few tokens each."""
+
+    def small_workload(config, *, gpu, requests, seed):
+        return make_workload(
+            config, requests=requests, longest_prompt=40, new_tokens=(5, 6), max_tokens=16, max_seqs=4, seed=seed
+        )
+
+    monkeypatch.setattr(demo, "default_workload", small_workload)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     return str(tmp_path)
 
 
 def test_demo_prints_the_plan_and_both_differences(cli, model):
-    code, out, _ = cli("demo", "--model", model, "--requests", "3", "--device", "cpu")
+    code, out, _ = cli("demo", "--model", model, "--requests", "6", "--device", "cpu")
     assert code == 0
     assert "torch_cpu.paged_attention" in out
     stock, plan = out.partition("stock torch")[2].split("bidispatch plan")
@@ -132,7 +151,7 @@ def test_demo_prints_the_plan_and_both_differences(cli, model):
 
 
 def test_demo_as_json_has_the_keys_that_are_promised(as_json, model):
-    code, document = as_json("demo", "--model", model, "--requests", "3", "--device", "cpu")
+    code, document = as_json("demo", "--model", model, "--requests", "6", "--device", "cpu")
     assert code == 0
     assert document["plan"]["max_logprob_difference"] == 0.0
     assert document["plan"]["tokens_differ"] == 0
@@ -140,6 +159,12 @@ def test_demo_as_json_has_the_keys_that_are_promised(as_json, model):
     assert document["stock"]["max_logprob_difference"] > 0
     assert document["fingerprint"].startswith("cpu-")
     assert document["device"]
+
+
+def test_demo_says_so_when_no_two_requests_met(cli, model):
+    code, _, err = cli("demo", "--model", model, "--requests", "1", "--device", "cpu")
+    assert code == 0
+    assert "no two requests met" in err
 
 
 @pytest.mark.parametrize("moved", [1e-3, float("nan")])
@@ -150,7 +175,7 @@ def test_demo_is_a_finding_when_the_plans_logprobs_move(cli, as_json, model, mon
         together(self, request, index, token, logprobs + moved if index == 1 else logprobs)
 
     monkeypatch.setattr(compare.Comparison, "together", disturbed)
-    words = ("demo", "--model", model, "--requests", "2", "--device", "cpu")
+    words = ("demo", "--model", model, "--requests", "4", "--device", "cpu")
     code, document = as_json(*words)
     assert code == 1
     assert document["plan"]["max_logprob_difference"] != 0

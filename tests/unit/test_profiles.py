@@ -24,7 +24,7 @@ from bidispatch.planning.select import select
 from bidispatch.profiles.document import Document, read_document
 from bidispatch.profiles.lint import faults_of
 from bidispatch.profiles.load import ProfileStore, builtin_folder, lint_file
-from bidispatch.profiles.schema import Candidate, ProfileFile, Rule, json_schema
+from bidispatch.profiles.schema import Candidate, Condition, ProfileFile, Rule, json_schema
 from bidispatch.registry import default_registry
 
 REGISTRY = registry_of(fake("a.gemm"), fake("b.gemm"), fake("a.softmax", op="softmax", tile=None))
@@ -90,7 +90,7 @@ BAD: dict[str, tuple[str, list[tuple[int, int, str]]]] = {
     "unclosed bracket": (HEAD + "prefer: [a.gemm\n", [(3, 1, "not valid YAML: ")]),
     "tab": (HEAD + "match:\n\tarch: sm90\n", [(3, 1, "not valid YAML: ")]),
     "two documents": (HEAD + "---\nname: x\n", [(2, 1, "not valid YAML: but found another document")]),
-    "nested too deeply": ("a: " + "[" * 3000, [(0, 0, "nested too deeply")]),
+    "nested too deeply": ("a: " + "[" * 600, [(0, 0, "nested too deeply")]),
     "unknown arch": (HEAD + "match: {arch: sm91}\n", [(2, 15, "unknown arch 'sm91' (did you mean 'sm90'?)")]),
     "unknown op": (HEAD + "ops:\n  gem: []\n", [(3, 3, "unknown op 'gem' (did you mean 'gemm'?)")]),
     "unknown dtype": (RULE.replace("bf16", "bf16, float61") % "", [(4, 22, "unknown dtype 'float61'")]),
@@ -212,10 +212,8 @@ def test_anchors_that_do_not_nest_are_read(tmp_path):
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=6))
-WORDS = st.sampled_from(
-    [*ProfileFile.model_fields, *Rule.model_fields, *Candidate.model_fields]
-    + ["gemm", "a.gemm", "arch", "require", "splits", "block_m", "n", "in", "min"]
-)
+FIELDS = [name for model in (ProfileFile, Rule, Candidate, Condition) for name in model.model_fields]
+WORDS = st.sampled_from([*FIELDS, "gemm", "a.gemm", "arch", "require", "splits", "block_m", "n", "in"])
 DATA = st.recursive(
     st.one_of(SCALARS, WORDS), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4)
 )
@@ -275,7 +273,7 @@ def impls(profile, op="gemm"):
 def test_extends_in_a_circle_is_refused_with_the_circle(folders, length):
     names = ["sm90", "x", "y"][:length]
     store = folders({name: f"extends: {names[(i + 1) % length]}\n" for i, name in enumerate(names)})
-    with pytest.raises(ProfileError, match="goes in a circle: " + " extends ".join([*names, names[0]])) as info:
+    with pytest.raises(ProfileError, match="goes in a circle: " + " extends ".join([*names, names[0]]) + "$") as info:
         store.for_device(H200)
     assert [(fault.line, fault.column) for fault in info.value.faults] == [(2, 10)]
 
@@ -352,8 +350,8 @@ def test_a_profile_that_names_the_device_wins_over_one_that_does_not(folders):
         {"sm90": ""},
         {
             "sm90": "name: any\n",
-            "h200": "name: exact\nmatch: {arch: sm90, device_name: 'NVIDIA H200*'}\n",
-            "h100": "name: wrong\nmatch: {arch: sm90, device_name: 'NVIDIA H100*'}\n",
+            "z": "name: exact\nmatch: {arch: sm90, device_name: 'NVIDIA H200*'}\n",
+            "a": "name: wrong\nmatch: {arch: sm90, device_name: 'NVIDIA H100*'}\n",
         },
     )
     assert store.for_device(H200).name == "exact"

@@ -266,7 +266,7 @@ def test_an_empty_batch_in_any_axis_launches_nothing():
 # --- the ladder ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(tops=st.sets(st.integers(1, 60), max_size=6), data=st.data())
 def test_the_rung_is_the_first_whose_top_is_not_below_m(tops, data):
     ladder = [*sorted(tops), None]

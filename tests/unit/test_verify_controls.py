@@ -1,8 +1,9 @@
-"""The negative controls: each planted fault is caught by the check that should; a run whose controls fail proves nothing."""
+"""The negative controls: the check that should catches each planted fault; if one does not, the run proves nothing."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bidispatch import ops
 from bidispatch.device import Device
@@ -13,6 +14,15 @@ from bidispatch.verify.broken import ControlParams
 
 CPU = Device.parse("cpu")
 TINY = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Test workers share the cores: more threads than cores would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def verify_control(problem, fault="", **options):

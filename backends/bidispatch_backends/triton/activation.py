@@ -16,9 +16,7 @@ __all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated_kernel", "launc
 
 
 @triton.jit
-def gated_kernel(
-    x_ptr, out_ptr, stride_x, stride_out, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr
-):
+def gated_kernel(x_ptr, out_ptr, stride_x, stride_out, N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
     """out[row] = act(x[row, :N]) · x[row, N:], `BLOCK` columns of a row a program."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -104,9 +104,7 @@ def _attend(
         page = tl.load(pages_ptr + kv // PAGE_SIZE, mask=live, other=0).to(tl.int64)
         slot = (kv % PAGE_SIZE).to(tl.int64)
         k_rows = page * stride_k_page + slot * stride_k_slot
-        k = tl.load(
-            k_ptr + k_rows[None, :] + dims[:, None], mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0
-        )
+        k = tl.load(k_ptr + k_rows[None, :] + dims[:, None], mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         if SOFTCAP:
             # The cap itself is in exp2_scale. tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow.
@@ -122,13 +120,13 @@ def _attend(
 
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * exp2_scale)
         reference = _no_lower_than_zero(new_maximum)
-        weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + exp2_scale, tl.zeros_like(scores) - reference[:, None]))
+        weights = tl.exp2(
+            tl.fma(scores, tl.zeros_like(scores) + exp2_scale, tl.zeros_like(scores) - reference[:, None])
+        )
         decay = tl.exp2(maximum - reference)[:, None]
         weights = weights.to(v_ptr.dtype.element_ty)
         v_rows = page * stride_v_page + slot * stride_v_slot
-        v = tl.load(
-            v_ptr + v_rows[:, None] + dims[None, :], mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
-        )
+        v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
         total = tl.dot(weights, ones, total * decay, input_precision="ieee")
         acc = tl.dot(weights, v, acc * decay, input_precision="ieee")
         maximum = new_maximum

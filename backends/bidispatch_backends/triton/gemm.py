@@ -112,7 +112,9 @@ def launches(problem: Problem, params: GemmParams, tile: GemmTile, arch: Arch) -
         "INPUT_PRECISION": params.input_precision,
     }
     # The one product and sum outside of the matrix unit's are those of its fp32 form, which wants the fusion.
-    return (Launch(matmul_kernel, arguments, constants, options(arch, tile.num_warps, tile.num_stages, fp_fusion=True)),)
+    return (
+        Launch(matmul_kernel, arguments, constants, options(arch, tile.num_warps, tile.num_stages, fp_fusion=True)),
+    )
 
 
 def bind_gemm(context: BindContext) -> Kernel:
