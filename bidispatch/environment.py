@@ -14,6 +14,7 @@ from typing import Any
 
 import bidispatch
 from bidispatch.device import Device
+from bidispatch.errors import DeviceError
 from bidispatch.registry import Implementation
 from bidispatch.requirements import installed_version
 
@@ -85,6 +86,8 @@ def _threads() -> int:
     """Count the threads torch may divide a sum among on the CPU. Imports torch, where it is installed."""
     if "torch" not in sys.modules and installed_version("torch") is None:
         return 0
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise DeviceError(f"torch is installed but does not import: {error}; reinstall it") from error
     return int(torch.get_num_threads())

@@ -14,6 +14,7 @@ from bidispatch.demo.config import CPU_MODEL, GPU_MODEL, ModelConfig
 from bidispatch.demo.problems import decoder_problems
 from bidispatch.demo.workload import PAGE_SIZE, Workload, default_workload
 from bidispatch.device import Device
+from bidispatch.environment import describe
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.plan import plan as make_plan
@@ -35,7 +36,8 @@ def command(
     ] = None,
     device: DeviceOption = "auto",
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests to serve; 12 on a processor, 24 on a GPU by default.")
+        int | None,
+        typer.Option("--requests", min=1, help="Requests to serve; 12 on a processor, 24 on a GPU by default."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the weights and the requests.")] = 0,
     as_json: JsonOption = False,
@@ -67,6 +69,8 @@ def command(
                 **{name: _document(result) for name, result in results.items()},
                 "device": plan.device.name,
                 "fingerprint": plan.fingerprint(problems),
+                "model": asdict(config),
+                "environment": describe(plan.device, plan.implementations(problems)),
             }
         )
     return 0 if results["plan"].identical else failures.FINDING

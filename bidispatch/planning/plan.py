@@ -19,7 +19,7 @@ from bidispatch.planning.selection import Selection
 from bidispatch.profiles.load import ProfileStore
 from bidispatch.profiles.profile import Profile
 from bidispatch.records import Record, RecordStore
-from bidispatch.registry import Registry, default_registry
+from bidispatch.registry import Implementation, Registry, default_registry
 
 __all__ = ["Plan", "plan"]
 
@@ -85,6 +85,11 @@ class Plan:
         """Refuse selections that were not made before."""
         self._frozen = True
 
+    def implementations(self, problems: Iterable[Problem] | None = None) -> frozenset[Implementation]:
+        """What serves these problems (those selected so far, when none are given)."""
+        chosen = self.selections if problems is None else [self._look_up(problem) for problem in problems]
+        return frozenset(rung.implementation for selection in chosen for rung in selection.rungs)
+
     def fingerprint(self, problems: Iterable[Problem] | None = None) -> str:
         """A short text, equal in two processes that promise the same bits for these problems.
 
@@ -93,7 +98,7 @@ class Plan:
         here starts with `predicted` and equals no real one.
         """
         chosen = self.selections if problems is None else [self._look_up(problem) for problem in problems]
-        used = {rung.implementation for selection in chosen for rung in selection.rungs}
+        used = self.implementations(selection.problem for selection in chosen)
         environment = hard_part(describe(self.device, used))
         del environment["code"]  # names packages; records, which hold for exact code, keep it
         content = {

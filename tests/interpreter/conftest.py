@@ -16,9 +16,9 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     )
 os.environ["TRITON_INTERPRET"] = "1"
 
-import numpy as np  # noqa: E402 - after the variable
-import triton  # noqa: E402
-from packaging.version import Version  # noqa: E402
+import numpy as np
+import triton
+from packaging.version import Version
 
 # Until Triton 3.7.1 the interpreter's range() turns arrays of one element into scalars, which numpy 2.4 refuses.
 _BROKEN = Version(triton.__version__) < Version("3.7.1") and Version(np.__version__) >= Version("2.4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 110) -> di
     others = [(3, 90), (1, 40), (5, 5)]
     return {
         "decoded": sum(count(serve(p + 1, 1), p) for p in (0, 15, 16, 47, 48, 96, 109)),
-        "in chunks": sum(count(serve(b, b - a), a) for a, b in zip(ends, ends[1:], strict=False)),
+        "in chunks": sum(count(serve(b, b - a), a) for a, b in pairwise(ends)),
         "among others": count(serve(length, length, others), 0),
         "a chunk among others": count(serve(length, 20, others), length - 20),
         "in ascending pages": count(serve(length, length, page_order="ascending"), 0),

@@ -10,6 +10,10 @@ What keeps a row's bits free of the tile it lies in:
 - a tile or split the row does not see changes nothing: its weights are 0 and the others are scaled by exp2(0) = 1.
 """
 
+# Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import math
@@ -18,11 +22,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from bidispatch.device import Arch
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.triton.launch import Launch, ceil_div, options, pointer, power_of_two
+from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
 from bidispatch_backends.triton.params import AttentionParams, AttentionTile
 
 __all__ = ["bind_attention", "fold_kernel", "launches", "split_kernel", "walk_kernel"]
@@ -107,7 +112,7 @@ def _attend(
         k = tl.load(k_ptr + k_rows[None, :] + dims[:, None], mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         if SOFTCAP:
-            # The cap itself is in exp2_scale. tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow.
+            # tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|) cannot overflow. The cap itself is in exp2_scale.
             u = scores * score_scale
             e = tl.exp2(tl.abs(u) * (-2.0 * _LOG2_E))
             scores = tl.where(u < 0.0, e - 1.0, 1.0 - e) / (1.0 + e)
@@ -456,9 +461,6 @@ class _Packing:
         return cls(heads, block_m // heads, ceil_div(group, heads))
 
 
-_TENSORS = ("table_ptr", "kv_lens_ptr", "query_start_ptr")
-
-
 def launches(
     problem: Problem, params: AttentionParams, tile: AttentionTile, arch: Arch
 ) -> tuple[Launch, Launch, Launch]:
@@ -466,13 +468,14 @@ def launches(
     data, state = pointer(problem.dtype), pointer("float32")
     heads, kv_heads = problem.size("num_heads"), problem.size("num_kv_heads")
     head_dim = problem.size("head_dim")
-    caches = ("k", "v")
-    inputs = {"q_ptr": data, "k_ptr": data, "v_ptr": data} | dict.fromkeys(_TENSORS, pointer("int32"))
+    index = pointer("int32")
+    inputs: dict[str, ArgumentType] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data)
+    inputs |= dict.fromkeys(("table_ptr", "kv_lens_ptr", "query_start_ptr"), index)
     scales = {"score_scale": "fp32", "exp2_scale": "fp32"}
     sinks = {"sinks_ptr": state if problem.flag("sinks") else None}
     workspace = dict.fromkeys(("maxima_ptr", "totals_ptr", "accs_ptr"), state)
-    strides: dict[str, str | int | None] = {"stride_q_token": heads * head_dim, "stride_q_head": head_dim}
-    for cache in caches:
+    strides: dict[str, ArgumentType] = {"stride_q_token": heads * head_dim, "stride_q_head": head_dim}
+    for cache in ("k", "v"):
         strides[f"stride_{cache}_page"] = problem.size("page_size") * kv_heads * head_dim
         strides[f"stride_{cache}_slot"] = kv_heads * head_dim
         strides[f"stride_{cache}_head"] = head_dim
@@ -485,10 +488,12 @@ def launches(
         "KV_SPLIT": params.kv_split,
         "BLOCK_D": max(16, power_of_two(head_dim)),
     }
-    attend = masks | widths | {"PAGE_SIZE": problem.size("page_size"), "SOFTCAP": float(problem["softcap"]) > 0}
+    attend: dict[str, Constant] = (
+        masks | widths | {"PAGE_SIZE": problem.size("page_size"), "SOFTCAP": float(problem["softcap"]) > 0}
+    )
     attend |= {"BLOCK_N": params.block_n, "GROUP": heads // kv_heads}
 
-    def packed(block_m: int) -> dict[str, int | float | bool | str]:
+    def packed(block_m: int) -> dict[str, Constant]:
         packing = _Packing.of(problem, block_m)
         return attend | {"BLOCK_M": block_m, "HEADS": packing.heads, "TOKENS": packing.tokens}
 
@@ -508,13 +513,8 @@ def launches(
         ),
         Launch(
             fold_kernel,
-            dict.fromkeys(_TENSORS[1:], pointer("int32"))
-            | workspace
-            | sinks
-            | {"out_ptr": data}
-            | sizes
-            | {"splits": "i32"}
-            | out_strides,
+            {"kv_lens_ptr": index, "query_start_ptr": index, **workspace, **sinks, "out_ptr": data, **sizes}
+            | {"splits": "i32", **out_strides},
             masks | widths | {"HEADS": heads},
             options(arch, 1, 1, fp_fusion=False),
         ),
@@ -569,13 +569,32 @@ def bind_attention(context: BindContext) -> Kernel:
         strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
         out_strides = out.stride()[:2]
         if tokens > parallel_tokens:
-            grid = (tokens // prefill.tokens + seqs, kv_heads * prefill.head_blocks)
-            walk(grid, *inputs, sinks, out, *scales, *sizes, block_table.stride(0), *strides, *out_strides)
+            tiles = tokens // prefill.tokens + seqs
+            walk(
+                (tiles, kv_heads * prefill.head_blocks),
+                *inputs,
+                sinks,
+                out,
+                *scales,
+                *sizes,
+                block_table.stride(0),
+                *strides,
+                *out_strides,
+            )
             return
         splits = ceil_div(max_kv, params.kv_split)
         workspace = (maxima, totals, accs)
-        grid = (tokens // decode.tokens + seqs, kv_heads * decode.head_blocks, splits)
-        split(grid, *inputs, *workspace, *scales, *sizes, block_table.stride(0), splits, *strides)
+        tiles = tokens // decode.tokens + seqs
+        split(
+            (tiles, kv_heads * decode.head_blocks, splits),
+            *inputs,
+            *workspace,
+            *scales,
+            *sizes,
+            block_table.stride(0),
+            splits,
+            *strides,
+        )
         fold((tokens, heads), seq_lens, query_start_loc, *workspace, sinks, out, *sizes, splits, *out_strides)
 
     return attention

@@ -8,13 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.triton import activation, attention, gemm, norm, reduction
 from bidispatch_backends.triton.launch import Constant, Launch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
 
@@ -46,7 +47,7 @@ class Variant:
     @cached_property
     def key(self) -> str:
         """Equal for variants that compile to the same binary on one arch."""
-        parts = (self.signature, self.constants, {name: True for name in self.aligned}, self.options)
+        parts = (self.signature, self.constants, dict.fromkeys(self.aligned, True), self.options)
         return repr((self.kernel.fn.__name__, *(sorted(part.items()) for part in parts)))
 
     def __str__(self) -> str:

@@ -1,10 +1,15 @@
 """Matrix products: `gemm` and `bmm` by one kernel, whose sums run through the matrix unit in the order of K."""
 
+# Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel

@@ -8,10 +8,13 @@ from typing import Any
 
 from bidispatch.device import Arch
 
-__all__ = ["Constant", "Launch", "ceil_div", "options", "pointer", "power_of_two"]
+__all__ = ["ArgumentType", "Constant", "Launch", "ceil_div", "options", "pointer", "power_of_two"]
 
 Constant = int | float | bool | str
 """What a `tl.constexpr` argument of these kernels may be."""
+
+ArgumentType = str | int | None
+"""What `Launch.arguments` says of an argument."""
 
 _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 
@@ -26,7 +29,7 @@ class Launch:
     """
 
     kernel: Any
-    arguments: Mapping[str, str | int | None]
+    arguments: Mapping[str, ArgumentType]
     constants: Mapping[str, Constant]
     options: Mapping[str, int | bool]
 

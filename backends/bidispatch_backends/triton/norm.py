@@ -1,14 +1,21 @@
 """Root-mean-square norms: `rms_norm` and `fused_add_rms_norm`, one program a row."""
 
+# Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.triton.launch import Launch, pointer
+from bidispatch_backends.triton.launch import ArgumentType, Launch, pointer
 from bidispatch_backends.triton.params import RowParams, RowTile
 from bidispatch_backends.triton.rows import pairwise_sum, row_launch
 
@@ -95,15 +102,14 @@ def fused_add_rms_norm_kernel(
 
 def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> tuple[Launch, ...]:
     """The one launch of either norm."""
-    data, n = pointer(problem.dtype), problem.size("n")
-    gemma = problem.flag("gemma")
-    if problem.op == "rms_norm":
-        arguments = {"x_ptr": data, "weight_ptr": data, "out_ptr": data, "stride_x": n, "stride_out": n, "eps": "fp32"}
-        return (row_launch(rms_norm_kernel, arguments, problem, params, tile, arch, GEMMA=gemma),)
-    names = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr")
-    strides = ("stride_x", "stride_residual", "stride_out", "stride_residual_out")
-    arguments = dict.fromkeys(names, data) | dict.fromkeys(strides, n) | {"eps": "fp32"}
-    return (row_launch(fused_add_rms_norm_kernel, arguments, problem, params, tile, arch, GEMMA=gemma),)
+    kernel: Any = rms_norm_kernel
+    tensors: tuple[str, ...] = ("x", "weight", "out")
+    if problem.op == "fused_add_rms_norm":
+        kernel, tensors = fused_add_rms_norm_kernel, ("x", "residual", "weight", "out", "residual_out")
+    arguments: dict[str, ArgumentType] = {f"{tensor}_ptr": pointer(problem.dtype) for tensor in tensors}
+    arguments |= {f"stride_{tensor}": problem.size("n") for tensor in tensors if tensor != "weight"}
+    arguments["eps"] = "fp32"
+    return (row_launch(kernel, arguments, problem, params, tile, arch, GEMMA=problem.flag("gemma")),)
 
 
 def bind_rms_norm(context: BindContext) -> Kernel:

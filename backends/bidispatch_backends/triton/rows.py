@@ -1,14 +1,20 @@
 """What kernels over whole rows share: the sum whose order no layout can change, and their launches."""
 
+# Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
+
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton.launch import Constant, Launch, options, power_of_two
+from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, power_of_two
 from bidispatch_backends.triton.params import RowParams, RowTile
 
 __all__ = ["pairwise_sum", "row_launch"]
@@ -31,7 +37,7 @@ def pairwise_sum(lanes):
 
 def row_launch(
     kernel: Any,
-    arguments: dict[str, str | int | None],
+    arguments: Mapping[str, ArgumentType],
     problem: Problem,
     params: RowParams,
     tile: RowTile,
