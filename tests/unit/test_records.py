@@ -122,11 +122,24 @@ import sys
 from bidispatch.device import ARCHS, Device
 from bidispatch.records import Record, RecordStore
 store = RecordStore(Device(ARCHS["sm90"], "NVIDIA H200"))
+store.load()
+print("ready", flush=True)
+sys.stdin.readline()
 for i in range(25):
     store.add([Record(f"{sys.argv[1]}-{i}", "[]", "k", "batch", 1, False, "2025", {})])
 """
-    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("one", "two")]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    for writer in writers:  # both are ready before either starts
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=60)
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert {each.problem for each in store.load()} == {f"{name}-{i}" for name in ("one", "two") for i in range(25)}
 
 

@@ -482,8 +482,8 @@ def launches(
     out_strides = {"stride_out_token": heads * head_dim, "stride_out_head": head_dim}
     sizes = {"seqs": "i32", "max_kv": "i32"}
 
-    masks = {"CAUSAL": problem.flag("causal"), "WINDOW": problem.size("window")}
-    widths = {
+    masks: dict[str, Constant] = {"CAUSAL": problem.flag("causal"), "WINDOW": problem.size("window")}
+    widths: dict[str, Constant] = {
         "HEAD_DIM": head_dim,
         "KV_SPLIT": params.kv_split,
         "BLOCK_D": max(16, power_of_two(head_dim)),

@@ -1,7 +1,7 @@
 """Reduction params, tiles, default tile ladders and class labels of the Triton kernels. Imports no triton, no torch.
 
-A ladder is `((max_m, tile), ...)`, as `Implementation.tiles` wants it. Functions here take the params and tile classes of
-their own family; they are typed `Any` because the registry calls all families' through one signature.
+A ladder is `((max_m, tile), ...)`, as `Implementation.tiles` wants it. Each function here is given the params of its
+own family; they are typed `Any` because the registry calls every family's through one signature.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _gemm_tile(arch: Arch, item_bytes: int, block_m: int, block_n: int, block_k:
 
 
 class RowParams(Params):
-    """Row sums. Lane i of `block` sums elements i, i + block, ... in order; the lanes are then summed in adjacent pairs."""
+    """Row sums: lane i of `block` sums elements i, i + block, ... in order; lanes are then summed in adjacent pairs."""
 
     block: int = Field(default=4096, ge=1024)
 
