@@ -9,8 +9,8 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-# One worker a core: the suites are processor-bound.
-PYTEST := $(BIN)/python -m pytest --quiet -n auto
+# One worker a core, and one thread a worker: the suites are processor-bound.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto
 
 .PHONY: setup demo test lint types unit interpreter compile test-gpu schema bench clean
 
