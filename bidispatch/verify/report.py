@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -245,14 +245,16 @@ class Report:
             comparisons=result.comparisons,
             cuda_graph=result.cuda_graph,
             made=self.made,
-            environment=describe(self.device, {rung.implementation for rung in selection.rungs}),
+            environment=self._environment([selection]),
         )
+
+    def _environment(self, selections: Iterable[Selection]) -> dict[str, Any]:
+        return describe(self.device, {rung.implementation for selection in selections for rung in selection.rungs})
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
-            "device": self.device.name,
-            "arch": self.device.arch.name,
+            "environment": self._environment(result.selection for result in self.results),
             "passed": self.passed,
             "comparisons": self.comparisons,
             "differing": self.differing,

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import bidispatch as bid
+from bidispatch.environment import describe
 
 _HERE = Path(__file__).parent
+_outcomes: list[dict] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, metavar="FILE", help="write outcomes and what tests measured, as JSON")
+
+
+def pytest_runtest_logreport(report):
+    """Keep each test's outcome: that of its call, or of the set-up that failed or skipped it."""
+    if report.when == "call" or report.outcome != "passed":
+        _outcomes.append(
+            {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 2),
+                **dict(report.user_properties),
+            }
+        )
+
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("--results")
+    if file and not hasattr(session.config, "workerinput"):  # xdist's workers report to the session that writes
+        plan = bid.plan()
+        used = {rung.implementation for _, found in plan.supported() for rung in getattr(found, "rungs", ())}
+        content = {"environment": describe(plan.device, used), "tests": _outcomes}
+        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(items):
