@@ -157,6 +157,33 @@ def test_a_kernel_compiled_with_fusion_is_seen_to_leave_some() -> None:
     assert re.search(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32\b", text)
 
 
+@pytest.mark.parametrize("arch", ["sm100", "sm103"])
+@pytest.mark.parametrize("op", ["gemm", "bmm", "attention"])
+def test_no_ladder_crosses_to_another_matrix_unit_where_their_bits_were_never_compared(op: str, arch: str) -> None:
+    """Under 64 rows a product is mma.sync there, else tcgen05."""
+    units = {
+        unit
+        for _, text in assembly(arch, ops.get(op).typical("bfloat16"))
+        for unit in re.findall(r"tcgen05\.mma|mma\.sync", text)
+    }
+    assert units == {"mma.sync" if op == "attention" else "tcgen05.mma"}
+
+
+def test_a_ladder_that_crosses_is_seen_to() -> None:
+    """Negative control: the kernel's own ladder has tiles of 16 rows and of 128."""
+    problem = ops.get("gemm").typical("bfloat16")
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.gemm")
+    device = Device(ARCHS["sm100"], "sm100", predicted=True)
+    units = set()
+    for _, tile in found.tiles(device, problem, found.params()):
+        for variant in variants(found.name, problem, found.params(), tile, ARCHS["sm100"]):
+            text = compile_variant(variant, target_of(ARCHS["sm100"])).asm["ptx"]
+            units |= set(re.findall(r"tcgen05\.mma|mma\.sync", text))
+    assert units == {"mma.sync", "tcgen05.mma"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["gemm", "bmm", "attention"])
 def test_amd_uses_one_shape_of_matrix_instruction(op: str, dtype: str) -> None:

@@ -212,8 +212,9 @@ def test_plan_shows_every_available_op_with_its_source_and_names_the_others(cli,
     code, out, _ = cli("plan", "--device", arch)
     assert code == 0
     rows = table_rows(out, "op ")
-    available = [op for op in bidispatch.ops.CATALOGUE.values() if op.available]
-    assert {row[0].strip() for row in rows} == {op.name for op in available}
+    available = [op.name for op in bidispatch.ops.CATALOGUE.values() if op.available]
+    first_cells = {row[0].strip() for row in rows}
+    assert {cell for cell in first_cells if not cell.startswith("triton.")} == set(available)  # the rest: more rungs
     assert all(".yaml:" in row[-1] for row in rows)
     for name in ("lora", "all_reduce", "attention.mla"):
         assert name in out.partition("unsupported")[2]
@@ -401,7 +402,8 @@ def test_a_resolved_profile_names_the_line_of_each_candidate(cli, as_json):
     source = document["ops"]["gemm"][0]["candidates"][0]["source"]
     file, _, line = source.partition(":")
     assert "triton.gemm" in (builtin_folder() / Path(file).name).read_text().splitlines()[int(line) - 1]
-    assert f"{{impl: triton.gemm}}  # {source}" in out
+    (line_of_candidate,) = [shown for shown in out.splitlines() if shown.endswith(f"# {source}")]
+    assert "impl: triton.gemm" in line_of_candidate
 
 
 def test_lint_prints_every_fault_of_every_file(cli, as_json, tmp_path):
