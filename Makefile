@@ -17,6 +17,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto
 setup: $(READY)
 
 $(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 3; }
 	@if [ ! -x $(BIN)/python ]; then \
 	  echo "setting up .venv"; \
 	  if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \

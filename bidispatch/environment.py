@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 
 import bidispatch
 from bidispatch.device import Device
-from bidispatch.errors import DeviceError
 from bidispatch.registry import Implementation
 from bidispatch.requirements import installed_version
 
 __all__ = ["BIT_VARIABLES", "code_digest", "describe", "hard_part"]
+
+_log = logging.getLogger(__name__)
 
 # Environment variables that change bits, or which kernel a library runs, behind a plan's back.
 BIT_VARIABLES: dict[str, str] = {
@@ -49,7 +51,7 @@ def describe(device: Device, implementations: Iterable[Implementation]) -> dict[
         "libraries": {name: installed_version(name) for name in libraries},
         "code": {package: code_digest(package) for package in sorted({_package(i) for i in used})},
         "variables": {name: os.environ[name] for name in BIT_VARIABLES if name in os.environ},
-        **({"threads": _threads()} if device.arch.vendor == "cpu" else {}),
+        **(_processor() if device.arch.vendor == "cpu" else {}),
         "soft": {
             "driver": device.driver,
             "python": platform.python_version(),
@@ -82,12 +84,16 @@ def code_digest(package: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _threads() -> int:
-    """Count the threads torch may divide a sum among on the CPU. Imports torch, where it is installed."""
+def _processor() -> dict[str, Any]:
+    """What torch's kernels on the CPU depend on: the vector instructions, and the threads that may divide a sum.
+
+    Imports torch where it is installed. A torch that does not import runs no kernel: planning goes on without it.
+    """
     if "torch" not in sys.modules and installed_version("torch") is None:
-        return 0
+        return {}
     try:
         import torch
-    except ImportError as error:
-        raise DeviceError(f"torch is installed but does not import: {error}; reinstall it") from error
-    return int(torch.get_num_threads())
+    except (ImportError, OSError) as error:
+        _log.warning("torch is installed but does not import: %s", error)
+        return {}
+    return {"threads": torch.get_num_threads(), "vector_instructions": torch.backends.cpu.get_cpu_capability()}

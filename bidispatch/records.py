@@ -99,7 +99,7 @@ class RecordStore:
         if content.get("version") != _VERSION:
             raise RecordError(
                 f"{self.path} has format version {content.get('version')!r}, this bidispatch reads {_VERSION}; "
-                "run `bidispatch verify --all --record` to make it anew"
+                "move it away and run `bidispatch verify --all --record` to make it anew"
             )
         from pydantic import ValidationError
 
@@ -120,11 +120,20 @@ class RecordStore:
         proofs = [record for record in records if record.proves(selection, environment)]
         return max(proofs, key=lambda record: record.made, default=None)
 
+    def prepare(self) -> None:
+        """Make the folder. Raises `RecordError` where records cannot be written, best known before the work."""
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise RecordError(f"records cannot be written to {folder}: {error}; set BIDISPATCH_RECORDS_DIR") from error
+
     def add(self, records: list[Record]) -> None:
         """Write records, replacing those about the same ladder in the same environment. Safe against other writers."""
         from filelock import FileLock
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         with FileLock(f"{self.path}.lock"):
             fresh = {_identity(record) for record in records}
             kept = [record for record in self.load() if _identity(record) not in fresh]

@@ -170,7 +170,7 @@ class Registry:
         self._loading = f"{entry.name} from {distribution}"
         try:
             entry.load()(self)
-        except Exception as error:  # noqa: BLE001 - another package's code; kept with its cause, shown by doctor
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - another package's code; kept with its cause, and shown
             for name in set(self._implementations) - before:
                 del self._implementations[name], self._origins[name]
             self.failures[entry.name] = BackendFailure(entry.name, distribution, error)

@@ -17,7 +17,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.plan import plan as make_plan
-from bidispatch.planning.selection import Selection, rung_ranges
+from bidispatch.planning.selection import Selection, rung_ranges, verify_command
 
 __all__ = ["command"]
 
@@ -88,7 +88,7 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
 
 def _evidence(selection: Selection) -> str:
     if selection.evidence is None:
-        return f"not proved here: `bidispatch verify {selection.problem.op} --record`"
+        return f"not proved here: `{verify_command(selection.problem)}`"
     return f"verified here, {selection.evidence.comparisons} rows, {selection.evidence.made}"
 
 

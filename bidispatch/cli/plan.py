@@ -15,6 +15,7 @@ from bidispatch.planning.overrides import forced_choice
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.plan import plan as make_plan
 from bidispatch.planning.selection import Selection
+from bidispatch.requirements import installed_version
 
 __all__ = ["command", "plan_document"]
 
@@ -33,7 +34,7 @@ def command(
     With its class, the evidence for it and the line that says so. The device need not be in this machine, and torch
     need not be installed. Ops are shown at typical dims; `bidispatch explain` takes others.
 
-    Exit code 1: nothing is served, or a choice that was forced, or must be verified, cannot be had.
+    Exit code 1: nothing is served, or a choice that was forced, or must be verified, cannot be had. 3: there is no torch.
 
     Example: bidispatch plan --device sm103
     """
@@ -58,7 +59,13 @@ def command(
         render.line()
         render.plan_unsupported(results)
     refused = any(isinstance(result, SelectionError) and _was_wanted(problem, result) for problem, result in results)
-    return failures.FINDING if refused or not served else 0
+    if refused:
+        return failures.FINDING
+    if not served:
+        problem, why = next((problem, why) for problem, why in results if isinstance(why, SelectionError))
+        render.error_line(f"error: nothing can be served on {made.device.name}: {render.why_not(problem, why)}")
+        return failures.FINDING if made.device.predicted or installed_version("torch") else failures.LACKING
+    return 0
 
 
 def _was_wanted(problem: Problem, error: SelectionError) -> bool:

@@ -6,7 +6,7 @@ were fixed before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,10 +16,10 @@ from bidispatch import ops
 from bidispatch.device import Device
 from bidispatch.errors import BackendError, SelectionError, UsageError
 from bidispatch.invariance import Invariance
-from bidispatch.ops.schema import DimValue, Problem
+from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
 from bidispatch.planning.overrides import forced_choice
-from bidispatch.planning.selection import Selection, rung_ranges
+from bidispatch.planning.selection import Selection, rung_ranges, verify_command
 from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source
 from bidispatch.records import Record
 from bidispatch.registry import Implementation, Params, Registry, Rung, Tile
@@ -37,6 +37,8 @@ class _Candidate:
     listed: ProfileCandidate
     implementation: Implementation | None = None
     params: Params | None = None
+    shapes: tuple[tuple[int | None, Tile | None], ...] = ()
+    """Launch shapes by rising max_m, the last open."""
     numerics: str = ""
     reasons: tuple[str, ...] = ()
 
@@ -60,7 +62,7 @@ def select(
         candidates, wanted = _listed(problem, rule, profile, registry), rule.numerics
     examined = [_examine(candidate, problem, device, profile, registry, require) for candidate in candidates]
     numerics = wanted or next((c.numerics for c in examined if not c.reasons), "")
-    rungs, decisions = _climb(examined, numerics, device, problem)
+    rungs, decisions = _climb(examined, numerics)
     decisions += _unlisted(registered, examined, problem, device)
     if not rungs or rungs[-1].max_m is not None:
         _fail(problem, device, forced, rungs, decisions)
@@ -70,7 +72,7 @@ def select(
     if record is None and profile.trust == "verified":
         raise SelectionError(
             f"{problem} on {device.name}: {profile.name} trusts only what is verified, and no record of this device, "
-            f"these versions and this ladder proves it; `bidispatch verify {problem.op} --record` makes one",
+            f"these versions and this ladder proves it; `{verify_command(problem)}` makes one",
             decisions,
         )
     return Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions), record)
@@ -154,21 +156,37 @@ def _examine(
         return candidate
     implementation = registry.get(listed.impl)
     candidate.implementation = implementation
-    reasons += implementation.unmet(device, problem)
     if implementation.claims < require:
         reasons.append(f"claims level {implementation.claims.label}, the plan requires {require.label}")
     try:
+        reasons += implementation.unmet(device, problem)
         candidate.params = implementation.params.model_validate(dict(listed.params))
         candidate.numerics = implementation.numerics(candidate.params, problem)
+        candidate.shapes = _shapes(listed, implementation, candidate.params, device, problem)
     except ValidationError as error:
-        reasons.append(f"its params are refused: {error.errors()[0]['msg']}")
+        refused = "params are" if candidate.params is None else "tile is"
+        reasons.append(f"its {refused} refused: {error.errors()[0]['msg']}")
+    except Exception as error:  # noqa: BLE001 - a backend's own functions; a candidate that fails is rejected, not fatal
+        reasons.append(f"its backend raised {type(error).__name__}: {error}")
     candidate.reasons = tuple(reasons)
     return candidate
 
 
-def _climb(
-    examined: list[_Candidate], numerics: str, device: Device, problem: Problem
-) -> tuple[list[Rung], list[Decision]]:
+def _shapes(
+    listed: ProfileCandidate, implementation: Implementation, params: Params, device: Device, problem: Problem
+) -> tuple[tuple[int | None, Tile | None], ...]:
+    """The profile's tile for every M, else the implementation's own. Raises `UsageError` if those are no ladder."""
+    if listed.tile is not None and implementation.tile is not None:
+        return ((None, implementation.tile.model_validate(dict(listed.tile))),)
+    shapes = tuple(implementation.tiles(device, problem, params))
+    bounds = [max_m for max_m, _ in shapes]
+    closed = [bound for bound in bounds[:-1] if bound is not None]
+    if not bounds or bounds[-1] is not None or closed != bounds[:-1] or closed != sorted(set(closed)):
+        raise UsageError(f"tiles() must give rising max_m and end with None, not {bounds}")
+    return shapes
+
+
+def _climb(examined: list[_Candidate], numerics: str) -> tuple[list[Rung], list[Decision]]:
     """Build the ladder from the bottom: each candidate that fits serves from where the last one ended."""
     rungs: list[Rung] = []
     decisions: list[Decision] = []
@@ -182,23 +200,20 @@ def _climb(
             verdict = SPARE
             full = bool(rungs) and rungs[-1].max_m is None
             if not full and (listed.max_m is None or listed.max_m > reached):
-                added = _rungs_of(candidate, device, problem, reached)
+                rungs += _rungs_of(candidate, reached)
                 verdict, serves = CHOSEN, _serves(reached, listed.max_m)
-                rungs += added
                 reached = listed.max_m or 0
         decisions.append(Decision(listed.impl, verdict, tuple(reasons), str(listed.source), candidate.numerics, serves))
     return rungs, decisions
 
 
-def _rungs_of(candidate: _Candidate, device: Device, problem: Problem, reached: int) -> list[Rung]:
-    """A candidate's own launch shapes, cut to the rows it serves: above `reached`, up to its max_m."""
+def _rungs_of(candidate: _Candidate, reached: int) -> list[Rung]:
+    """A candidate's launch shapes, cut to the rows it serves: above `reached`, up to its max_m."""
     implementation, params, listed = candidate.implementation, candidate.params, candidate.listed
     if implementation is None or params is None:
         raise RuntimeError(f"{listed.impl} was chosen without having been examined")
-    if listed.tile is not None and implementation.tile is not None:
-        return [Rung(implementation, params, _tile(implementation, listed.tile), listed.max_m)]
     rungs = []
-    for tile_max, tile in implementation.tiles(device, problem, params):
+    for tile_max, tile in candidate.shapes:
         if tile_max is not None and tile_max <= reached:
             continue
         top = _lower(tile_max, listed.max_m)
@@ -206,12 +221,6 @@ def _rungs_of(candidate: _Candidate, device: Device, problem: Problem, reached: 
         if top == listed.max_m:
             break
     return rungs
-
-
-def _tile(implementation: Implementation, values: Mapping[str, DimValue]) -> Tile:
-    if implementation.tile is None:
-        raise RuntimeError(f"{implementation.name} has no tile")
-    return implementation.tile.model_validate(dict(values))
 
 
 def _lower(one: int | None, other: int | None) -> int | None:

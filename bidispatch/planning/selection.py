@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from bidispatch import ops
 from bidispatch.device import Device
 from bidispatch.invariance import Invariance
-from bidispatch.ops.schema import Problem
+from bidispatch.ops.schema import DTYPES, SAME_DTYPE, Dim, DimValue, Problem
 from bidispatch.planning.decisions import Decision
 from bidispatch.registry import Rung
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from bidispatch.records import Record
     from bidispatch.runtime.bound import BoundKernel
 
-__all__ = ["Selection", "rung_ranges"]
+__all__ = ["Selection", "rung_ranges", "verify_command"]
 
 _log = logging.getLogger(__name__)
 _warned = False
@@ -88,15 +89,31 @@ class Selection:
         }
 
 
+def verify_command(problem: Problem) -> str:
+    """The command that proves this problem, and no other: a record holds for exact dims."""
+    op = ops.get(problem.op)
+    given = [f"--dim {dim.name}={_as_typed(problem[dim.name])}" for dim in op.dims if _differs(problem, dim)]
+    return " ".join(["bidispatch verify", problem.op, "--dtype", DTYPES[problem.dtype], *given, "--record"])
+
+
+def _differs(problem: Problem, dim: Dim) -> bool:
+    default = problem.dtype if dim.default == SAME_DTYPE else dim.default
+    return problem[dim.name] != default
+
+
+def _as_typed(value: DimValue) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _warn_unproved(problem: Problem) -> None:
     """Once a process: a claim is not a proof."""
     global _warned
     if not _warned:
         _warned = True
         _log.warning(
-            "%s rests on what its code claims, not on a proof on this device; "
-            "`bidispatch verify --all --record` proves it",
+            "%s rests on what its code claims, not on a proof on this device; `%s` proves it",
             problem.op,
+            verify_command(problem),
         )
 
 

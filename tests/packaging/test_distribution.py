@@ -111,7 +111,13 @@ def test_the_sdist_holds_what_a_developer_needs(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"hw_profiles/{name}" for name in PROFILES} <= names
-    assert {"README.md", "Makefile", "pyproject.toml", "tests/packaging/test_distribution.py"} <= names
+    assert {
+        "README.md",
+        "Makefile",
+        ".ci/constraints.txt",
+        "pyproject.toml",
+        "tests/packaging/test_distribution.py",
+    } <= names
     assert {"backends/bidispatch_backends/triton/__init__.py", "bidispatch/py.typed"} <= names
     assert not any("__pycache__" in name or name.startswith(".venv") for name in names)
 

@@ -186,7 +186,7 @@ sys.exit(main(sys.argv[1:]))
         (["profile", "list"], 0),
         (["profile", "show", "sm103", "--resolved"], 0),
         (["profile", "lint", str(builtin_folder() / "sm90.yaml")], 0),
-        (["plan", "--device", "cpu"], 1),  # it plans, and finds that nothing there can run
+        (["plan", "--device", "cpu"], 3),  # it plans, and finds that nothing there can run
         (["verify", "gemm"], 3),
         (["demo"], 3),
         (["audit"], 3),
@@ -286,7 +286,7 @@ def test_plan_is_a_finding_when_only_proof_counts_and_there_is_none(cli, own_pro
     own_profile("extends: cpu\ninvariance: {trust: verified}\n")
     code, out, _ = cli("plan", "--device", "cpu")
     assert code == 1
-    assert "bidispatch verify gemm --record" in out
+    assert "bidispatch verify gemm --dtype" in out
 
 
 def test_plan_reports_every_fault_of_a_profile_at_once(cli, as_json, own_profile):

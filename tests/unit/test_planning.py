@@ -416,7 +416,9 @@ def trusting(tmp_path):
 def test_trust_verified_refuses_what_no_record_proves_and_says_how_to_prove_it(trusting):
     _, selection, verified = trusting
     assert selection.evidence is None
-    with pytest.raises(SelectionError, match="bidispatch verify gemm --record") as info:
+    with pytest.raises(
+        SelectionError, match="bidispatch verify gemm --dtype bf16 --dim n=64 --dim k=64 --record"
+    ) as info:
         select(verified())
     assert decision(info.value, "a.gemm").verdict == CHOSEN
 
@@ -566,4 +568,4 @@ def test_the_warning_about_claims_is_given_once(tmp_path, caplog, monkeypatch):
     for _ in range(2):
         select(plan).bind(max_tokens=4)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "bidispatch verify --all --record" in message
+    assert "bidispatch verify gemm --dtype bf16 --dim n=64 --dim k=64 --record" in message
