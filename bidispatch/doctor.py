@@ -12,8 +12,8 @@ from pathlib import Path
 from bidispatch import ops
 from bidispatch.device import Device
 from bidispatch.environment import BIT_VARIABLES, describe, hard_part
-from bidispatch.errors import BidispatchError
-from bidispatch.planning.overrides import IMPL_VARIABLE
+from bidispatch.errors import BidispatchError, ProfileError, UsageError
+from bidispatch.planning.overrides import IMPL_VARIABLE, parse_choices
 from bidispatch.planning.plan import Plan, plan
 from bidispatch.profiles.load import PROFILE_VARIABLE, builtin_folder, user_folder
 from bidispatch.records import Record, RecordStore
@@ -25,19 +25,21 @@ __all__ = ["Diagnosis", "diagnose"]
 
 @dataclass(slots=True)
 class Diagnosis:
-    """Facts by section, what deserves a look, and what is missing."""
+    """Facts by section, what deserves a look, what is wrong, and what is missing."""
 
     sections: dict[str, dict[str, str]] = field(default_factory=dict)
     """Section -> name -> what is there."""
     findings: list[str] = field(default_factory=list)
     """Worth knowing; nothing stops because of it."""
+    faults: list[str] = field(default_factory=list)
+    """Profiles and variables that are wrong: commands that use them stop, until they are corrected."""
     lacks: list[str] = field(default_factory=list)
     """Without these, kernels do not run here."""
 
     @property
     def ready(self) -> bool:
-        """Whether kernels can run on what is in this machine."""
-        return not self.lacks
+        """Whether kernels can run on what is in this machine, as it is set up."""
+        return not self.lacks and not self.faults
 
 
 def diagnose() -> Diagnosis:
@@ -50,6 +52,8 @@ def diagnose() -> Diagnosis:
     if registry is not None:
         _packages(found, registry)
     _variables(found)
+    if registry is not None:
+        _forced(found, registry)
     made = _profiles(found, device, registry) if device and registry is not None else None
     if made is not None:
         _records(found, made)
@@ -124,8 +128,8 @@ def _registry(found: Diagnosis) -> Registry | None:
     entries = found.sections.setdefault("backends", {})
     try:
         registry = default_registry()
-    except BidispatchError as error:
-        found.findings.append(str(error))
+    except BidispatchError as error:  # two of one name: nobody can say which is meant, so every plan is refused
+        found.lacks.append(str(error))
         return None
     for name, distribution in registry.backends.items():
         if failure := registry.failures.get(name):
@@ -166,6 +170,30 @@ def _variables(found: Diagnosis) -> None:
             entries[name] = os.environ[name]
 
 
+def _forced(found: Diagnosis, registry: Registry) -> None:
+    """Whether what `BIDISPATCH_IMPL` forces is there."""
+    text = os.environ.get(IMPL_VARIABLE, "")
+    try:
+        choices = parse_choices(text)
+    except UsageError as error:
+        found.faults.append(f"{IMPL_VARIABLE}={text}: {error}")
+        return
+    for op, name in choices.items():
+        if why := _why_not_forced(op, name, registry):
+            found.faults.append(f"{IMPL_VARIABLE}={text}: {why}")
+
+
+def _why_not_forced(op: str, name: str, registry: Registry) -> str:
+    """What keeps an implementation from being forced for an op; empty when nothing does."""
+    if name not in registry and (failure := registry.failures.get(name.partition(".")[0])):
+        return str(failure)
+    try:
+        implements = registry.get(name).op
+    except UsageError as error:
+        return str(error)
+    return "" if implements == op else f"{name} implements {implements}, not {op}"
+
+
 def _profiles(found: Diagnosis, device: Device, registry: Registry) -> Plan | None:
     entries = found.sections.setdefault("profiles", {})
     entries["built in"] = str(builtin_folder())
@@ -175,7 +203,11 @@ def _profiles(found: Diagnosis, device: Device, registry: Registry) -> Plan | No
     try:
         made = plan(device, registry=registry)
     except BidispatchError as error:
-        found.findings.append(str(error))
+        chosen = os.environ.get(PROFILE_VARIABLE)
+        prefix = f"{PROFILE_VARIABLE}={chosen}: " if chosen else ""
+        faults = error.faults if isinstance(error, ProfileError) else (error,)
+        found.faults += [f"{prefix}{fault}" for fault in faults]
+        entries["in use"] = "none, see the errors"
         return None
     entries["in use"] = " <- ".join(made.profile.chain)
     if made.profile.note:

@@ -107,7 +107,11 @@ class RecordStore:
             records = _adapter().validate_python(content.get("records"))
             for record in records:
                 Invariance.parse(record.level)
-        except (ValidationError, UsageError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(step) for step in first["loc"])
+            raise RecordError(f"{self.path} has a record that is not whole ({where}: {first['msg']}); delete the file") from error
+        except UsageError as error:
             raise RecordError(f"{self.path} has a record that is not whole ({error}); delete the file") from error
         return records
 

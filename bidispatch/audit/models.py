@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from bidispatch.demo import weights
 from bidispatch.demo.config import ModelConfig
 from bidispatch.demo.engine import Activity, Engine
 from bidispatch.demo.kernels import BoundOp, PlanKernels
+from bidispatch.demo.memory import require_memory
 from bidispatch.demo.scheduler import EngineLimits, Request
 from bidispatch.demo.workload import PAGE_SIZE
 from bidispatch.device import Device
@@ -95,8 +98,9 @@ def _describe(activity: Activity) -> str:
 def audit_transformers(folder: Path, device: Device, *, dtype: str) -> Audit:
     """Run a prefill of two prompts and a decode step of a transformers model, as it is: nothing of a plan is in it.
 
-    The whole model is built, with random weights, from the folder's config. Raises `DeviceError` where transformers
-    is not installed, `UsageError` for a folder it cannot read.
+    It is built from the folder's config, with random weights. Layers repeat, so only as many of the first ones are
+    built as hold every kind there is. Raises `DeviceError` where transformers is not installed, `UsageError` for a
+    folder it cannot read and for a model bigger than the memory that is free.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,16 +111,74 @@ def audit_transformers(folder: Path, device: Device, *, dtype: str) -> Audit:
         ) from error
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device(device.torch_device):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+        def build(config: Any, place: str) -> Any:
+            with torch.device(place):
+                return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype)).eval()
+
+        config, outline = _first_layers(whole, lambda config: build(config, "meta"))
+        require_memory(
+            sum(tensor.nbytes for tensor in (*outline.parameters(), *outline.buffers())),
+            device.torch_device,
+            f"{config.model_type} with {_layers(config)} of {_layers(whole)} layers in {dtype}",
+            "free some, or lower the widths in a copy of its config.json",
+        )
+        model = build(config, device.torch_device)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"transformers cannot make a causal model of {folder}: {_first_line(error)}") from error
     tokens = torch.arange(12, device=device.torch_device).view(2, 6) % config.get_text_config().vocab_size
     with torch.inference_mode(), Trace() as trace:
         prefill = model(input_ids=tokens, use_cache=True)
         model(input_ids=tokens[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
     return Audit(f"{config.model_type} (transformers)", "a prefill of 2 x 6 tokens and a decode", tuple(trace.entries))
+
+
+def _first_layers(whole: Any, outline: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """The config with as many of the first layers as hold each kind, at least two, and that model's outline.
+
+    A prefix keeps what a config says by a layer's index. The whole model's, where a prefix of it makes other layers.
+    `outline` makes a model without memory.
+    """
+    full = outline(whole)
+    kinds = _kinds_of_layers(whole, full)
+    if kinds is None:
+        return whole, full
+    kept = max(2, 1 + max(kinds.index(kind) for kind in kinds))
+    if kept >= len(kinds):
+        return whole, full
+    config = copy.deepcopy(whole)
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == len(kinds) and "layer" in name:
+            setattr(text, name, value[:kept])
+    text.num_hidden_layers = kept
+    part = outline(config)
+    return (config, part) if _kinds_of_layers(config, part) == kinds[:kept] else (whole, full)
+
+
+def _layers(config: Any) -> int | None:
+    count: int | None = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return count
+
+
+def _kinds_of_layers(config: Any, model: torch.nn.Module) -> list[str] | None:
+    """Equal texts for layers of one kind: modules, shapes, the kind of attention; None for a model without layers."""
+    count = _layers(config)
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if not stacks or not count:
+        return None
+    named = getattr(config.get_text_config(), "layer_types", None) or [""] * count
+    return [
+        "\n".join([str(named[index]), *(f"{stack[index]} {_shapes(stack[index])}" for stack in stacks)])
+        for index in range(count)
+    ]
+
+
+def _shapes(layer: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
 
 
 def _first_line(error: BaseException) -> str:

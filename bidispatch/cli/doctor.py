@@ -17,14 +17,16 @@ def command(as_json: JsonOption = False) -> int:
     GPUs, driver, packages, backends that failed and why, profiles, records, and environment variables that change
     bits behind a plan's back.
 
-    Exit code 3: there is no torch, or a GPU that torch cannot use.
+    Exit code 1: the profile in use, or a variable that forces a profile or implementation, is wrong. Exit code 3:
+    there is no torch, a GPU that torch cannot use, or two backends of one name.
 
     Example: bidispatch doctor
     """
     diagnosis = diagnose()
+    code = failures.LACKING if diagnosis.lacks else failures.FINDING if diagnosis.faults else 0
     if as_json:
         render.json_document({**asdict(diagnosis), "ready": diagnosis.ready})
-        return 0 if diagnosis.ready else failures.LACKING
+        return code
     for section, entries in diagnosis.sections.items():
         render.line(section)
         width = max((len(name) for name in entries), default=0) + 2
@@ -35,8 +37,8 @@ def command(as_json: JsonOption = False) -> int:
     render.line()
     for finding in diagnosis.findings:
         render.warning(finding)
-    for lack in diagnosis.lacks:
-        render.error_line(f"error: {lack}")
-    if not (diagnosis.findings or diagnosis.lacks):
+    for wrong in (*diagnosis.faults, *diagnosis.lacks):
+        render.error_line(f"error: {wrong}")
+    if diagnosis.ready and not diagnosis.findings:
         render.line("nothing to complain about")
-    return 0 if diagnosis.ready else failures.LACKING
+    return code

@@ -82,6 +82,11 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
                 for span, rung in zip(ranges, result.rungs, strict=True)
             ],
         )
+        summaries = {rung.implementation.name: rung.implementation.summary for rung in result.rungs}
+        render.line()
+        for name, summary in summaries.items():
+            if summary:
+                render.line(f"{name}: {summary}")
     else:
         render.error_line(f"error: {render.why_not(problem, result)}")
 

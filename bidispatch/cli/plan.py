@@ -34,7 +34,7 @@ def command(
     With its class, the evidence for it and the line that says so. The device need not be in this machine, and torch
     need not be installed. Ops are shown at typical dims; `bidispatch explain` takes others.
 
-    Exit code 1: nothing is served, or a choice that was forced, or must be verified, cannot be had. 3: there is no torch.
+    Exit code 1: nothing is served, or a choice that was forced, or must be verified, cannot be had; 3: no torch.
 
     Example: bidispatch plan --device sm103
     """

@@ -19,7 +19,7 @@ from bidispatch.planning.plan import plan as make_plan
 from bidispatch.records import RecordStore
 
 if TYPE_CHECKING:
-    from bidispatch.verify.report import ProblemResult, Report
+    from bidispatch.verify.report import ControlResult, ProblemResult, Report
 
 __all__ = ["command"]
 
@@ -66,7 +66,9 @@ def command(
     machine.require_device(plan.device)
     store = RecordStore(plan.device)
     if record:
-        store.load()  # a file that cannot be added to is better known before the work than after it
+        # What cannot be added to is better known before the work than after it.
+        store.prepare()
+        store.load()
     report = _run(plan, op or None, dtype or None, problems, wanted, cuda_graph, classes, full)
     proofs = report.records() if record else []
     if proofs:
@@ -133,8 +135,8 @@ def _print(report: Report) -> None:
         render.line(f"skipped {skipped.problem}: {render.why_not(skipped.problem, skipped.error)}")
     render.line()
     render.table(
-        ("broken on purpose", "must be caught by", "result"),
-        [(control.name, control.by, "caught" if control.caught else "NOT CAUGHT") for control in report.controls],
+        ("control", "it must", "result"),
+        [_control_row(control) for control in report.controls],
         _STYLES,
     )
     render.line()
@@ -148,6 +150,12 @@ def _print(report: Report) -> None:
         f"{sum(result.passed for result in report.results)} of {len(report.results)} problems passed, "
         f"{report.seconds:.1f} s"
     )
+
+
+def _control_row(control: ControlResult) -> tuple[str, ...]:
+    if control.sound:
+        return control.name, "pass every check", "passed" if control.caught else "FAILED"
+    return control.name, f"be caught by {control.by}", "caught" if control.caught else "NOT CAUGHT"
 
 
 def _row(result: ProblemResult) -> tuple[str, ...]:

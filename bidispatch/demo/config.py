@@ -61,12 +61,16 @@ class ModelConfig:
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
-        """Read `folder/config.json`. Raises `UsageError`: no file, broken JSON, or a model this demo cannot run."""
+        """Read `folder/config.json`. Raises `UsageError`: no file, one that cannot be read, broken JSON, or a model
+        this demo cannot run.
+        """
         path = folder / "config.json"
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist; --model takes a Hugging Face folder with a config.json")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(f"{path} does not exist; --model takes a Hugging Face folder with a config.json") from None
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}; --model takes a folder you may read") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not JSON: {error}; download the model's config.json again") from None
         if not isinstance(raw, dict):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bidispatch.demo.config import ModelConfig
+from bidispatch.demo.memory import require_memory
 from bidispatch.errors import DeviceError, UsageError
 
 __all__ = ["LayerWeights", "Weights", "has_safetensors", "load", "merge", "random", "tensor_shapes"]
@@ -98,13 +99,32 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random(config: ModelConfig, *, dtype: str, device: str = "cpu", seed: int = 0) -> Weights:
-    """Draw weights, on the CPU and in fp32, so that a seed means the same weights whatever device serves them."""
+    """Draw weights, on the CPU and in fp32, so that a seed means the same weights whatever device serves them.
+
+    Raises `UsageError` for a model bigger than the memory that is free.
+    """
+    _require_room(config, dtype, device)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: _draw(name, shape, config, generator).to(device=device, dtype=getattr(torch, dtype))
         for name, shape in tensor_shapes(config).items()
     }
     return merge(config, tensors.pop, f"random, seed {seed}")
+
+
+def _require_room(config: ModelConfig, dtype: str, device: str) -> None:
+    """All weights on the device, and the biggest of them, as it is drawn, on the CPU."""
+    sizes = [math.prod(shape) for shape in tensor_shapes(config).values()]
+    needed = {device: sum(sizes) * getattr(torch, dtype).itemsize}
+    needed["cpu"] = needed.get("cpu", 0) + max(sizes) * torch.float32.itemsize
+    layers = f"{config.num_hidden_layers} layer{'s' if config.num_hidden_layers > 1 else ''}"
+    for place, count in needed.items():
+        require_memory(
+            count,
+            place,
+            f"{config.model_type} with {layers} of random weights in {dtype}",
+            "free some, or give --model a smaller config.json",
+        )
 
 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> torch.Tensor:

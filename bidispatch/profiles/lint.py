@@ -78,6 +78,8 @@ def _wanted(detail: Any) -> str:
     given = detail.get("input")
     if detail["type"] == "missing":
         return f"{detail['loc'][-1]!r} is missing"
+    if detail["type"] == "value_error":  # a validator's own sentence
+        return str(detail["msg"]).removeprefix("Value error, ")
     return f"{str(detail['msg']).removeprefix('Input ').rstrip('.')} here, not {_shown(given)}"
 
 

@@ -17,7 +17,7 @@ from bidispatch.registry import Implementation, Params, Rung
 from bidispatch.verify.broken import ControlParams
 from bidispatch.verify.cases import Sizes
 from bidispatch.verify.ladder import verify_selection
-from bidispatch.verify.report import ControlResult, ProblemResult
+from bidispatch.verify.report import SOUND, ControlResult, ProblemResult
 
 __all__ = ["ATTENTION_FAULTS", "PRODUCT_FAULTS", "control_selection", "run_controls"]
 
@@ -125,4 +125,4 @@ def _must_fail(name: str, by: str, result: ProblemResult) -> ControlResult:
 def _must_pass(name: str, device: Device, problem: Problem) -> ControlResult:
     """A check that fails everything catches every control: a kernel without fault must pass."""
     result = _verify(device, problem, [ControlParams()])
-    return ControlResult(name, "passing every check", result.passed, "; ".join(result.faults))
+    return ControlResult(name, SOUND, result.passed, "; ".join(result.faults))

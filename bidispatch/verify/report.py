@@ -17,6 +17,7 @@ from bidispatch.planning.selection import Selection
 from bidispatch.records import Record
 
 __all__ = [
+    "SOUND",
     "Accuracy",
     "Check",
     "ControlResult",
@@ -159,14 +160,25 @@ class ProblemResult:
         return tuple(lines)
 
 
+SOUND = "passing every check"
+"""What a control without fault must do."""
+
+
 @dataclass(frozen=True, slots=True)
 class ControlResult:
-    """A kernel broken on purpose: whether the checks named in `by` caught it."""
+    """A kernel broken on purpose: whether the checks named in `by` caught it. For a sound one, `by` is `SOUND` and
+    `caught` says whether it passed.
+    """
 
     name: str
     by: str
     caught: bool
     detail: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether its kernel is without fault, and must pass."""
+        return self.by == SOUND
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,11 +11,13 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
 
-from bidispatch.audit.models import audit_builtin  # noqa: E402
+from bidispatch.audit import models  # noqa: E402
+from bidispatch.audit.models import _first_layers, audit_builtin, audit_transformers  # noqa: E402
 from bidispatch.audit.rowlocal import GROUPS, REASON_OF  # noqa: E402
 from bidispatch.audit.trace import COVERED, ROW_LOCAL, UNCOVERED, Trace  # noqa: E402
 from bidispatch.cli import main  # noqa: E402
 from bidispatch.demo.config import ModelConfig  # noqa: E402
+from bidispatch.device import Device  # noqa: E402
 from bidispatch.planning.plan import plan  # noqa: E402
 
 TINY = {
@@ -209,6 +212,58 @@ def test_a_folder_transformers_cannot_read_is_a_usage_error(tmp_path, capsys, re
     (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
     assert main(["audit", "--model", str(tmp_path), "--framework", "transformers", "--device", "cpu"]) == 2
     assert "transformers cannot make a causal model" in capsys.readouterr().err
+
+
+def layers_kept(config) -> tuple[int, int]:
+    """Layers of a config of transformers, and how many of the first the audit keeps."""
+    transformers = pytest.importorskip("transformers")
+
+    def outline(config):
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+
+    kept, model = _first_layers(config, outline)
+    count = kept.get_text_config().num_hidden_layers
+    assert any(isinstance(m, torch.nn.ModuleList) and len(m) == count for m in model.modules())
+    return config.get_text_config().num_hidden_layers, count
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("qwen3", (32, 2)),
+        ("gpt2", (12, 2)),  # calls its layers n_layer
+        ("gemma3_text", (26, 6)),  # five sliding ones, then a full one
+        ("deepseek_v3", (61, 4)),  # three dense ones, then experts
+        ("gemma3n_text", (35, 35)),  # the last ones share keys, which no prefix shows
+    ],
+)
+def test_the_first_layers_that_hold_every_kind_are_kept(kind, expected, recwarn):
+    mapping = pytest.importorskip("transformers").CONFIG_MAPPING
+    if kind not in mapping:
+        pytest.skip(f"this transformers has no {kind}")
+    assert layers_kept(mapping[kind]()) == expected
+
+
+def test_the_first_layers_run_every_op_of_the_whole_model(tmp_path, monkeypatch, recwarn):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 5}))
+    part = audit_transformers(tmp_path, Device.parse("cpu"), dtype="float32").entries
+    monkeypatch.setattr(models, "_first_layers", lambda config, outline: (config, outline(config)))
+    whole = audit_transformers(tmp_path, Device.parse("cpu"), dtype="float32").entries
+    assert {(entry.op, entry.verdict) for entry in part} == {(entry.op, entry.verdict) for entry in whole}
+    assert sum(entry.calls for entry in part) < sum(entry.calls for entry in whole)
+
+
+@pytest.mark.parametrize("framework", ["builtin", "transformers"])
+def test_a_model_bigger_than_memory_is_refused_before_it_is_made(tmp_path, capsys, recwarn, framework):
+    if framework == "transformers":
+        pytest.importorskip("transformers")
+    # 2**32 * 64 fp32 weights in the embedding and as many in the head: 2 TiB
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 2**32}))
+    assert main(["audit", "--model", str(tmp_path), "--framework", framework, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"needs \d{4}\.\d GiB on cpu, \d+\.\d GiB are free there; free some, or ", err)
 
 
 def test_transformers_that_is_missing_is_named(folder, capsys, monkeypatch):

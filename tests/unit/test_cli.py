@@ -353,9 +353,10 @@ def test_two_backends_of_one_name_are_an_error_of_the_machine(cli, install, monk
     install(("extra", ""), ("extra", ""))
     for point, name in zip(metadata.entry_points(group="bidispatch.backends")[-2:], ("one", "two"), strict=True):
         vars(point)["dist"] = type("Distribution", (), {"name": name, "version": "1"})()
-    code, _, err = cli("plan", "--device", "cpu")
-    assert code == 3
-    assert "two backends are named 'extra'" in err
+    for words in (["plan", "--device", "cpu"], ["doctor"]):
+        code, _, err = cli(*words)
+        assert code == 3
+        assert "error: two backends are named 'extra'" in err
 
 
 # --- profiles --------------------------------------------------------------------------------------------------------
@@ -532,9 +533,48 @@ def test_doctor_reports_a_faulty_profile_and_a_foreign_record_file(cli, own_prof
     RecordStore(Device.detect()).path.write_text('{"half":')
     code, _, err = cli("doctor")
     assert (code, "is not a readable record file" in err) == (0, True)
-    own_profile("extends: nothing\n", Device.detect().arch.name)
+    path = own_profile("extends: nothing\n", Device.detect().arch.name)
     code, _, err = cli("doctor")
-    assert (code, "extends 'nothing', which is not there" in err) == (0, True)
+    assert code == 1
+    assert f"error: {path}:2:10: extends 'nothing', which is not there" in err
+
+
+def test_doctor_lists_every_fault_of_the_profile_in_use(as_json, own_profile):
+    from bidispatch.device import Device
+
+    path = own_profile("prefre: []\nprefer: [torch_cpu.gem]\n", Device.detect().arch.name)
+    code, document = as_json("doctor")
+    assert (code, document["ready"]) == (1, False)
+    assert [fault.partition(" ")[0] for fault in document["faults"]] == [f"{path}:2:1:", f"{path}:3:10:"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("BIDISPATCH_IMPL", "gem=torch_cpu.gemm", "did you mean 'gemm'?"),
+        ("BIDISPATCH_IMPL", "gemm=torch_cpu.gem", "did you mean 'torch_cpu.gemm'?"),
+        ("BIDISPATCH_IMPL", "gemm=torch_cpu.paged_attention", "paged_attention implements attention, not gemm"),
+        ("BIDISPATCH_IMPL", "gemm", "is not op=implementation"),
+        ("BIDISPATCH_IMPL", "gemm=extra.gemm", "No module named 'a_library_nobody_has'"),
+        ("BIDISPATCH_PROFILE", "/nowhere/mine.yaml", "cannot be read"),
+        ("BIDISPATCH_PROFILE", "sm9O", "did you mean 'sm90'?"),
+    ],
+)
+def test_doctor_finds_a_variable_that_names_what_is_not_there(cli, install, monkeypatch, variable, value, said):
+    install(("extra", "import a_library_nobody_has"))
+    monkeypatch.setenv(variable, value)
+    code, _, err = cli("doctor")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {variable}={value}: ")
+    assert said in line
+
+
+def test_doctor_takes_a_variable_that_names_what_is_there(cli, monkeypatch):
+    monkeypatch.setenv("BIDISPATCH_IMPL", "gemm=torch_cpu.gemm")
+    code, out, err = cli("doctor")
+    assert (code, "error: " in err) == (0, False)
+    assert "gemm=torch_cpu.gemm" in out
 
 
 def test_doctor_says_when_torch_cannot_use_the_gpu_that_is_there(cli, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,11 @@ def test_verify_counts_what_it_compared_and_catches_every_control(cli, as_json):
     assert code == 0
     assert "passed" in out
     assert "NOT CAUGHT" not in out
+    rows = [line.split("  ") for line in out.partition("\ncontrol ")[2].partition("\n\n")[0].splitlines()[1:]]
+    results = {row[0]: (row[-1].strip(), [cell.strip() for cell in row[1:-1] if cell]) for row in rows}
+    assert results.pop("a sound product") == ("passed", ["pass every check"])
+    assert {result for result, _ in results.values()} == {"caught"}
+    assert all(must[0].startswith("be caught by ") for _, must in results.values())
     code, document = as_json(*MEAN)
     assert code == 0
     assert document["passed"]
@@ -57,6 +63,17 @@ def test_verify_counts_what_it_compared_and_catches_every_control(cli, as_json):
     assert document["controls"]
     assert all(control["caught"] for control in document["controls"])
     assert document["recorded"] == 0
+
+
+def test_verify_says_which_control_was_not_caught_and_which_did_not_pass(cli, monkeypatch):
+    from bidispatch.verify import controls, runner
+
+    caught = list(controls.run_controls(Device.parse("cpu"), attention=False))
+    monkeypatch.setattr(runner, "run_controls", lambda *_, **__: iter(replace(c, caught=False) for c in caught))
+    code, out, _ = cli(*MEAN)
+    assert code == 1
+    shown = [line.rsplit("  ", 1)[-1].strip() for line in out.partition("\ncontrol ")[2].splitlines()[1:]]
+    assert shown[: len(caught)] == ["FAILED", *["NOT CAUGHT"] * (len(caught) - 1)]
 
 
 def test_verify_finds_a_variant_kernel_and_prints_the_smallest_pair(cli, as_json, extra_backend, own_profile):

@@ -174,6 +174,27 @@ def test_a_file_that_is_missing_or_broken_is_named(tmp_path, content, said):
     assert said in str(caught.value)
 
 
+def test_a_config_that_is_a_folder_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UsageError, match=r"config\.json cannot be read: "):
+        ModelConfig.read(tmp_path)
+
+
+def test_a_config_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "read_text", refuse)
+    with pytest.raises(UsageError, match=r"config\.json cannot be read: Permission denied"):
+        ModelConfig.read(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    with pytest.raises(UsageError, match="--model takes a Hugging Face folder"):
+        ModelConfig.read(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize(("config", "dtype"), [(CPU_MODEL, "fp32"), (GPU_MODEL, "bf16")])
 def test_the_built_in_models_ask_for_fp32_logits_and_log_probabilities(config, dtype):
     problems = decoder_problems(config, dtype, 16)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bidispatch.demo import memory
 from bidispatch.demo import weights as weights_module
 from bidispatch.demo.config import ModelConfig
 from bidispatch.demo.weights import has_safetensors, load, merge, random, tensor_shapes
@@ -152,3 +153,29 @@ def test_a_model_s_tensors_are_asked_for_once_each(monkeypatch):
     tensors = draw(BIASED)
     merge(BIASED, lambda name: asked.append(name) or tensors[name], "")
     assert sorted(asked) == sorted(weights_module.tensor_shapes(BIASED))
+
+
+def test_random_weights_need_the_room_of_all_and_of_the_biggest_as_it_is_drawn(monkeypatch):
+    shapes = [torch.Size(shape).numel() for shape in tensor_shapes(TINY).values()]
+    needed = 2 * sum(shapes) + 4 * max(shapes)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+    assert random(TINY, dtype="bfloat16").dtype == "bfloat16"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(UsageError, match="2 layers of random weights in bfloat16 needs"):
+        random(TINY, dtype="bfloat16")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)  # the system does not say
+    random(TINY, dtype="bfloat16")
+
+
+def test_free_memory_is_what_machine_and_container_leave(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemFree: 1 kB\nMemAvailable:   1000 kB\n")
+    assert memory.free_bytes("cpu", root=tmp_path) == 1000 * 1024
+    folder = tmp_path / "sys/fs/cgroup"
+    folder.mkdir(parents=True)
+    (folder / "memory.current").write_text("5000\n")
+    (folder / "memory.stat").write_text("anon 7\ninactive_file 300\n")
+    for limit, free in (("max", 1000 * 1024), ("9000", 4300), ("100", 0)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        assert memory.free_bytes("cpu", root=tmp_path) == free
+    assert memory.free_bytes("cpu") > 2**20

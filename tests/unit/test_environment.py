@@ -78,3 +78,16 @@ def test_the_number_of_threads_is_hard_on_a_cpu_only():
 def test_it_survives_json():
     environment = describe(H200, [fake("a.gemm")])
     assert json.loads(json.dumps(environment)) == environment
+
+
+def test_the_processors_vector_instructions_and_threads_are_part_of_what_must_be_equal():
+    described = hard_part(describe(CPU, [fake("a.gemm", load="fakes:bind")]))
+    assert described["threads"] >= 1
+    assert described["vector_instructions"]
+
+
+def test_a_torch_that_does_not_import_is_warned_of_and_planning_goes_on(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch", None)  # what `import torch` then raises is an ImportError
+    described = describe(CPU, [fake("a.gemm", load="fakes:bind")])
+    assert "threads" not in described
+    assert "does not import" in caplog.text

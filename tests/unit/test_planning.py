@@ -20,7 +20,7 @@ from bidispatch.environment import describe
 from bidispatch.errors import PlanFrozenError, SelectionError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED
-from bidispatch.planning.selection import rung_ranges
+from bidispatch.planning.selection import rung_ranges, verify_command
 from bidispatch.records import Record, RecordStore
 from bidispatch.requirements import Check, DimMultipleOf
 
@@ -569,3 +569,19 @@ def test_the_warning_about_claims_is_given_once(tmp_path, caplog, monkeypatch):
         select(plan).bind(max_tokens=4)
     (message,) = [record.getMessage() for record in caplog.records]
     assert "bidispatch verify gemm --dtype bf16 --dim n=64 --dim k=64 --record" in message
+
+
+@pytest.mark.parametrize(
+    ("op", "dims", "words"),
+    [
+        ("mean", {"n": 9}, "bidispatch verify mean --dtype fp16 --dim n=9 --record"),
+        ("gemm", {"n": 8, "k": 4, "bias": True}, "gemm --dtype fp16 --dim n=8 --dim k=4 --dim bias=true --record"),
+        ("gemm", {"n": 8, "k": 4, "out_dtype": "fp32"}, "--dim k=4 --dim out_dtype=float32 --record"),
+    ],
+)
+def test_the_command_that_proves_a_problem_names_that_very_problem(op, dims, words):
+    problem = ops.get(op).problem("float16", dims)
+    command = verify_command(problem)
+    assert words in command
+    given = dict(word.split("=") for word in command.split() if "=" in word)
+    assert ops.get(op).problem("fp16", given) == problem

@@ -174,3 +174,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(store, mon
             store.add([record("second")])
     assert [each.problem for each in store.load()] == ["first"]
     assert not list(store.path.parent.glob("*.new"))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BIDISPATCH_RECORDS_DIR", str(tmp_path / "file" / "records"))
+    with pytest.raises(RecordError, match=r"records cannot be written to .*; set BIDISPATCH_RECORDS_DIR"):
+        RecordStore(H200).prepare()

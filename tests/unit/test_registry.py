@@ -190,6 +190,40 @@ def test_a_backend_whose_import_raises_is_kept_and_shown_and_not_fatal(with_brok
     assert "broken.gemm: rejected" in selection.explain()
 
 
+def test_a_backend_that_ends_the_process_when_imported_is_kept_too(installed):
+    found = installed(Entry("quits", SystemExit(7)), Entry("fine", registering("fine.gemm")))
+    assert isinstance(found.failures["quits"].error, SystemExit)
+    assert "fine.gemm" in found
+
+
+def _raises(*arguments):
+    raise ZeroDivisionError("by its own fault")
+
+
+class _Faulty:
+    def unmet(self, device, problem):
+        return _raises()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"numerics": _raises}, "its backend raised ZeroDivisionError: by its own fault"),
+        ({"tiles": _raises}, "its backend raised ZeroDivisionError: by its own fault"),
+        ({"requires": (_Faulty(),)}, "its backend raised ZeroDivisionError: by its own fault"),
+        ({"tiles": lambda *a: ((32, None), (16, None), (None, None))}, "tiles() must give rising max_m"),
+        ({"tiles": lambda *a: ((16, None),)}, "tiles() must give rising max_m"),
+        ({"tiles": lambda *a: ()}, "tiles() must give rising max_m"),
+    ],
+)
+def test_a_backend_whose_own_functions_fail_is_rejected_with_that_as_the_reason(tmp_path, fields, reason):
+    registry = registry_of(fake("broken.gemm", **fields), fake("fine.gemm"))
+    selection = plan_of(tmp_path, registry, RULE).select("gemm", dtype="bfloat16", n=64, k=64)
+    assert selection.implementations == ("fine.gemm",)
+    (decision,) = [d for d in selection.decisions if d.implementation == "broken.gemm"]
+    assert any(reason in given for given in decision.reasons)
+
+
 def test_a_preferred_implementation_of_a_broken_backend_is_shown(with_broken, tmp_path):
     plan = plan_of(tmp_path, with_broken, RULE, head="prefer: [broken.fast]")
     selection = plan.select("gemm", dtype="bfloat16", n=64, k=64)
