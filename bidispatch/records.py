@@ -110,7 +110,9 @@ class RecordStore:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(step) for step in first["loc"])
-            raise RecordError(f"{self.path} has a record that is not whole ({where}: {first['msg']}); delete the file") from error
+            raise RecordError(
+                f"{self.path} has a record that is not whole ({where}: {first['msg']}); delete the file"
+            ) from error
         except UsageError as error:
             raise RecordError(f"{self.path} has a record that is not whole ({error}); delete the file") from error
         return records

@@ -94,5 +94,6 @@ def _limits(requests: Sequence[Request], max_tokens: int, max_seqs: int) -> Engi
         max_seqs=max_seqs,
         max_seq_len=max(request.positions for request in requests),
         page_size=PAGE_SIZE,
-        pages=max(max(pages), round(_POOL_SHARE * sum(pages))),
+        # However few there are, two must fit together: alone and among others would else be the same.
+        pages=max(sum(sorted(pages)[-2:]), round(_POOL_SHARE * sum(pages))),
     )

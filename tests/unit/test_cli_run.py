@@ -180,7 +180,7 @@ def test_demo_as_json_has_the_keys_that_are_promised(as_json, model):
 
 def test_demo_says_so_when_no_two_requests_met(cli, model):
     code, _, err = cli("demo", "--model", model, "--requests", "1", "--device", "cpu")
-    assert code == 0
+    assert code == 1
     assert "no two requests met" in err
 
 
