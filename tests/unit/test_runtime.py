@@ -15,7 +15,7 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.errors import ArgumentError, DeviceError
 from bidispatch.registry import Rung
-from bidispatch.runtime.bind import bind
+from bidispatch.runtime.bind import _on_device, bind
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import Limits
 
@@ -389,3 +389,23 @@ def test_the_schema_and_the_fake_of_the_op_are_right():
         (kernel.handle, x(), weight(), None, torch.empty(3, N)),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_with_several_gpus_a_kernel_runs_on_its_own_whichever_is_current(monkeypatch):
+    entered, ran = [], []
+
+    class Entered:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *error):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    _on_device(lambda *arguments: ran.append((arguments, list(entered))), 1)("x")
+    _on_device(lambda *arguments: ran.append((arguments, list(entered))), 0)("y")
+    assert ran == [(("x",), [1]), (("y",), [1, "left"])]
