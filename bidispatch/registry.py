@@ -66,6 +66,8 @@ class Implementation:
     tiles: `(device, problem, params) -> ((max_m, tile), ...)`, rising, the last with max_m None: the launch shapes
         it uses when a profile names none.
     libraries: distributions whose version can change its bits; they enter records and the fingerprint.
+    chooses_inside: whether a library chooses among algorithms by M inside one rung. `verify --classes` then takes every
+        M up to 512, and both sides of each edge the bound kernel names in its attribute `edges` (see `Kernel`).
     """
 
     name: str
@@ -80,6 +82,7 @@ class Implementation:
     tile: type[Tile] | None = None
     tiles: Callable[[Device, Problem, Params], tuple[tuple[int | None, Tile | None], ...]] = _one_tile
     libraries: tuple[str, ...] = ()
+    chooses_inside: bool = False
     cuda_graph: bool = True
     summary: str = ""
 

@@ -22,6 +22,14 @@ GEMM = Op(
         Dim("k", int, "input features, the summed axis", minimum=1, typical=4096),
         Dim("bias", bool, "whether a bias is added, in fp32, before the result is rounded", default=False),
         _OUT_DTYPE,
+        Dim(
+            "role",
+            str,
+            "linear: a host may merge or shard the weight by rows, so nothing that fixes bits may follow n; "
+            "router: nobody does",
+            default="linear",
+            choices=("linear", "router"),
+        ),
     ),
     arguments=(
         Argument("x", ("m", "k")),

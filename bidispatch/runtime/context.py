@@ -14,7 +14,9 @@ __all__ = ["BindContext", "Kernel", "Limits"]
 Kernel = Callable[..., None]
 """A bound kernel. Called with every argument of the op, then every scalar, then every output, positionally, in the
 catalogue's order; an absent optional tensor is None. It writes the outputs and returns nothing. Tensors have been
-checked: shapes, dtypes, device, no run-time size 0, no gradient wanted, last axis contiguous."""
+checked: shapes, dtypes, device, no run-time size 0, no gradient wanted, last axis contiguous.
+
+One that chooses among algorithms by M may have an attribute `edges`: the largest M of each choice but the last."""
 
 
 @dataclass(frozen=True, slots=True)

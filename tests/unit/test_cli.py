@@ -309,7 +309,13 @@ def test_explain_shows_every_candidate_and_the_rungs(cli, as_json):
     assert len(rungs) == len(document["selection"]["rungs"])
     assert all("block_m=" in row[-1] for row in rungs)
     assert {decision["implementation"] for decision in document["decisions"]} == registered
-    assert document["problem"]["dims"] == {"n": 6144, "k": 4096, "bias": False, "out_dtype": "bfloat16"}
+    assert document["problem"]["dims"] == {
+        "n": 6144,
+        "k": 4096,
+        "bias": False,
+        "out_dtype": "bfloat16",
+        "role": "linear",
+    }
 
 
 def test_explain_keeps_the_table_when_nothing_fits(cli, as_json, monkeypatch):

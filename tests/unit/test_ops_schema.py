@@ -65,7 +65,7 @@ def test_nothing_on_the_way_to_a_selection_takes_a_batch():
 
 def test_text_from_the_command_line_becomes_the_dims_type():
     problem = GEMM.problem("bf16", {"n": "64", "k": "128", "bias": "True", "out_dtype": "fp32"})
-    assert problem.dims == {"n": 64, "k": 128, "bias": True, "out_dtype": "float32"}
+    assert problem.dims == {"n": 64, "k": 128, "bias": True, "out_dtype": "float32", "role": "linear"}
 
 
 def test_text_and_values_give_one_problem():

@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_an_argument_error_and_nothing_is_launched(case, do
 
 
 def test_the_message_names_the_problem():
-    with pytest.raises(ArgumentError, match="gemm float32 n=6 k=8 bias=false out_dtype=float32: x must be"):
+    with pytest.raises(ArgumentError, match="gemm float32 n=6 k=8 bias=false out_dtype=float32 role=linear: x must be"):
         bound()(torch.randn(3, 9), weight())
 
 

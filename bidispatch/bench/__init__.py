@@ -1,0 +1,1 @@
+"""Timing on a GPU, by one protocol for tuning and for benchmarks."""

@@ -1,0 +1,88 @@
+"""The timing protocol: CUDA-graph replay over operands that together exceed the L2, rivals interleaved, medians.
+
+Imports torch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Launch", "Timing", "copies_beyond_cache", "interleaved"]
+
+Launch = Callable[[int], None]
+"""`launch(i)` runs a kernel once, on the i-th set of operands (modulo how many there are). No allocation, no sync."""
+
+_REPLAYS = 7
+_LAUNCHES = 24
+"""Launches a graph holds, at least: its own start is then a small part of what is timed."""
+_LONG_US = 2000.0
+"""A kernel this long is not repeated inside the graph more than its operand sets ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Microseconds a launch: the median over replays, and the least and the most."""
+
+    median_us: float
+    least_us: float
+    most_us: float
+
+    @property
+    def spread(self) -> float:
+        """(most - least) / median."""
+        return (self.most_us - self.least_us) / self.median_us
+
+
+def copies_beyond_cache(bytes_of_one: int, device: torch.device, most: int = 32) -> int:
+    """How many sets of operands exceed three times the L2 together, so that none is found there when it comes again."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(most, -(-3 * cache // max(1, bytes_of_one))))
+
+
+def interleaved(
+    rivals: Mapping[str, Launch], *, operand_sets: int = 1, replays: int = _REPLAYS, estimate_us: float = 0.0
+) -> dict[str, Timing]:
+    """Time rivals against each other: a graph each, replayed in turns, so that all see the same clocks and heat.
+
+    operand_sets: how many sets the launches rotate over. estimate_us: about how long a launch takes, 0 if not known;
+    long ones are repeated less.
+    """
+    launches = operand_sets if estimate_us > _LONG_US else max(_LAUNCHES, operand_sets)
+    graphs = {name: _captured(launch, launches) for name, launch in rivals.items()}
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(replays):
+        for name, graph in graphs.items():
+            samples[name].append(_replay_us(graph) / launches)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _captured(launch: Launch, launches: int) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch(0)  # kernels compile and load here, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            launch(i)
+    return graph
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
+def _summary(values: Sequence[float]) -> Timing:
+    return Timing(statistics.median(values), min(values), max(values))
