@@ -65,6 +65,8 @@ class Implementation:
     numerics: the class label from its reduction params and the problem. Same label, same device: same bits.
     tiles: `(device, problem, params) -> ((max_m, tile), ...)`, rising, the last with max_m None: the launch shapes
         it uses when a profile names none.
+    search: `"module:attribute"` of `search(device, problem, params, m) -> Iterable[Tile]`: the launch shapes that
+        `tune` tries for calls of m rows. It may import the library. Empty: only what `tiles` says.
     libraries: distributions whose version can change its bits; they enter records and the fingerprint.
     chooses_inside: whether a library chooses among algorithms by M inside one rung. `verify --classes` then takes every
         M up to 512, and both sides of each edge the bound kernel names in its attribute `edges` (see `Kernel`).
@@ -81,6 +83,7 @@ class Implementation:
     params: type[Params] = Params
     tile: type[Tile] | None = None
     tiles: Callable[[Device, Problem, Params], tuple[tuple[int | None, Tile | None], ...]] = _one_tile
+    search: str = ""
     libraries: tuple[str, ...] = ()
     chooses_inside: bool = False
     cuda_graph: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,11 +43,16 @@ def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits
     _check_limits(op, limits)
     kernels = []
     for rung in rungs:
-        context = BindContext(device, problem, rung.params, rung.tile, limits)
+        context = BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits))
         kernel = _load(rung.implementation, context)
         several = device.arch.vendor != "cpu" and torch.cuda.device_count() > 1
         kernels.append(_on_device(kernel, device.index) if several else kernel)
     return BoundKernel(op, problem, device, rungs, kernels, limits)
+
+
+def _limits_of(rung: Rung, limits: Limits) -> Limits:
+    """A rung never sees more rows than it serves: its workspaces need room for no more."""
+    return limits if rung.max_m is None else replace(limits, max_tokens=min(limits.max_tokens, rung.max_m))
 
 
 def _check_limits(op: Op, limits: Limits) -> None:

@@ -1,4 +1,5 @@
-"""Reduction params, tiles, default tile ladders and class labels of the Triton kernels. Imports no triton, no torch.
+"""Reduction params, tiles, default tile ladders and class labels of the row ops, the elementwise ones and attention;
+those of the products are in `gemm_params`. Imports no triton, no torch.
 
 A ladder is `((max_m, tile), ...)`, as `Implementation.tiles` wants it. Each function here is given the params of its
 own family; they are typed `Any` because the registry calls every family's through one signature.
@@ -6,87 +7,30 @@ own family; they are typed `Any` because the registry calls every family's throu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from bidispatch.device import Arch, Device
+from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
+from bidispatch_backends.triton.fields import power_of_two_field
 
 __all__ = [
     "AttentionParams",
     "AttentionTile",
     "ElementTile",
-    "GemmParams",
-    "GemmTile",
     "RowParams",
     "RowTile",
     "attention_numerics",
     "attention_tiles",
     "element_numerics",
     "element_tiles",
-    "gemm_numerics",
-    "gemm_tiles",
     "row_numerics",
     "row_tiles",
 ]
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _KB = 1024
-
-
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError(f"{value} is not a power of two")
-    return value
-
-
-class GemmParams(Params):
-    """`gemm` and `bmm`. K is walked in order into an fp32 accumulator, whatever the tile."""
-
-    input_precision: Literal["ieee", "tf32"] = "ieee"
-    """How fp32 operands are multiplied: as they are, or rounded to TF32. Other dtypes ignore it."""
-
-
-class GemmTile(Tile):
-    """Launch shape of `gemm` and `bmm`; none of it enters the order of a sum."""
-
-    block_m: int = Field(ge=16)
-    block_n: int = Field(ge=16)
-    block_k: int = Field(ge=16)
-    group_m: int = Field(default=8, ge=1)
-    num_warps: int = Field(ge=1, le=16)
-    num_stages: int = Field(ge=1)
-
-    _sizes = field_validator("block_m", "block_n", "block_k", "num_warps")(_power_of_two)
-
-
-def gemm_numerics(params: Any, problem: Problem) -> str:
-    """`k_sequential`; for fp32 with the precision of the products."""
-    return f"k_sequential.{params.input_precision}" if problem.dtype == "float32" else "k_sequential"
-
-
-def gemm_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, GemmTile], ...]:
-    """Rungs of 16, 32, 64 and 128 rows, and a wide one for large M where shared memory allows it."""
-    arch = device.arch
-    if problem.dtype == "float32":
-        # Without TF32, NVIDIA's products run on the FMA units and the operands in registers: smaller tiles.
-        shapes = [(16, 16, 64, 32, 4), (32, 32, 64, 32, 4), (64, 64, 64, 32, 4), (None, 128, 64, 32, 8)]
-        return tuple((max_m, _gemm_tile(arch, 4, *shape)) for max_m, *shape in shapes)
-    shapes = [(16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (64, 64, 128, 64, 4), (None, 128, 128, 64, 8)]
-    if arch.shared_memory >= 200 * _KB:
-        shapes[-1:] = [(512, 128, 128, 64, 8), (None, 128, 256, 64, 8)]
-    return tuple((max_m, _gemm_tile(arch, 2, *shape)) for max_m, *shape in shapes)
-
-
-def _gemm_tile(arch: Arch, item_bytes: int, block_m: int, block_n: int, block_k: int, num_warps: int) -> GemmTile:
-    """As many stages, up to 4, as fit with 2 KB to spare."""
-    stage_bytes = (block_m + block_n) * block_k * item_bytes
-    num_stages = min(4, (arch.shared_memory - 2 * _KB) // stage_bytes)
-    if arch.vendor == "amd":
-        num_stages = min(2, num_stages)  # more than one tile ahead costs LDS there and buys nothing
-    return GemmTile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
 
 
 class RowParams(Params):
@@ -94,7 +38,7 @@ class RowParams(Params):
 
     block: int = Field(default=4096, ge=1024)
 
-    _sizes = field_validator("block")(_power_of_two)
+    _sizes = field_validator("block")(power_of_two_field)
 
 
 class RowTile(Tile):
@@ -102,7 +46,7 @@ class RowTile(Tile):
 
     num_warps: int = Field(ge=1, le=16)
 
-    _sizes = field_validator("num_warps")(_power_of_two)
+    _sizes = field_validator("num_warps")(power_of_two_field)
 
 
 def row_numerics(params: Any, problem: Problem) -> str:
@@ -122,7 +66,7 @@ class ElementTile(Tile):
     block: int = Field(default=1024, ge=64)
     num_warps: int = Field(default=4, ge=1, le=16)
 
-    _sizes = field_validator("block", "num_warps")(_power_of_two)
+    _sizes = field_validator("block", "num_warps")(power_of_two_field)
 
 
 def element_numerics(params: Any, problem: Problem) -> str:
@@ -143,7 +87,7 @@ class AttentionParams(Params):
     block_n: int = Field(default=64, ge=16)
     """KV positions of one tile, which share one running maximum."""
 
-    _sizes = field_validator("block_n")(_power_of_two)
+    _sizes = field_validator("block_n")(power_of_two_field)
 
     @model_validator(mode="after")
     def _splits_hold_whole_tiles(self) -> AttentionParams:
@@ -167,7 +111,7 @@ class AttentionTile(Tile):
     workspace_mb: int = Field(default=256, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits."""
 
-    _sizes = field_validator("decode_block_m", "decode_warps", "prefill_block_m", "prefill_warps")(_power_of_two)
+    _sizes = field_validator("decode_block_m", "decode_warps", "prefill_block_m", "prefill_warps")(power_of_two_field)
 
 
 def attention_numerics(params: Any, problem: Problem) -> str:
