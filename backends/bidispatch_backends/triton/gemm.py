@@ -35,15 +35,47 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def tile_ptrs(
-    x_ptr, weight_ptr, rows, columns, steps, stride_x_row, stride_weight_n, stride_weight_k, SWAP: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    rows,
+    columns,
+    m,
+    n,
+    stride_x_row,
+    stride_weight_n,
+    stride_weight_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    FILL: tl.constexpr,
 ):
-    """Pointers to the first K step of a tile's operands, the one that lies on the matrix unit's long side first."""
+    """Pointers to the first K step of a tile's operands; with SWAP the weight is the left one.
+
+    Columns past the end read column 0, rows past the end row 0: only the tail of K needs a mask. With FILL, for a
+    weight whose K is contiguous, such rows read rows of the weight that this program reads anyway. Measured on an H100
+    with one row of 16 there: 13.3 µs so, 16.4 with a mask on every load, 17.1 where all programs ask for row 0.
+    """
+    steps = tl.arange(0, BLOCK_K)
+    safe_columns = tl.where(columns < n, columns, 0).to(tl.int64)
+    row_offsets = tl.where(rows < m, rows, 0).to(tl.int64) * stride_x_row
+    if FILL:
+        # A blend and not a selection, which would hide from the compiler that the pointers are aligned. The distance
+        # is rounded down to what keeps them so: a filler row is never the first, and what it reads does not matter.
+        ELEMENTS: tl.constexpr = 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        distance = (weight_ptr.to(tl.int64) - x_ptr.to(tl.int64)) // 16 * ELEMENTS
+        filler = tl.min(columns, axis=0) + 1 + rows % BLOCK_N
+        filler_offsets = tl.where(filler < n, filler, n - 1).to(tl.int64) * stride_weight_n + distance
+        mine = ((rows < m) | (n == 1)).to(tl.int64)
+        row_offsets = mine * row_offsets + (1 - mine) * filler_offsets
+    row_ptrs = x_ptr + row_offsets
+    column_ptrs = weight_ptr + safe_columns * stride_weight_n
+    weight_steps = steps.to(tl.int64) * stride_weight_k
     if SWAP:
-        x_ptrs = x_ptr + rows[None, :] * stride_x_row + steps[:, None]
-        weight_ptrs = weight_ptr + columns[:, None] * stride_weight_n + steps.to(tl.int64)[None, :] * stride_weight_k
+        x_ptrs = row_ptrs[None, :] + steps[:, None]
+        weight_ptrs = column_ptrs[:, None] + weight_steps[None, :]
     else:
-        x_ptrs = x_ptr + rows[:, None] * stride_x_row + steps[None, :]
-        weight_ptrs = weight_ptr + columns[None, :] * stride_weight_n + steps.to(tl.int64)[:, None] * stride_weight_k
+        x_ptrs = row_ptrs[:, None] + steps[None, :]
+        weight_ptrs = column_ptrs[None, :] + weight_steps[:, None]
     return x_ptrs, weight_ptrs
 
 
@@ -52,7 +84,6 @@ def accumulate(
     x_ptrs,
     weight_ptrs,
     weight_step,
-    rows_inside,
     length,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,9 +94,6 @@ def accumulate(
 ):
     """The sum over `length` elements of K from a fresh accumulator: [BLOCK_M, BLOCK_N], transposed where swapped."""
     steps = tl.arange(0, BLOCK_K)
-    # A small tile is rarely full: rows that are not there cost no traffic when they are masked. A large one reads
-    # row 0 instead (the caller's pointers say so), since a mask on every load costs more there.
-    FEW_ROWS: tl.constexpr = BLOCK_M <= 32
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
@@ -77,24 +105,20 @@ def accumulate(
                 weight = tl.load(weight_ptrs)
             else:
                 weight = tl.load(weight_ptrs, mask=inside[None, :], other=0.0)
-            if not K_IS_EVEN:
-                x = tl.load(x_ptrs, mask=rows_inside[None, :] & inside[:, None], other=0.0)
-            elif FEW_ROWS:
-                x = tl.load(x_ptrs, mask=rows_inside[None, :], other=0.0)
-            else:
+            if K_IS_EVEN:
                 x = tl.load(x_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=inside[:, None], other=0.0)
             acc = tl.dot(weight, x, acc, input_precision=INPUT_PRECISION)
         else:
             if K_IS_EVEN:
                 weight = tl.load(weight_ptrs)
             else:
                 weight = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
-            if not K_IS_EVEN:
-                x = tl.load(x_ptrs, mask=rows_inside[:, None] & inside[None, :], other=0.0)
-            elif FEW_ROWS:
-                x = tl.load(x_ptrs, mask=rows_inside[:, None], other=0.0)
-            else:
+            if K_IS_EVEN:
                 x = tl.load(x_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
             acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_K
         weight_ptrs += weight_step
@@ -121,6 +145,7 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
+    FILL: tl.constexpr,
     GROUP_M: tl.constexpr,
     K_CHUNK: tl.constexpr,
     K_IS_EVEN: tl.constexpr,
@@ -138,42 +163,33 @@ def matmul_kernel(
 
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and columns past the end read row and column 0, so that only the tail of K needs a mask.
-    safe_rows = tl.where(rows < m, rows, 0).to(tl.int64)
-    safe_columns = tl.where(columns < n, columns, 0).to(tl.int64)
     x_ptrs, weight_ptrs = tile_ptrs(
-        x_ptr + matrix * stride_x_matrix,
-        weight_ptr + matrix * stride_weight_matrix,
-        safe_rows,
-        safe_columns,
-        tl.arange(0, BLOCK_K),
-        stride_x_row,
-        stride_weight_n,
-        stride_weight_k,
-        SWAP,
+        *(x_ptr + matrix * stride_x_matrix, weight_ptr + matrix * stride_weight_matrix, rows, columns, m, n),
+        *(stride_x_row, stride_weight_n, stride_weight_k, BLOCK_N, BLOCK_K, SWAP, FILL),
     )
     weight_step = tl.full((), BLOCK_K, tl.int64) * stride_weight_k
-    inside = rows < m
 
     if K_CHUNK == 0:
         acc = accumulate(
-            *(x_ptrs, weight_ptrs, weight_step, inside, k),
+            *(x_ptrs, weight_ptrs, weight_step, k),
             *(BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, INPUT_PRECISION),
         )
     else:
         acc = accumulate(
-            *(x_ptrs, weight_ptrs, weight_step, inside, min(k, K_CHUNK)),
+            *(x_ptrs, weight_ptrs, weight_step, min(k, K_CHUNK)),
             *(BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, INPUT_PRECISION),
         )
         for start in range(K_CHUNK, k, K_CHUNK):
             x_ptrs += K_CHUNK
             weight_ptrs += tl.full((), K_CHUNK, tl.int64) * stride_weight_k
             acc += accumulate(
-                *(x_ptrs, weight_ptrs, weight_step, inside, min(k - start, K_CHUNK)),
+                *(x_ptrs, weight_ptrs, weight_step, min(k - start, K_CHUNK)),
                 *(BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, INPUT_PRECISION),
             )
 
+    inside = rows < m
     long_rows = rows.to(tl.int64)
+    safe_columns = tl.where(columns < n, columns, 0)
     out_ptr += matrix * stride_out_matrix
     if SWAP:
         if bias_ptr is not None:
@@ -197,6 +213,7 @@ def tile_constants(problem: Problem, params: GemmParams, tile: GemmTile) -> dict
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "SWAP": tile.swap,
+        "FILL": problem.op == "gemm",
         "GROUP_M": tile.group_m,
         "K_CHUNK": params.k_chunk if k > params.k_chunk else 0,
         "K_IS_EVEN": k % tile.block_k == 0,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from bidispatch.device import Arch
@@ -16,6 +18,9 @@ Constant = int | float | bool | str
 ArgumentType = str | int | None
 """What `Launch.arguments` says of an argument."""
 
+_ALIGNMENT = 16
+"""Bytes; Triton compiles another binary for pointers that are not multiples of it."""
+
 _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 
 
@@ -23,19 +28,54 @@ _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int3
 class Launch:
     """One kernel, its constants and its compiler options, made when a kernel is bound.
 
-    `arguments` describes what is passed at each call, in order, for contiguous and aligned tensors: a Triton type
-    (`*bf16`, `fp32`), the value of an integer that does not follow the batch, `"i32"` for one that does, or None
-    for a tensor the problem does not have. Compiling ahead of time reads it; a launch does not.
+    `arguments` describes what is passed at each call, in order, tensors first, for contiguous and aligned tensors: a
+    Triton type (`*bf16`, `fp32`), the value of an integer that does not follow the batch, `"i32"` or `"i64"` for one
+    that does, or None for a tensor the problem does not have. Constants are in the kernel's order, behind them.
     """
 
     kernel: Any
     arguments: Mapping[str, ArgumentType]
     constants: Mapping[str, Constant]
     options: Mapping[str, int | bool]
+    _compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def _tensors(self) -> int:
+        """How many arguments are tensors."""
+        return sum(value is None or str(value).startswith("*") for value in self.arguments.values())
+
+    @cached_property
+    def _specialised(self) -> Callable[[tuple[Any, ...]], Any]:
+        """Picks the arguments whose values a binary may depend on: integers but those that follow the batch."""
+        kinds = list(self.arguments.values())
+        return itemgetter(
+            *(i for i, kind in enumerate(kinds) if i >= self._tensors and not isinstance(kind, str)), 0, 0
+        )
+
+    @cached_property
+    def _constants(self) -> tuple[Constant, ...]:
+        return tuple(self.constants.values())
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Launch on the current stream."""
-        self.kernel[grid](*arguments, **self.constants, **self.options)
+        """Launch on the current stream.
+
+        Triton's own launcher works out at every call which binary the arguments need, which costs more than many
+        kernels run. Here the binary is remembered by the integers it may depend on, for tensors that are aligned.
+        """
+        places = 0
+        for tensor in arguments[: self._tensors]:
+            if tensor is not None:
+                places |= tensor.data_ptr()
+        if places % _ALIGNMENT:
+            self.kernel[grid](*arguments, **self.constants, **self.options)
+            return
+        key = self._specialised(arguments)[:-2]
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            # The interpreter compiles nothing, and gives None.
+            self._compiled[key] = self.kernel[grid](*arguments, **self.constants, **self.options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *self._constants)
 
 
 def options(arch: Arch, num_warps: int, num_stages: int, *, fp_fusion: bool) -> dict[str, int | bool]:

@@ -63,6 +63,7 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
+    FILL: tl.constexpr,
     GROUP_M: tl.constexpr,
     K_CHUNK: tl.constexpr,
     K_IS_EVEN: tl.constexpr,
@@ -76,15 +77,13 @@ def split_kernel(
     tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    safe_rows = tl.where(rows < m, rows, 0).to(tl.int64)
-    safe_columns = tl.where(columns < n, columns, 0).to(tl.int64)
     first = tl.program_id(1) * K_CHUNK
     x_ptrs, weight_ptrs = tile_ptrs(
-        *(x_ptr + first, weight_ptr + first, safe_rows, safe_columns, tl.arange(0, BLOCK_K)),
-        *(stride_x_row, stride_weight_n, 1, SWAP),
+        *(x_ptr + first, weight_ptr + first, rows, columns, m, n, stride_x_row, stride_weight_n, 1),
+        *(BLOCK_N, BLOCK_K, SWAP, FILL),
     )
     acc = accumulate(
-        *(x_ptrs, weight_ptrs, BLOCK_K, rows < m, min(k - first, K_CHUNK)),
+        *(x_ptrs, weight_ptrs, BLOCK_K, min(k - first, K_CHUNK)),
         *(BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, INPUT_PRECISION),
     )
     long_rows = rows.to(tl.int64)
@@ -100,7 +99,7 @@ def split_kernel(
     if _is_last(counter_ptr + tile, tl.num_programs(1)):
         total = _fold(partial_ptrs, stride_chunk, tl.num_programs(1), inside)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + safe_columns).to(tl.float32)
+            bias = tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
             if SWAP:
                 total += bias[:, None]
             else:
@@ -109,22 +108,27 @@ def split_kernel(
 
 
 @triton.jit
-def _element(x_row, at, length, K_IS_EVEN: tl.constexpr):
-    """One element of a row of x: a scalar, the same for all threads."""
+def _four(ptrs, at, length, K_IS_EVEN: tl.constexpr):
+    """Elements at to at + 3 of each thread's row, one vector load, as four values a thread."""
+    four = tl.arange(0, 4)[None, :]
     if K_IS_EVEN:
-        element = tl.load(x_row + at)
+        group = tl.load(ptrs + at + four)
     else:
-        element = tl.load(x_row + at, mask=length > at, other=0.0)
-    return element
+        group = tl.load(ptrs + at + four, mask=at + four < length, other=0.0)
+    even, odd = tl.split(tl.reshape(group, (group.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
-def _add_products(acc, w0, w1, w2, w3, x_row, at, length, K_IS_EVEN: tl.constexpr):
+def _add_products(acc, w0, w1, w2, w3, x_ptrs, at, length, K_IS_EVEN: tl.constexpr):
     """Four elements of K, in order."""
-    acc = tl.fma(w0, _element(x_row, at, length, K_IS_EVEN), acc)
-    acc = tl.fma(w1, _element(x_row, at + 1, length, K_IS_EVEN), acc)
-    acc = tl.fma(w2, _element(x_row, at + 2, length, K_IS_EVEN), acc)
-    return tl.fma(w3, _element(x_row, at + 3, length, K_IS_EVEN), acc)
+    x0, x1, x2, x3 = _four(x_ptrs, at, length, K_IS_EVEN)
+    acc = tl.fma(w0, x0, acc)
+    acc = tl.fma(w1, x1, acc)
+    acc = tl.fma(w2, x2, acc)
+    return tl.fma(w3, x3, acc)
 
 
 @triton.jit
@@ -167,17 +171,18 @@ def vector_kernel(
     row = tl.program_id(2) * BLOCK_M
     first = tl.program_id(1) * K_CHUNK
     length = min(k - first, K_CHUNK)
-    four = tl.arange(0, 4)
     weight_ptrs = weight_ptr + tl.where(inside, columns, 0).to(tl.int64)[:, None] * stride_weight_n + first
+    # Every thread reads the same elements of x: as vectors of four, like its own of the weight.
+    same = tl.zeros((BLOCK_N, 1), dtype=tl.int32)
     # Rows past the end are the last one again: they store the same bits to the same place.
     row0 = row.to(tl.int64)
     row1 = min(row + 1, m - 1).to(tl.int64)
     row2 = min(row + 2, m - 1).to(tl.int64)
     row3 = min(row + 3, m - 1).to(tl.int64)
-    x0 = x_ptr + row0 * stride_x_row + first
-    x1 = x_ptr + row1 * stride_x_row + first
-    x2 = x_ptr + row2 * stride_x_row + first
-    x3 = x_ptr + row3 * stride_x_row + first
+    x0 = x_ptr + row0 * stride_x_row + first + same
+    x1 = x_ptr + row1 * stride_x_row + first + same
+    x2 = x_ptr + row2 * stride_x_row + first + same
+    x3 = x_ptr + row3 * stride_x_row + first + same
     acc0 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     acc2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -185,13 +190,7 @@ def vector_kernel(
     for start in range(0, length, 4 * UNROLL):
         for step in tl.static_range(UNROLL):
             at = start + 4 * step
-            if K_IS_EVEN:
-                group = tl.load(weight_ptrs + at + four[None, :])
-            else:
-                group = tl.load(weight_ptrs + at + four[None, :], mask=at + four[None, :] < length, other=0.0)
-            even, odd = tl.split(tl.reshape(group, (BLOCK_N, 2, 2)))
-            w0, w2 = tl.split(even)
-            w1, w3 = tl.split(odd)
+            w0, w1, w2, w3 = _four(weight_ptrs, at, length, K_IS_EVEN)
             acc0 = _add_products(acc0, w0, w1, w2, w3, x0, at, length, K_IS_EVEN)
             if BLOCK_M > 1:
                 acc1 = _add_products(acc1, w0, w1, w2, w3, x1, at, length, K_IS_EVEN)
