@@ -114,26 +114,13 @@ def _ask(
 
 
 def _preference(limited: bool) -> int:
-    names = cublasLt.MatmulPreferenceAttribute
-    values = {
-        names.MAX_WORKSPACE_BYTES: 0,
-        names.REDUCTION_SCHEME_MASK: 0,
-        names.MIN_ALIGNMENT_A_BYTES: ALIGNMENT,
-        names.MIN_ALIGNMENT_B_BYTES: ALIGNMENT,
-        names.MIN_ALIGNMENT_C_BYTES: ALIGNMENT,
-        names.MIN_ALIGNMENT_D_BYTES: ALIGNMENT,
-    }
+    values = {"MAX_WORKSPACE_BYTES": 0, "REDUCTION_SCHEME_MASK": 0}
+    values |= {f"MIN_ALIGNMENT_{operand}_BYTES": ALIGNMENT for operand in "ABCD"}
     if limited:
-        values[names.SEARCH_MODE] = int(cublasLt.MatmulSearch.LIMITED_BY_ALGO_ID)
+        values["SEARCH_MODE"] = int(cublasLt.MatmulSearch.LIMITED_BY_ALGO_ID)
     preference: int = cublasLt.matmul_preference_create()
     for name, value in values.items():
-        set_attribute(
-            cublasLt.matmul_preference_set_attribute,
-            cublasLt.get_matmul_preference_attribute_dtype,
-            preference,
-            name,
-            value,
-        )
+        set_attribute("matmul_preference", preference, name, value)
     return preference
 
 
@@ -160,15 +147,8 @@ def rebuild(device: torch.device, product: Product, config: str) -> Algorithm | 
         return None
     for name, value in zip(_CONFIG[1:], values, strict=True):
         if value:  # a blank algorithm has zeros, and lacks the attributes it has no use for
-            attribute = getattr(cublasLt.MatmulAlgoConfigAttribute, name)
             try:
-                set_attribute(
-                    cublasLt.matmul_algo_config_set_attribute,
-                    cublasLt.get_matmul_algo_config_attribute_dtype,
-                    buffer.ctypes.data,
-                    attribute,
-                    value,
-                )
+                set_attribute("matmul_algo_config", buffer.ctypes.data, name, value)
             except cublasLt.cuBLASLtError:
                 return None
     return _algorithm(buffer)

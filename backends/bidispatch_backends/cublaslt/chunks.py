@@ -12,7 +12,7 @@ import torch
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.aligned import is_aligned, on_aligned
-from bidispatch_backends.cublaslt.library import ONE, ZERO, current_stream, handle_of, workspace
+from bidispatch_backends.cublaslt.library import ONE, ZERO, cublasLt, current_stream, handle_of, workspace
 from bidispatch_backends.cublaslt.params import CublasLtTile
 from bidispatch_backends.cublaslt.pinned import Pinned
 from bidispatch_backends.cublaslt.products import Chunks

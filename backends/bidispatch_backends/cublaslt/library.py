@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,14 @@ __all__ = [
 # cudaDataType_t and cublasComputeType_t, which nvmath-python takes as numbers.
 _DATA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
+
+# The enumeration of each kind of owner. Its functions in nvmath-python are named after the kind.
+_ATTRIBUTES = {
+    "matmul_desc": "MatmulDescAttribute",
+    "matrix_layout": "MatrixLayoutAttribute",
+    "matmul_preference": "MatmulPreferenceAttribute",
+    "matmul_algo_config": "MatmulAlgoConfigAttribute",
+}
 
 _scalars = np.array([0, 1], np.float32)
 ZERO, ONE = _scalars.ctypes.data, _scalars.ctypes.data + _scalars.itemsize
@@ -74,12 +81,11 @@ def current_stream(device: torch.device) -> Callable[[int], int]:
     return raw or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
 
 
-def set_attribute(
-    setter: Callable[..., None], dtype_of: Callable[[int], Any], owner: int, name: int, value: int
-) -> None:
-    """Set one attribute of a descriptor, in the width the library reads."""
-    buffer = np.array([value], dtype_of(int(name)))
-    setter(owner, int(name), buffer.ctypes.data, buffer.nbytes)
+def set_attribute(owner_kind: str, owner: int, name: str, value: int) -> None:
+    """Set one attribute of a descriptor, in the width the library reads. `owner_kind` is a key of `_ATTRIBUTES`."""
+    attribute = int(getattr(getattr(cublasLt, _ATTRIBUTES[owner_kind]), name))
+    buffer = np.array([value], getattr(cublasLt, f"get_{owner_kind}_attribute_dtype")(attribute))
+    getattr(cublasLt, f"{owner_kind}_set_attribute")(owner, attribute, buffer.ctypes.data, buffer.nbytes)
 
 
 class Descriptors:
@@ -101,14 +107,7 @@ class Descriptors:
             self.point_bias(ALIGNMENT)  # nothing reads it before a launch, but a choice wants to see its alignment
 
     def _set(self, name: str, value: int) -> None:
-        attribute = getattr(cublasLt.MatmulDescAttribute, name)
-        set_attribute(
-            cublasLt.matmul_desc_set_attribute,
-            cublasLt.get_matmul_desc_attribute_dtype,
-            self.operation,
-            attribute,
-            value,
-        )
+        set_attribute("matmul_desc", self.operation, name, value)
 
     def point_bias(self, pointer: int) -> None:
         """Set the address of the bias of the launches to come."""
@@ -128,15 +127,8 @@ class Descriptors:
         layout: int = cublasLt.matrix_layout_create(kind, rows, columns, leading)
         self._layouts.append(layout)
         if self.product.batch > 1:
-            names = cublasLt.MatrixLayoutAttribute
-            for name, value in ((names.BATCH_COUNT, self.product.batch), (names.STRIDED_BATCH_OFFSET, apart)):
-                set_attribute(
-                    cublasLt.matrix_layout_set_attribute,
-                    cublasLt.get_matrix_layout_attribute_dtype,
-                    layout,
-                    name,
-                    value,
-                )
+            set_attribute("matrix_layout", layout, "BATCH_COUNT", self.product.batch)
+            set_attribute("matrix_layout", layout, "STRIDED_BATCH_OFFSET", apart)
         return layout
 
     def forget_layouts(self) -> None:

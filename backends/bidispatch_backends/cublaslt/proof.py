@@ -18,7 +18,7 @@ import torch
 from bidispatch.errors import BackendError
 from bidispatch.verify.compare import bits
 from bidispatch_backends.cublaslt.algorithms import Algorithm, offered
-from bidispatch_backends.cublaslt.library import Descriptors, run
+from bidispatch_backends.cublaslt.library import Descriptors, cublasLt, run
 from bidispatch_backends.cublaslt.products import Product
 
 __all__ = ["Prover", "forget_proofs"]
