@@ -12,27 +12,17 @@ from bidispatch.errors import BackendError, InvarianceError
 from bidispatch_backends.cublaslt.algorithms import Algorithm, fits, library_version, offered, rebuild
 from bidispatch_backends.cublaslt.library import Descriptors
 from bidispatch_backends.cublaslt.params import CublasLtTile
-from bidispatch_backends.cublaslt.products import Product
+from bidispatch_backends.cublaslt.products import Product, buckets
 from bidispatch_backends.cublaslt.proof import Prover
 
-__all__ = ["Pinned", "buckets"]
+__all__ = ["Pinned"]
 
 _log = logging.getLogger(__name__)
 
-_TOPS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 _MOST_ENTRIES = 4096
 
 _Choice = tuple[int, Algorithm]
 """The largest M of a range and its algorithm."""
-
-
-def buckets(limit: int) -> list[tuple[int, int]]:
-    """The ranges of M, (lowest, largest), up to the one that holds `limit`: the same whatever the limit is."""
-    tops = [*_TOPS]
-    while tops[-1] < limit:
-        tops.append(2 * tops[-1])
-    lows = [1, *(top + 1 for top in tops)]
-    return [(low, top) for low, top in zip(lows, tops, strict=False) if low <= limit]
 
 
 class Pinned:
@@ -83,35 +73,36 @@ def _choose(device: torch.device, product: Product, limit: int, tile: CublasLtTi
             choices.pop()
         choices.append((top, algorithm))
     if wanted and not served:
-        _warn_once(
-            f"cuBLASLt {library_version()} has no use for algorithm {tile.algorithm} with {product}; its own first "
-            "choice serves, with the same bits. `bidispatch tune gemm` finds others"
-        )
+        _tell_refused(product, f"has no use for algorithm {tile.algorithm} with {product}")
     return choices
 
 
 def _wanted(device: torch.device, product: Product, tile: CublasLtTile) -> Algorithm | None:
     if not tile.algorithm:
         return None
-    running = library_version()
-    if tile.version != running:
-        _warn_once(
-            f"algorithm {tile.algorithm} was found with cuBLASLt {tile.version}, {running} is loaded; its own first "
-            "choice serves, with the same bits. `bidispatch tune gemm` finds others"
-        )
+    if tile.version != library_version():
+        _tell(f"is loaded, algorithm {tile.algorithm} was found with {tile.version}", logging.WARNING)
         return None
     algorithm = rebuild(device, product, tile.algorithm)
     if algorithm is None:
-        _warn_once(
-            f"cuBLASLt {running} knows no algorithm {tile.algorithm} for {product}; its own first choice serves, with "
-            "the same bits. `bidispatch tune gemm` finds others"
-        )
+        _tell_refused(product, f"knows no algorithm {tile.algorithm} for {product}")
     return algorithm
 
 
+def _tell_refused(product: Product, what: str) -> None:
+    # Searches are for results of the operands' dtype; that `verify`, which asks for fp32, cannot have the algorithm
+    # deserves no warning.
+    _tell(what, logging.WARNING if product.out_dtype == product.dtype else logging.INFO)
+
+
 @lru_cache(maxsize=1024)
-def _warn_once(message: str) -> None:
-    _log.warning(message)
+def _tell(what: str, level: int) -> None:
+    """Say once, not for every layer, why a tile's algorithm does not serve."""
+    _log.log(
+        level,
+        "cuBLASLt %d %s; its own first choice serves, with the same bits. `bidispatch tune gemm` finds others",
+        *(library_version(), what),
+    )
 
 
 def _first_proved(device: torch.device, product: Product, prover: Prover, low: int, top: int) -> Algorithm:

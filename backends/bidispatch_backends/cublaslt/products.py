@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.cublaslt.params import CublasLtParams
 
-__all__ = ["Chunks", "Product", "chunks_of", "whole_of"]
+__all__ = ["Chunks", "Product", "buckets", "chunks_of", "whole_of"]
+
+_TOPS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +83,12 @@ def chunks_of(problem: Problem, params: CublasLtParams) -> Chunks | None:
     count, left = divmod(whole.k, chunk)
     single = replace(whole, k=chunk, bias=False)
     return Chunks(single, replace(single, batch=count), replace(single, k=left) if left else None)
+
+
+def buckets(limit: int) -> list[tuple[int, int]]:
+    """The ranges of M, (lowest, largest), up to the one that holds `limit`: the same whatever the limit is."""
+    tops = [*_TOPS]
+    while tops[-1] < limit:
+        tops.append(2 * tops[-1])
+    lows = [1, *(top + 1 for top in tops)]
+    return [(low, top) for low, top in zip(lows, tops, strict=False) if low <= limit]
