@@ -1,7 +1,7 @@
 """A stand-in for `nvmath.bindings.cublasLt`: it keeps descriptors, notes calls, and computes with torch on the CPU.
 
-Its products add along K one element after another in fp32, but for algorithms with custom option 9: these add two halves
-of K apart. It is strict where cuBLASLt would be wrong or slow: addresses and rows must lie on 16 bytes.
+Its products add along K one element after another in fp32, but for algorithms with custom option 9: these add two
+halves of K apart. It is strict where cuBLASLt would be wrong or slow: addresses and rows must lie on 16 bytes.
 """
 
 from __future__ import annotations

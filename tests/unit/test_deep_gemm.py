@@ -1,4 +1,4 @@
-"""deep_gemm.bf16 against a stand-in for the library: what it is called with, and which switches it leaves as they were."""
+"""deep_gemm.bf16 against a stand-in for the library: what it is called with, and that its switch stays as it was."""
 
 from __future__ import annotations
 
