@@ -1,4 +1,4 @@
-"""Library products against Triton's, on bits: what puts cuBLASLt and DeepGEMM in one class with the portable kernels."""
+"""Library products against Triton's, on bits: what puts cuBLASLt and DeepGEMM in one class with portable kernels."""
 
 from __future__ import annotations
 

@@ -214,6 +214,15 @@ def test_a_failure_of_the_library_names_the_problem(library):
         bind(problem_of())
 
 
+def test_a_library_that_does_not_load_says_so(library):
+    def create():
+        raise RuntimeError("Failed to dlopen libcublasLt.so.13")
+
+    library.create = create
+    with pytest.raises(BackendError, match=r"cannot start cuBLASLt: Failed to dlopen libcublasLt.so.13; `bidispatch"):
+        bind(problem_of())
+
+
 def test_a_second_layer_of_that_k_proves_nothing_again(library):
     bind(problem_of())
     proofs = len(library.launches)

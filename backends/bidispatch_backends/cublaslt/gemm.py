@@ -22,6 +22,7 @@ def bind_gemm(context: BindContext) -> Kernel:
     """
     device = torch.device(context.device.torch_device)
     chunks = chunks_of(context.problem, context.params)
+    handle_of(device)  # a library that is not there shall say so before anything else
     try:
         with on_device(device):
             return _bind_whole(context, device) if chunks is None else bind_chunks(context, device, chunks)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from nvmath.bindings import cublasLt
 
+from bidispatch.errors import BackendError
 from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.cublaslt.products import Product
 
@@ -68,9 +69,17 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 @lru_cache(maxsize=64)
 def handle_of(device: torch.device) -> int:
-    """The process's handle for a device. It holds no state that a call could change, so everything shares it."""
-    with on_device(device):
-        return int(cublasLt.create())
+    """The process's handle for a device. It holds no state that a call could change, so everything shares it.
+
+    Raises `BackendError` where nvmath-python cannot load or start the library.
+    """
+    try:
+        with on_device(device):
+            return int(cublasLt.create())
+    except Exception as error:  # its loader raises RuntimeErrors of its own
+        raise BackendError(
+            f"nvmath-python cannot start cuBLASLt: {error}; `bidispatch doctor` says which one it finds"
+        ) from error
 
 
 def current_stream(device: torch.device) -> Callable[[int], int]:
