@@ -165,7 +165,7 @@ def test_a_captured_call_replays_with_other_data(plan, name, dtype):
 def test_every_candidate_is_made_again_from_its_text_and_gives_the_bits(plan, dtype, params, record_property):
     problem = problem_of(dtype, 6144, 4096)
     reference = bound(plan, "cublaslt.pinned", problem, params)
-    from bidispatch_backends.cublaslt.algorithms import candidates, offered, rebuild
+    from bidispatch_backends.cublaslt.algorithms import offered, rebuild, search
     from bidispatch_backends.cublaslt.products import chunks_of, whole_of
 
     implementation = default_registry().get("cublaslt.pinned")
@@ -181,7 +181,7 @@ def test_every_candidate_is_made_again_from_its_text_and_gives_the_bits(plan, dt
             again = rebuild(device, product, algorithm.config)
             assert again is not None
             other_bytes += again.data != algorithm.data
-        for tile in candidates(problem, chosen, m, index=plan.device.index):
+        for tile in search(plan.device, problem, chosen, m):
             tried += 1
             assert same_bits(bound(plan, "cublaslt.pinned", problem, params, tile)(x[:m], weight), wanted[:m])
     record_property("candidates", tried)

@@ -315,14 +315,14 @@ def test_a_tile_that_makes_no_sense_is_refused(fields, says):
 
 def test_candidates_are_what_the_heuristic_offers_each_once(library):
     library.table = lambda dtype, m: [OTHER, "66.1.1.1.1.1.1 split", GOOD, OTHER, "66.2.2.2.2.2.2 workspace"]
-    found = module("algorithms").candidates(problem_of(), CublasLtParams(), 64)
+    found = module("algorithms").search(CPU, problem_of(), CublasLtParams(), 64)
     assert found == [CublasLtTile(algorithm=config, version=library.version) for config in (OTHER, GOOD)]
 
 
 def test_candidates_for_chunks_come_in_turn_and_at_once(library):
     library.table = lambda dtype, m: ["11.0.0.0.0.0.0"]
     params = CublasLtParams(k_chunk=64)
-    found = module("algorithms").candidates(problem_of("float32"), params, 16)
+    found = module("algorithms").search(CPU, problem_of("float32"), params, 16)
     assert [(tile.algorithm, tile.batch_max_m) for tile in found] == [("55.5.0.1.0.0.0", 0), ("55.5.0.1.0.0.0", 16)]
 
 
@@ -533,8 +533,10 @@ def test_chunks_run_at_once_by_default_as_far_as_memory_allows_and_triton_is_the
         assert top is None
         return tile.batch_max_m
 
-    assert rows(problem_of("float32", n=4096, k=4096), 1024) == 64
-    assert rows(problem_of("float32", n=151936, k=4096), 1024) == 13
+    assert rows(problem_of("float32", n=4096, k=4096), 1024) == 256
+    assert rows(problem_of("float32", n=32768, k=4096), 1024) == 64
+    assert rows(problem_of("float32", n=151936, k=4096), 1024) == 27
+    assert rows(problem_of("bfloat16", n=256, k=7168, out_dtype="float32"), 1792) == 4096
     assert rows(problem_of("float32", n=4096, k=1024), 1024) == 0
     assert rows(problem_of("bfloat16", n=4096, k=4096), 0) == 0
     monkeypatch.setattr("bidispatch.requirements.installed_version", lambda name: None)

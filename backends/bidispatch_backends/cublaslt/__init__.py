@@ -23,6 +23,7 @@ def register(registry: Registry) -> None:
             params=params.CublasLtParams,
             tile=params.CublasLtTile,
             tiles=params.cublaslt_tiles,
+            search="bidispatch_backends.cublaslt.algorithms:search",
             libraries=("nvmath-python", "nvidia-cublas", "nvidia-cublas-cu12"),
             chooses_inside=True,
             summary="cuBLASLt without workspace or split K; each algorithm is compared with its class before it serves",

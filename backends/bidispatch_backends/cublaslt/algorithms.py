@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.cublaslt.library import (
@@ -23,7 +24,7 @@ from bidispatch_backends.cublaslt.library import (
 from bidispatch_backends.cublaslt.params import CublasLtParams, CublasLtTile
 from bidispatch_backends.cublaslt.products import Product, chunks_of, whole_of
 
-__all__ = ["Algorithm", "candidates", "fits", "library_version", "offered", "rebuild"]
+__all__ = ["Algorithm", "fits", "library_version", "offered", "rebuild", "search"]
 
 SEQUENTIAL_FP32_IDS = (55,)
 """Algorithms that multiply fp32 as it is and add along K in order. Measured on an H100 with the cuBLASLt of CUDA 13.0:
@@ -189,19 +190,27 @@ def _read(algorithm: int, name: str) -> int:
     return int(value[0])
 
 
-def candidates(problem: Problem, params: CublasLtParams, m: int, *, index: int = 0) -> list[CublasLtTile]:
-    """Every tile a search may try for calls of m rows on GPU `index`, the library's first choice first.
+def search(device: Device, problem: Problem, params: CublasLtParams, m: int) -> list[CublasLtTile]:
+    """Every tile that `tune` may try for calls of m rows, the library's first choice first.
 
-    Where K is walked in chunks there are those that run them in turn, then those that run them at once. Each is proved
-    against its class when it is bound, as any other.
+    The heuristic names at most eight for an M: those it names for half and for more rows are tried too, where they
+    serve m. Where K is walked in chunks there are those that run them in turn, then those that run them at once. Each
+    is proved against its class when it is bound, as any other.
     """
-    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    place = torch.device(device.torch_device)
     chunks = chunks_of(problem, params)
     ways = [(whole_of(problem, params), 0)] if chunks is None else [(chunks.single, 0), (chunks.batch, m)]
     version = library_version()
-    with on_device(device):
+    with on_device(place):
         return [
             CublasLtTile(algorithm=found.config, version=version, batch_max_m=rows)
             for product, rows in ways
-            for found in offered(device, product, m)
+            for found in _around(place, product, m)
         ]
+
+
+def _around(device: torch.device, product: Product, m: int) -> list[Algorithm]:
+    here = offered(device, product, m)
+    elsewhere = [found for rows in (max(1, m // 2), 2 * m, 4 * m) for found in offered(device, product, rows)]
+    others = {found.config: found for found in elsewhere if fits(device, product, found, m)}
+    return [*here, *(found for config, found in others.items() if config not in {known.config for known in here})]

@@ -1,4 +1,4 @@
-"""fp32 `gemm` in chunks of K, each from a fresh accumulator, added in ascending order; then the bias.
+"""`gemm` with fp32 results in chunks of K, each from a fresh accumulator, added in ascending order; then the bias.
 
 In turn: a chunk's product adds to what out holds, in cuBLASLt's epilogue. At once: all chunks as a batch whose results
 one kernel adds up, which fills the GPU where rows are few. Either way one rounded addition a chunk, of the same numbers
@@ -19,7 +19,7 @@ from bidispatch_backends.cublaslt.products import Chunks
 
 __all__ = ["bind_chunks"]
 
-_ITEM_BYTES = 4
+_PARTIAL_BYTES = 4
 
 
 def bind_chunks(context: BindContext, device: torch.device, chunks: Chunks) -> Kernel:
@@ -73,7 +73,7 @@ class _InTurn(_Way):
         self.edges = single.edges
         products = [single] * chunks.whole + ([rest] if rest else [])
         self._steps = [
-            (product, number * chunks.single.k * _ITEM_BYTES, ONE if number else ZERO)
+            (product, number * chunks.single.k * chunks.single.item_bytes, ONE if number else ZERO)
             for number, product in enumerate(products)
         ]
 
@@ -97,7 +97,7 @@ class _AtOnce(_Way):
         self._batch, self._rest = Pinned(device, chunks.batch, self.rows, context.tile), rest
         self.edges = self._batch.edges
         self._n, self._whole, self._parts = chunks.single.n, chunks.whole, chunks.parts
-        self._rest_start = chunks.whole * chunks.single.k * _ITEM_BYTES
+        self._rest_start = chunks.whole * chunks.single.k * chunks.single.item_bytes
         self._partials = workspace(chunks.parts * self.rows * chunks.single.n, device)
         bind_fold = load_attribute("bidispatch_backends.triton.fold:bind_fold")
         bias_dtype = problem.dtype if problem.flag("bias") else None
@@ -110,6 +110,6 @@ class _AtOnce(_Way):
         self._launch(self._batch, key, x_pointer, weight_pointer, partials)
         if self._rest:
             start = self._rest_start
-            last = partials + self._whole * m * n * _ITEM_BYTES
+            last = partials + self._whole * m * n * _PARTIAL_BYTES
             self._launch(self._rest, key, x_pointer + start, weight_pointer + start, last)
         self._fold(self._partials[: self._parts * m * n].view(self._parts, m, n), bias, out)

@@ -14,6 +14,7 @@ from bidispatch.requirements import Package
 from bidispatch_backends.numerics import product_numerics
 
 __all__ = [
+    "ITEM_BYTES",
     "CublasLtParams",
     "CublasLtTile",
     "aligned_rows",
@@ -22,8 +23,10 @@ __all__ = [
     "known_result",
 ]
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_MOST_PARTIAL_BYTES = 32 * 2**20
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_MOST_PARTIAL_BYTES = 64 * 2**20
+_FEW_RESULTS = 1 << 20
+"""Two tiles of 64 x 64 for each multiprocessor of an H100 or H200."""
 _TRITON = Package("triton", ">=3.2")
 
 
@@ -33,8 +36,8 @@ class CublasLtParams(Params):
     input_precision: Literal["ieee", "tf32"] = "ieee"
     """How fp32 operands are multiplied: as they are, or rounded to TF32. Other dtypes ignore it."""
     k_chunk: int = Field(default=0, ge=0, multiple_of=32)
-    """fp32 only. 0: all of K in one accumulator. Else each so many elements of K have one of their own, and these are
-    added in ascending order. K no longer than a chunk is walked whole."""
+    """0: all of K in one accumulator. Else each so many elements of K have one of their own, and these are added in
+    ascending order, in fp32, which the result must be. K no longer than a chunk is walked whole."""
 
 
 class CublasLtTile(Tile):
@@ -60,20 +63,24 @@ class CublasLtTile(Tile):
 
 def cublaslt_numerics(params: Any, problem: Problem) -> str:
     """`k_sequential` or `k_chunks.<c>`; for fp32 with the precision of the products."""
-    if problem.dtype != "float32" and 0 < params.k_chunk < problem.size("k"):
-        raise UsageError(f"k_chunk={params.k_chunk} is for float32; leave it out for {problem.dtype}")
+    if problem["out_dtype"] != "float32" and 0 < params.k_chunk < problem.size("k"):
+        raise UsageError(
+            f"k_chunk={params.k_chunk} is for float32 results, asked for {problem['out_dtype']}: "
+            "chunks of K are added in the memory of the result"
+        )
     return product_numerics(problem, params.input_precision, params.k_chunk)
 
 
 def cublaslt_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, CublasLtTile], ...]:
-    """The library's own algorithms; chunks of K at once for up to 64 rows, where their sums take no more than 32 MiB.
+    """The library's own algorithms; chunks of K at once where one alone has too few tiles to fill the device.
 
     The kernel that adds them up is Triton's. Without Triton chunks always run one after another.
     """
     n, k, chunk = problem.size("n"), problem.size("k"), params.k_chunk
     if not 0 < chunk < k or _TRITON.unmet(device, problem):
         return ((None, CublasLtTile()),)
-    return ((None, CublasLtTile(batch_max_m=min(64, _MOST_PARTIAL_BYTES // (-(-k // chunk) * n * 4)))),)
+    fitting = _MOST_PARTIAL_BYTES // (-(-k // chunk) * n * 4)
+    return ((None, CublasLtTile(batch_max_m=min(max(64, _FEW_RESULTS // n), fitting))),)
 
 
 def aligned_rows(device: Device, problem: Problem) -> str | None:
@@ -81,7 +88,7 @@ def aligned_rows(device: Device, problem: Problem) -> str | None:
 
     Measured on an H200: with N not a multiple of 8, bf16 and fp16 products of few rows differ from those of many.
     """
-    multiple = 16 // _ITEM_BYTES[problem.dtype]
+    multiple = 16 // ITEM_BYTES[problem.dtype]
     odd = [name for name in ("n", "k") if problem.size(name) % multiple]
     if not odd:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.cublaslt.params import CublasLtParams
+from bidispatch_backends.cublaslt.params import ITEM_BYTES, CublasLtParams
 
 __all__ = ["Chunks", "Product", "buckets", "chunks_of", "whole_of"]
 
@@ -35,6 +35,11 @@ class Product:
         chunks = f" x {self.batch}" if self.batch > 1 else ""
         bias = ", bias" if self.bias else ""
         return f"gemm n={self.n} k={self.k}{chunks}, {self.dtype} to {self.out_dtype}{bias}"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an element of x and the weight."""
+        return ITEM_BYTES[self.dtype]
 
     @property
     def is_ieee_fp32(self) -> bool:
@@ -81,7 +86,7 @@ def chunks_of(problem: Problem, params: CublasLtParams) -> Chunks | None:
     if not 0 < chunk < whole.k:
         return None
     count, left = divmod(whole.k, chunk)
-    single = replace(whole, k=chunk, bias=False)
+    single = replace(whole, k=chunk, bias=False, out_dtype="float32")
     return Chunks(single, replace(single, batch=count), replace(single, k=left) if left else None)
 
 
