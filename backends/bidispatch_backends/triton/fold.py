@@ -20,7 +20,7 @@ __all__ = ["bind_fold", "fold_kernel", "fold_launch"]
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["m", "stride_chunk"])
+@triton.jit(do_not_specialize=["m", "stride_chunk", "chunks"])
 def fold_kernel(partial_ptr, bias_ptr, out_ptr, m, n, stride_out_row, stride_chunk, chunks, BLOCK: tl.constexpr):
     """out = the sum of partial [chunks, m, n] in ascending order, plus bias; BLOCK columns of a row a program."""
     row = tl.program_id(0).to(tl.int64)

@@ -21,6 +21,9 @@ ArgumentType = str | int | None
 _ALIGNMENT = 16
 """Bytes; Triton compiles another binary for pointers that are not multiples of it."""
 
+_SIZES = ("i32", "i64")
+_BEYOND_32_BITS = 2**31
+
 _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 
 
@@ -39,6 +42,17 @@ class Launch:
     options: Mapping[str, int | bool]
     _compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a description that would let a remembered binary serve arguments it was not made for."""
+        names = list(self.kernel.arg_names)
+        behind = set(names[len(self.arguments) :])
+        if names[: len(self.arguments)] != list(self.arguments) or behind != set(self.constants):
+            raise ValueError(f"{self.kernel} takes {names}, described as {[*self.arguments, *self.constants]}")
+        free = [name for name, kind in self.arguments.items() if kind in _SIZES]
+        specialised = [name for name in free if name not in (getattr(self.kernel, "do_not_specialize", None) or free)]
+        if specialised:
+            raise ValueError(f"{self.kernel}: name {', '.join(specialised)} in do_not_specialize")
+
     @cached_property
     def _tensors(self) -> int:
         """How many arguments are tensors."""
@@ -48,34 +62,38 @@ class Launch:
     def _specialised(self) -> Callable[[tuple[Any, ...]], Any]:
         """Picks the arguments whose values a binary may depend on: integers but those that follow the batch."""
         kinds = list(self.arguments.values())
-        return itemgetter(
-            *(i for i, kind in enumerate(kinds) if i >= self._tensors and not isinstance(kind, str)), 0, 0
-        )
+        chosen = [i for i, kind in enumerate(kinds) if i >= self._tensors and not isinstance(kind, str)]
+        return itemgetter(*chosen) if chosen else lambda arguments: ()
+
+    @cached_property
+    def _wide(self) -> int:
+        """Where an argument is that may exceed 32 bits in some calls, or -1."""
+        kinds = list(self.arguments.values())
+        return kinds.index("i64") if "i64" in kinds else -1
 
     @cached_property
     def _constants(self) -> tuple[Constant, ...]:
-        return tuple(self.constants.values())
+        return tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch on the current stream.
 
-        Triton's own launcher works out at every call which binary the arguments need, which costs more than many
+        Triton's own launcher works out at every call which binary the arguments need, which takes longer than many
         kernels run. Here the binary is remembered by the integers it may depend on, for tensors that are aligned.
         """
-        places = 0
-        for tensor in arguments[: self._tensors]:
-            if tensor is not None:
-                places |= tensor.data_ptr()
-        if places % _ALIGNMENT:
-            self.kernel[grid](*arguments, **self.constants, **self.options)
-            return
-        key = self._specialised(arguments)[:-2]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in arguments[: self._tensors]]
+        key = self._specialised(arguments)
+        if self._wide >= 0:
+            key = key, arguments[self._wide] >= _BEYOND_32_BITS
         compiled = self._compiled.get(key)
-        if compiled is None:
-            # The interpreter compiles nothing, and gives None.
-            self._compiled[key] = self.kernel[grid](*arguments, **self.constants, **self.options)
-        else:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *self._constants)
+        aligned = not any(place is not None and place % _ALIGNMENT for place in pointers)
+        if compiled is not None and aligned:
+            # Addresses, since Triton would ask the driver about each tensor's.
+            compiled[(*grid, 1, 1)[:3]](*pointers, *arguments[self._tensors :], *self._constants)
+            return
+        compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        if aligned:  # the interpreter compiles nothing: it gives None, and is asked again
+            self._compiled[key] = compiled
 
 
 def options(arch: Arch, num_warps: int, num_stages: int, *, fp_fusion: bool) -> dict[str, int | bool]:
