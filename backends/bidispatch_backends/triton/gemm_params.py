@@ -129,7 +129,8 @@ def gemm_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int
     ladder = []
     for max_m, choices in shapes:
         fitting = [tile for shape in choices if (tile := tile_for(device.arch, problem, params, shape))]
-        wanted = _FILLED * _units(device)
+        # A batch of matrices has more tiles than can be known here.
+        wanted = 0.0 if problem.op == "bmm" else _FILLED * _units(device)
         filling = (tile for tile in fitting if _tile_count(problem, tile, max_m) >= wanted)
         ladder.append((max_m, next(filling, fitting[-1])))
     return tuple(ladder)
@@ -169,15 +170,15 @@ def _tile_count(problem: Problem, tile: GemmTile, max_m: int | None) -> float:
 
 
 def tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> GemmTile | None:
-    """The tile with as many stages as pay and as fit with 2 KB to spare; None where not even two do, and where chunks
-    of K are not whole steps of it.
+    """The tile with as many stages as pay and as fit with 2 KB to spare; None where too few do, and where chunks of K
+    are not whole steps of it.
     """
     block_m, block_n, block_k, swap, num_warps, most = shape
     if params.k_chunk % block_k:
         return None
     stage_bytes = (block_m + block_n) * block_k * (4 if problem.dtype == "float32" else 2)
     num_stages = min(most, (arch.shared_memory - 2 * _KB) // stage_bytes)
-    if num_stages < 2:
+    if num_stages < (1 if arch.vendor == "amd" else 2):
         return None
     return GemmTile(
         block_m=block_m, block_n=block_n, block_k=block_k, swap=swap, num_warps=num_warps, num_stages=num_stages
