@@ -41,9 +41,7 @@ def read_shapes(path: str | Path) -> list[Shape]:
     except YAMLError as error:
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, list) or not content:
-        raise UsageError(
-            f"{path} is not a list of shapes; write one a line: - {{name: x qkv, n: 6144, k: 4096}}"
-        )
+        raise UsageError(f"{path} is not a list of shapes; write one a line: - {{name: x qkv, n: 6144, k: 4096}}")
     names: dict[tuple[tuple[str, DimValue], ...], list[str]] = {}
     for number, entry in enumerate(content, start=1):
         name, dims = _entry(path, number, entry)

@@ -200,18 +200,18 @@ def _drop_refuted(candidate: _Candidate, problem: Problem, find_refutations: Fin
     if not against:
         return
     candidate.shapes = tuple((rung.max_m, rung.tile) for rung in rungs if rung.key not in against)
-    reasons = [_why_refuted(against[rung.key], rung, problem) for rung in rungs if rung.key in against]
+    reasons = [_why_refuted(against[rung.key], rung) for rung in rungs if rung.key in against]
     if candidate.shapes:
         candidate.refuted = reasons
     else:
         candidate.reasons = tuple(dict.fromkeys(reasons))
 
 
-def _why_refuted(refutation: Refutation, rung: Rung, problem: Problem) -> str:
+def _why_refuted(refutation: Refutation, rung: Rung) -> str:
     what = f"with {rung.tile} its" if rung.tile else "its"
     return (
         f"{what} bits differed from the ladder's on {refutation.made[:10]} ({refutation.found}); "
-        f"`{verify_command(problem)} --retry` tries again"
+        f"`{refutation.retry}` tries again"
     )
 
 

@@ -75,6 +75,7 @@ def bind_product(context: BindContext) -> Kernel:
 def _product(x: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
     """x [m, k] · weight [n, k], K cut into equal parts whose sums are added in order."""
     k = x.shape[1]
+    x, weight = x.float(), weight.float()
     total = torch.zeros(len(x), len(weight), device=x.device)
     for part in range(parts):
         partial = torch.zeros_like(total)

@@ -13,7 +13,7 @@ from bidispatch.environment import describe
 from bidispatch.errors import InvarianceError, SelectionError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
-from bidispatch.planning.selection import Selection
+from bidispatch.planning.selection import Selection, verify_command
 from bidispatch.records import Record, Refutation
 from bidispatch.registry import Rung
 
@@ -283,7 +283,8 @@ class Report:
 
     def _refutation(self, result: ProblemResult, rung: Rung, found: str) -> Refutation:
         environment = describe(self.device, {rung.implementation})
-        return Refutation(result.problem.key, rung.key, found, self.made, environment)
+        retry = f"{verify_command(result.problem)} --retry"
+        return Refutation(result.problem.key, rung.key, found, retry, self.made, environment)
 
     def _record(self, result: ProblemResult) -> Record:
         selection = result.selection
