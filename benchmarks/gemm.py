@@ -268,7 +268,7 @@ def measure_shape(
     out_dtype = getattr(torch, str(problem["out_dtype"]))
     most = max(rows)
     bound = plan.select_problem(problem).bind(max_tokens=most)
-    tile = one_tile.bind(torch_dtype, torch.cuda.get_device_properties(device).multi_processor_count)
+    tile = one_tile.bind(torch_dtype, out_dtype, torch.cuda.get_device_properties(device).multi_processor_count)
     stock = stock_product(torch_dtype, out_dtype, device)
 
     sets = copies_beyond_cache(n * k * torch_dtype.itemsize, device, most=MOST_SETS)

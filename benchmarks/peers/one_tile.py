@@ -66,9 +66,10 @@ def one_tile_kernel(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
-def constants(dtype: torch.dtype, programs: int) -> dict[str, int]:
-    """What the kernel is compiled with, for operands of a dtype."""
-    block_m, block_n, block_k = TILES[dtype]
+def constants(dtype: torch.dtype, out_dtype: torch.dtype, programs: int) -> dict[str, int]:
+    """What the kernel is compiled with. fp32 results of fp16's tile exceed Hopper's shared memory: they take bf16's."""
+    wide = out_dtype.itemsize > dtype.itemsize
+    block_m, block_n, block_k = TILES[torch.bfloat16 if wide else dtype]
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -78,9 +79,11 @@ def constants(dtype: torch.dtype, programs: int) -> dict[str, int]:
     }
 
 
-def bind(dtype: torch.dtype, programs: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+def bind(
+    dtype: torch.dtype, out_dtype: torch.dtype, programs: int
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     """`launch(x [m, k], weight [n, k], out [m, n])` on at most so many programs: as many as there are SMs."""
-    fixed = constants(dtype, programs)
+    fixed = constants(dtype, out_dtype, programs)
     block_m, block_n = fixed["BLOCK_M"], fixed["BLOCK_N"]
 
     def launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 @pytest.mark.parametrize("out", [None, torch.float32], ids=["same", "wide"])
 @pytest.mark.parametrize("dtype", POINTERS, ids=str)
 def test_it_compiles_and_fits(dtype: torch.dtype, out: torch.dtype | None) -> None:
-    constants = one_tile.constants(dtype, 132)
+    constants = one_tile.constants(dtype, out or dtype, 132)
     sizes = ("n", "k", "stride_x", "stride_weight", "stride_out")
     signature = {
         "x_ptr": POINTERS[dtype],

@@ -18,8 +18,8 @@ from peers import one_tile
 def test_integer_products_are_exact(dtype: torch.dtype, m: int, n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(m)
     x, weight = (torch.randint(-3, 4, (size, k), generator=generator).to(dtype) for size in (m, n))
-    for programs in (1, 3, 132):
-        wide = torch.full((m, n + 3), float("nan"))
-        one_tile.bind(dtype, programs)(x, weight, wide[:, :n])
+    for programs, out_dtype in ((1, dtype), (3, torch.float32), (132, dtype)):
+        wide = torch.full((m, n + 3), float("nan"), dtype=out_dtype)
+        one_tile.bind(dtype, out_dtype, programs)(x, weight, wide[:, :n])
         assert torch.equal(wide[:, :n].double(), x.double() @ weight.double().T)
         assert wide[:, n:].isnan().all()

@@ -170,7 +170,7 @@ def on_the_processor(gemm, monkeypatch):
     monkeypatch.setattr(gemm, "interleaved", called)
     monkeypatch.setattr(gemm, "HOST_SHAPES", ((64, 64),))
     monkeypatch.setattr(gemm, "best_of_run", lambda device: (dict.fromkeys(gemm.MEAN_LIMIT, 1e12), 1e9))
-    one_tile = SimpleNamespace(bind=lambda dtype, programs: lambda x, weight, out: out.copy_(x @ weight.t()))
+    one_tile = SimpleNamespace(bind=lambda dtype, out_dtype, programs: lambda x, weight, out: out.copy_(x @ weight.t()))
     monkeypatch.setitem(sys.modules, "peers", SimpleNamespace(one_tile=one_tile))
     cpu = bid.plan("cpu")
     monkeypatch.setattr(bid, "plan", lambda device: cpu)
