@@ -213,7 +213,7 @@ def _compare(
             subject.call(arguments, canvas.outputs)
             return canvas.rows(), wanted.of(m, arguments)
 
-        for m in rows:
+        for m in reversed(rows):  # the largest first, so that every later output fits in memory that was freed
             tally.count(m, *call(m))
         tally.settle(call)
     dtypes = " and ".join(str(problem.dims.get("out_dtype", problem.dtype)) for problem in shared)
