@@ -8,10 +8,12 @@ imported when a kernel is bound. Built-in backends and third parties' come in th
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -47,6 +49,19 @@ class Rung:
     params: Params
     tile: Tile | None
     max_m: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data of what runs; not for which M."""
+        return {
+            "implementation": self.implementation.name,
+            "params": self.params.model_dump(),
+            "tile": self.tile.model_dump() if self.tile else None,
+        }
+
+    @property
+    def key(self) -> str:
+        """The same as canonical JSON: equal for rungs that run the same kernel."""
+        return json.dumps(self.as_json(), sort_keys=True)
 
 
 def _one_tile(device: Device, problem: Problem, params: Params) -> tuple[tuple[int | None, Tile | None], ...]:

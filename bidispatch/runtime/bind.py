@@ -74,6 +74,7 @@ def _on_device(kernel: Kernel, index: int) -> Kernel:
             with torch.cuda.device(index):
                 kernel(*arguments)
 
+    launch.edges = getattr(kernel, "edges", ())  # type: ignore[attr-defined]
     return launch
 
 

@@ -39,6 +39,8 @@ class BoundKernel:
     ``bound.launch(*everything)`` skips the checks: every argument, scalar and output, positionally, outputs
     allocated, no run-time size 0 (a call with such a size launches nothing). Neither reads anything from the device.
     A bound kernel owns workspaces, so two threads or streams need one each.
+
+    ``bound.edges`` holds, for each rung, the largest M of each choice its kernel makes inside, but for the last.
     """
 
     __slots__ = (
@@ -54,6 +56,7 @@ class BoundKernel:
         "_seen",
         "_torch_device",
         "device",
+        "edges",
         "handle",
         "launch",
         "limits",
@@ -68,6 +71,7 @@ class BoundKernel:
         self.op, self.problem, self.device = op, problem, device
         self.rungs, self.limits = tuple(rungs), limits
         self.launch = _ladder(rungs, kernels, op.row_axis)
+        self.edges = tuple(tuple(getattr(kernel, "edges", ())) for kernel in kernels)
         self.handle = -1
         self._torch_device = torch.device(device.torch_device)
         self._arguments = tensor_specs(op.arguments, problem)
