@@ -21,10 +21,13 @@ from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Dec
 from bidispatch.planning.overrides import forced_choice
 from bidispatch.planning.selection import Selection, rung_ranges, verify_command
 from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source
+from bidispatch.profiles.tiles import read_tuned
 from bidispatch.records import Record, Refutation
 from bidispatch.registry import Implementation, Params, Registry, Rung, Tile
 
 __all__ = ["FindRecord", "FindRefutations", "select"]
+
+_NO_ROWS: tuple[int, int | None] | None = None
 
 FindRecord = Callable[[Selection], Record | None]
 """Answers with a record that proves a selection on this machine, or None."""
@@ -75,7 +78,7 @@ def select(
         raise SelectionError(f"{problem.op} is unsupported: no backend implements it yet")
     else:
         rule = _rule(problem, profile, registered)
-        candidates, wanted = _listed(problem, rule, profile, registry), rule.numerics
+        candidates, wanted = _listed(problem, rule, profile, device, registry), rule.numerics
     examined = [_examine(candidate, problem, device, profile, registry, require) for candidate in candidates]
     for candidate in examined:
         _drop_refuted(candidate, problem, find_refutations)
@@ -142,16 +145,31 @@ def _rule(problem: Problem, profile: Profile, registered: tuple[Implementation, 
     )
 
 
-def _listed(problem: Problem, rule: ProfileRule, profile: Profile, registry: Registry) -> list[ProfileCandidate]:
-    """A rule's candidates, after `prefer`. A preferred one whose backend did not load is shown, whatever its op is."""
-    listed = list(rule.candidates)
+def _listed(
+    problem: Problem, rule: ProfileRule, profile: Profile, device: Device, registry: Registry
+) -> list[ProfileCandidate]:
+    """A rule's candidates behind its tuned ladder, after `prefer`. A preferred one whose backend did not load is shown,
+    whatever its op is.
+    """
+    listed = [*_tuned(problem, rule, device), *rule.candidates]
     preferred = []
     for name, source in profile.prefer:
         if name not in registry or registry.get(name).op == problem.op:
-            inherited = next((c for c in listed if c.impl == name), None)
+            inherited = next((c for c in rule.candidates if c.impl == name), None)
             preferred.append(_as_everything(name, source, inherited))
             listed = [c for c in listed if c.impl != name]
     return preferred + listed
+
+
+def _tuned(problem: Problem, rule: ProfileRule, device: Device) -> list[ProfileCandidate]:
+    """The rungs that `tune` found for this problem on a GPU of this arch, in the first file that has some."""
+    for tuned in rule.tuned:
+        file = read_tuned(tuned.path)
+        entry = file.find(problem) if file.arch == device.arch.name else None
+        if entry is not None:
+            source = Source(f"{tuned.shown} ({' '.join(f'{name}={value}' for name, value in entry.dims.items())})")
+            return [ProfileCandidate(r.impl, source, r.max_m, r.params, r.tile) for r in entry.rungs]
+    return []
 
 
 def _examine(
@@ -171,6 +189,9 @@ def _examine(
     failure = registry.failures.get(listed.impl.partition(".")[0])
     if listed.impl not in registry and failure:
         candidate.reasons = (*reasons, str(failure))
+        return candidate
+    if listed.impl not in registry and not listed.source.line:  # a tuned rung of a backend that is not here
+        candidate.reasons = (*reasons, f"no installed backend has {listed.impl}")
         return candidate
     implementation = registry.get(listed.impl)
     candidate.implementation = implementation
@@ -238,16 +259,16 @@ def _climb(examined: list[_Candidate], numerics: str) -> tuple[list[Rung], list[
         listed, reasons = candidate.listed, list(candidate.reasons)
         if numerics and candidate.numerics and candidate.numerics != numerics:
             reasons.append(f"its class is {candidate.numerics}, the ladder's is {numerics}")
-        verdict, serves = REJECTED, ""
+        verdict, rows = REJECTED, _NO_ROWS
         if not reasons:
             verdict = SPARE
             full = bool(rungs) and rungs[-1].max_m is None
             if not full and (candidate.max_m is None or candidate.max_m > reached):
                 rungs += _rungs_of(candidate, reached)
-                verdict, serves = CHOSEN, _serves(reached, candidate.max_m)
+                verdict, rows = CHOSEN, (reached + 1, candidate.max_m)
                 reached = candidate.max_m or 0
             reasons += candidate.refuted
-        decisions.append(Decision(listed.impl, verdict, tuple(reasons), str(listed.source), candidate.numerics, serves))
+        decisions.append(Decision(listed.impl, verdict, tuple(reasons), str(listed.source), candidate.numerics, rows))
     return rungs, decisions
 
 
@@ -270,12 +291,6 @@ def _rungs_of(candidate: _Candidate, reached: int) -> list[Rung]:
 def _lower(one: int | None, other: int | None) -> int | None:
     bounds = [bound for bound in (one, other) if bound is not None]
     return min(bounds) if bounds else None
-
-
-def _serves(reached: int, max_m: int | None) -> str:
-    if max_m is None:
-        return f"M > {reached}" if reached else "every M"
-    return f"{reached + 1} <= M <= {max_m}"
 
 
 def _unlisted(

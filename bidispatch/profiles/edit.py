@@ -62,6 +62,8 @@ def _rule_head(rule: ProfileRule) -> dict[str, Any]:
         head["when"] = {dim: _condition(condition) for dim, condition in rule.when.items()}
     if rule.numerics:
         head["numerics"] = rule.numerics
+    if rule.tuned:
+        head["tuned"] = [str(tuned.path) for tuned in rule.tuned]
     return head
 
 
@@ -171,7 +173,8 @@ def _by_problems(rules: Sequence[ProfileRule]) -> dict[str, ProfileRule]:
 
 def _body(rule: ProfileRule) -> str:
     candidates = ", ".join(_flow(_candidate(candidate)) for candidate in rule.candidates)
-    return f"[{candidates}]" + (f" numerics {rule.numerics}" if rule.numerics else "")
+    tuned = f" tuned {_flow([tuned.shown for tuned in rule.tuned])}" if rule.tuned else ""
+    return f"[{candidates}]" + (f" numerics {rule.numerics}" if rule.numerics else "") + tuned
 
 
 def _union(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
