@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, norm, reduction
+from bidispatch_backends.triton import activation, attention, gemm, norm, reduction, softmax
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
@@ -24,8 +24,10 @@ _MODULES: Mapping[str, Any] = {
     "triton.bmm": gemm,
     "triton.rms_norm": norm,
     "triton.fused_add_rms_norm": norm,
-    "triton.softmax": reduction,
-    "triton.log_softmax": reduction,
+    "triton.qk_norm": norm,
+    "triton.softmax": softmax,
+    "triton.log_softmax": softmax,
+    "triton.token_logprob": softmax,
     "triton.mean": reduction,
     "triton.silu_and_mul": activation,
     "triton.gelu_tanh_and_mul": activation,

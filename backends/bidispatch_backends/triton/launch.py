@@ -16,7 +16,7 @@ Constant = int | float | bool | str
 ArgumentType = str | int | None
 """What `Launch.arguments` says of an argument."""
 
-_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
+_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 
 
 @dataclass(frozen=True)
