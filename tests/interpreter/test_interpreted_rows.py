@@ -235,7 +235,7 @@ def test_activations_hold_at_the_ends_of_the_range(name: str) -> None:
     torch.testing.assert_close(out, expected)
 
 
-# -- one class: the same bits by another way ------------------------------------------------------------------------------
+# -- one class: the same bits by another way -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gemma", [False, True])

@@ -286,9 +286,7 @@ def _qk_norm_launch(problem: Problem, params: RowParams, tile: RowTile, arch: Ar
     arguments |= {"eps": "fp32", "tokens": "i32"}
     shape = {"N": head_dim, "BLOCK": row_width(head_dim, params.block), "ROWS": tile.rows}
     counts = {"HEADS": heads, "KV_HEADS": kv_heads}
-    return row_launch(
-        qk_norm_kernel, arguments, arch, tile.num_warps, **counts, **shape, GEMMA=problem.flag("gemma")
-    )
+    return row_launch(qk_norm_kernel, arguments, arch, tile.num_warps, **counts, **shape, GEMMA=problem.flag("gemma"))
 
 
 def bind_rms_norm(context: BindContext) -> Kernel:

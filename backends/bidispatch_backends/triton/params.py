@@ -123,8 +123,11 @@ def _row_size(problem: Problem) -> int:
 
 
 class RowParams(Params):
-    """Row sums: lane i of `block` sums elements i, i + block, ... in order; then the upper half of the lanes is added to
-    the lower one until 2048 are left, then adjacent pairs. A row of up to `block` elements is read once."""
+    """Row sums: lane i of `block` sums elements i, i + block, ... in order; then halves of the lanes, then pairs.
+
+    The upper half is added to the lower one until 2048 lanes are left, then adjacent pairs are added. A row of up to
+    `block` elements is read once.
+    """
 
     block: int = Field(default=16384, ge=1024, le=32768)
 
@@ -166,8 +169,11 @@ def _warps(elements: int, of_a_warp: int) -> int:
 
 
 class SoftmaxParams(Params):
-    """Sums of exponentials: of each `chunk` columns apart, from the chunk's own maximum, in the order of `RowParams`
-    with one block; then those of a row's chunks, scaled to its maximum, in the same order."""
+    """Sums of exponentials, of each `chunk` columns apart and from the chunk's own maximum.
+
+    A chunk is summed in the order of `RowParams` with one block; the sums of a row's chunks, scaled to its maximum, are
+    added in the same order.
+    """
 
     chunk: int = Field(default=8192, ge=1024, le=16384)
 

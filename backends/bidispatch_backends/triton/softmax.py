@@ -86,9 +86,9 @@ def _chunk(x_ptr, stride_x, row, chunk, N: tl.constexpr, CHUNK: tl.constexpr):
     """A chunk of a row: its columns, which exist, and its values as fp32, [1, CHUNK] each."""
     columns = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
     inside = columns < N
-    x = tl.load(
-        x_ptr + row * stride_x + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first"
-    ).to(tl.float32)
+    x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(
+        tl.float32
+    )
     return columns, inside, x
 
 
@@ -240,7 +240,7 @@ def token_chunks_kernel(
     CHUNKS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """log_softmax of longer rows at one token each. counts [rows, 2] int32, zero before and after: the first is used."""
+    """log_softmax of longer rows at one token each. counts as in `softmax_joint_kernel`; nobody leaves here."""
     program = tl.program_id(0)
     row, chunk = (program // CHUNKS).to(tl.int64), program % CHUNKS
     _, _, x = _chunk(x_ptr, stride_x, row, chunk, N, CHUNK)
@@ -256,8 +256,10 @@ def token_chunks_kernel(
 
 
 def launches(problem: Problem, params: SoftmaxParams, tile: SoftmaxTile, arch: Arch) -> tuple[Launch, ...]:
-    """The one launch for rows of one chunk, and for `token_logprob`. Else that of the two kernels, and the joint one's
-    where the tile asks for it: only the device says how many programs it holds."""
+    """The one launch for rows of one chunk, and for `token_logprob`; else those of the two kernels.
+
+    The joint kernel's comes third where the tile asks for it: only the device says how many programs it holds.
+    """
     n = problem.size("n")
     chunks, width = chunks_of(n, params.chunk), row_width(n, params.chunk)
     x: dict[str, ArgumentType] = {"x_ptr": pointer(problem.dtype)}

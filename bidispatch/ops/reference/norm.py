@@ -84,13 +84,15 @@ def qk_norm_inputs(
     seed: int = 0,
     distribution: str = "normal",
 ) -> list[torch.Tensor | None]:
-    """q [rows, num_heads, head_dim] and k [rows, num_kv_heads, head_dim], slices of one tensor with room for values
-    as a merged projection gives them, and the weights [head_dim]."""
+    """q [rows, num_heads, head_dim], k [rows, num_kv_heads, head_dim], and the weights [head_dim].
+
+    q and k are slices of one tensor that has room for the values too, as a merged projection gives them.
+    """
     heads, kv_heads, head_dim = (problem.size(dim) for dim in ("num_heads", "num_kv_heads", "head_dim"))
 
     def drawn(shape: tuple[int, ...], name: str) -> torch.Tensor:
         return draw(shape, (seed, name), dtype=problem.dtype, device=device, distribution=distribution)
 
     packed = drawn((rows, heads + 2 * kv_heads, head_dim), "qkv")
-    q, k, _ = packed.split((heads, kv_heads, kv_heads), dim=1)
+    q, k = packed[:, :heads], packed[:, heads : heads + kv_heads]
     return [q, k, drawn((head_dim,), "q_weight"), drawn((head_dim,), "k_weight")]

@@ -23,7 +23,7 @@ def log_softmax(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def token_logprob(problem: Problem, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """log_softmax of each row of x [m, n] at its token of token_ids [m]: [m] in float64, NaN for a token not in 0..n-1."""
+    """log_softmax of each row of x [m, n] at token_ids [m]: [m] in float64, NaN for a token that is not below n."""
     known = (token_ids >= 0) & (token_ids < problem.size("n"))
     (logprobs,) = log_softmax(problem, x)
     picked = logprobs.gather(-1, torch.where(known, token_ids, 0)[:, None])[:, 0]
