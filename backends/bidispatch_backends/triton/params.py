@@ -97,10 +97,11 @@ def _gemm_tile(arch: Arch, item_bytes: int, block_m: int, block_n: int, block_k:
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-# The ladders' constants. Which of them are measured, and where: benchmarks/rows.py --try.
+# The constants of the ladders of rows and elements. Chosen by counting registers, barriers and bytes in flight of what
+# compiles for sm90; not measured yet. `python benchmarks/rows.py --try` times the shapes around them.
 _WARP_ELEMENTS = 1024
-"""Elements a warp has of a tile of rows where the batch fills the GPU: 32 a thread hide the memory's latency best when
-as many warps as possible are resident."""
+"""Elements a warp has of a tile of rows where the batch fills the GPU: 32 a thread take 64 registers, so that an SM
+holds 1024 threads and 64 KB of bf16 at once."""
 _WARP_ELEMENTS_FEW = 512
 """The same for calls too small for that: more warps a row, so that it ends sooner."""
 _FEW_ROWS = 512
@@ -109,6 +110,8 @@ _SHORT_ROW = 256
 """Rows of up to this width share a program."""
 _SHORT_ROWS = 8
 """How many of them do where the batch fills the GPU."""
+_FEW_TOKENS = 64
+"""Elementwise calls of up to so many rows spread over more and smaller programs."""
 _NARROWEST = 64
 """Lanes of a tile, at least: one wide warp."""
 
@@ -221,10 +224,6 @@ class ElementTile(Tile):
     num_warps: int = Field(default=4, ge=1, le=16)
 
     _sizes = field_validator("block", "num_warps")(_power_of_two)
-
-
-_FEW_TOKENS = 64
-"""Calls of up to so many rows spread over more and smaller programs."""
 
 
 def element_numerics(params: Any, problem: Problem) -> str:
