@@ -25,7 +25,8 @@ from bidispatch_backends.triton.compile import Variant, compile_variant, target_
 from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, SplitParams, VectorParams
 
 COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
-ROW_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "softmax", "log_softmax", "mean")
+SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean")
+ROW_OPS = (*SUMMING_OPS, "silu_and_mul", "gelu_tanh_and_mul")
 HEADS = {"num_heads": 32, "num_kv_heads": 8}
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -34,26 +35,39 @@ def _problem(op: str, dtype: str = "bfloat16", **dims: Any) -> Problem:
     return ops.get(op).problem(dtype, dims)
 
 
-# Between them these reach every tile of every ladder: a row op's warps follow n.
-SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean")
-SHORTER_ROWS = (256, 1024, 2048)
+def _row_problem(op: str, dtype: str, n: int) -> Problem:
+    return _problem(op, dtype, head_dim=n, **HEADS) if op == "qk_norm" else _problem(op, dtype, n=n)
+
+
+# Between them these and OTHER_ROWS reach every tile of every ladder.
 TILED = (
     *(_problem("gemm", dtype, n=n, k=4096) for dtype in DTYPES for n in (64, 1024, 4096, 24576)),
-    *(_problem(op, dtype, n=4096) for op in ROW_OPS for dtype in DTYPES),
-    *(_problem(op, dtype, n=n) for op in SUMMING_OPS for dtype in DTYPES for n in SHORTER_ROWS),
+    *(_row_problem(op, dtype, 4096) for op in ROW_OPS for dtype in DTYPES),
+    *(_problem(op, n=151936, out_dtype="float32") for op in ("softmax", "log_softmax")),
+    _problem("token_logprob", n=151936),
+    _problem("qk_norm", head_dim=128, **HEADS),
     *(_problem("attention", dtype, head_dim=128, **HEADS) for dtype in DTYPES),
     *(_problem("attention", dtype, head_dim=256, **HEADS) for dtype in DTYPES),
 )
+# A row op's rows and warps follow n: one arch of each vendor is enough.
+OTHER_ROWS = tuple(_row_problem(op, "bfloat16", n) for op in SUMMING_OPS for n in (64, 256, 1024, 2048, 8192, 16384))
 # The kernel and tiles of gemm with other strides; masks, odd sizes and features: one arch of each vendor is enough.
 ODD = (
+    *OTHER_ROWS,
     *(_problem("bmm", dtype, n=128, k=512) for dtype in DTYPES),
     _problem("gemm", n=4097, k=1000, bias=True, out_dtype="float32"),
     _problem("bmm", n=7, k=4097),
     _problem("rms_norm", n=100, gemma=True),
+    _problem("rms_norm", "float32", n=20003),
     _problem("fused_add_rms_norm", n=151, gemma=True),
+    _problem("fused_add_rms_norm", n=20003),
+    _problem("qk_norm", "float32", head_dim=80, num_heads=6, num_kv_heads=3, gemma=True),
     _problem("silu_and_mul", n=100),
     _problem("log_softmax", "float32", n=151936),
+    _problem("softmax", "float16", n=9001),
+    _problem("token_logprob", "float32", n=9001),
     _problem("mean", n=1),
+    _problem("mean", "float32", n=20003),
     _problem("attention", head_dim=64, causal=False, **HEADS),
     _problem("attention", head_dim=96, page_size=5, num_heads=40, num_kv_heads=1),
     _problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS),
@@ -128,15 +142,16 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
 
     def tiles(problem: Problem) -> set[tuple[str, str, str]]:
         kernel = "gemm" if problem.op == "bmm" else problem.op  # one kernel serves both
+        dtype = "" if problem.op in ROW_OPS else problem.dtype  # their tiles follow n alone
         rungs = [rung for rung in triton_rungs(arch, problem) if rung.implementation.name not in elsewhere]
-        return {(kernel, problem.dtype, str(rung.tile)) for rung in rungs}
+        return {(kernel, dtype, str(rung.tile)) for rung in rungs}
 
     elsewhere = {name for name, *_ in SPLIT}  # whose tiles do not follow the size
-    compiled = set().union(*(tiles(problem) for problem in TILED))
+    compiled = set().union(*(tiles(problem) for problem in (*TILED, *OTHER_ROWS)))
     for dtype in DTYPES:
         for n in (1, 7, 64, 511, 512, 1000, 3000, 8192, 50257, 151936):
             for op in ROW_OPS:
-                assert tiles(_problem(op, dtype, n=n)) <= compiled, f"{op} {dtype} n={n}"
+                assert tiles(_row_problem(op, dtype, n)) <= compiled, f"{op} {dtype} n={n}"
             assert tiles(_problem("gemm", dtype, n=n, k=3 * n)) <= compiled
             assert tiles(_problem("bmm", dtype, n=n, k=n)) <= compiled
         for head_dim in (16, 64, 80, 96, 128, 192, 256):
@@ -236,7 +251,7 @@ def test_no_product_and_sum_is_left_for_the_compiler_to_contract(problem: Proble
 def test_a_kernel_compiled_with_fusion_is_seen_to_leave_some() -> None:
     """Negative control of the check above."""
     problem = ops.get("rms_norm").problem("bfloat16", {"n": 4096})
-    (variant,) = selected_variants("sm90", problem).values()
+    variant = next(iter(selected_variants("sm90", problem).values()))
     fused = Variant(
         variant.kernel,
         variant.signature,

@@ -72,7 +72,7 @@ def poisoned_outputs(problem: Problem, arguments: Sequence[Any]) -> list[torch.T
     op = ops.get(problem.op)
     outputs = []
     for spec, like in zip(op.outputs, reference(problem, arguments), strict=True):
-        dtype = problem.dtype if spec.dtype == "dtype" else str(problem[spec.dtype])
+        dtype = problem.dtype if spec.dtype == "dtype" else str(problem.dims.get(spec.dtype, spec.dtype))
         outputs.append(torch.full(like.shape, float("nan"), dtype=getattr(torch, dtype)))
     return outputs
 

@@ -29,10 +29,12 @@ SMALL = {
     "bmm": {"n": 11, "k": 70},
     "rms_norm": {"n": 70},
     "fused_add_rms_norm": {"n": 70},
+    "qk_norm": {"head_dim": 20, "num_heads": 4, "num_kv_heads": 2},
     "silu_and_mul": {"n": 70},
     "gelu_tanh_and_mul": {"n": 70},
     "softmax": {"n": 70},
     "log_softmax": {"n": 70},
+    "token_logprob": {"n": 70},
     "mean": {"n": 70},
     "attention": SMALL_ATTENTION,
 }

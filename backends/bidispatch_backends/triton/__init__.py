@@ -67,7 +67,7 @@ def register(registry: Registry) -> None:
             summary="the same with a column a thread, for few rows of fp32: products by FMA in the order of K",
         )
     )
-    for op in ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean"):
+    for op in ("rms_norm", "fused_add_rms_norm", "qk_norm", "mean"):
         module = "norm" if op.endswith("norm") else "reduction"
         registry.register(
             Implementation(
@@ -82,7 +82,24 @@ def register(registry: Registry) -> None:
                 tile=params.RowTile,
                 tiles=params.row_tiles,
                 libraries=("triton",),
-                summary="one program a row; the order of the sum is spelled out, so no layout can change it",
+                summary="whole rows a program; the order of the sum is spelled out, so no layout can change it",
+            )
+        )
+    for op in ("softmax", "log_softmax", "token_logprob"):
+        registry.register(
+            Implementation(
+                name=f"triton.{op}",
+                op=op,
+                load=f"bidispatch_backends.triton.softmax:bind_{op}",
+                archs=_ARCHS,
+                dtypes=_DTYPES,
+                requires=(_TRITON,),
+                numerics=params.softmax_numerics,
+                params=params.SoftmaxParams,
+                tile=params.SoftmaxTile,
+                tiles=params.softmax_tiles,
+                libraries=("triton",),
+                summary="chunks at fixed columns, each from its own maximum, merged in one order",
             )
         )
     for op in ("silu_and_mul", "gelu_tanh_and_mul"):

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, norm, reduction, split_gemm
+from bidispatch_backends.triton import activation, attention, gemm, norm, reduction, softmax, split_gemm
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
@@ -26,8 +26,10 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.gemv": split_gemm.vector_launches,
     "triton.rms_norm": norm.launches,
     "triton.fused_add_rms_norm": norm.launches,
-    "triton.softmax": reduction.launches,
-    "triton.log_softmax": reduction.launches,
+    "triton.qk_norm": norm.launches,
+    "triton.softmax": softmax.launches,
+    "triton.log_softmax": softmax.launches,
+    "triton.token_logprob": softmax.launches,
     "triton.mean": reduction.launches,
     "triton.silu_and_mul": activation.launches,
     "triton.gelu_tanh_and_mul": activation.launches,

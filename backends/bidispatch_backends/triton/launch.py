@@ -24,7 +24,7 @@ _ALIGNMENT = 16
 _SIZES = ("i32", "i64")
 _BEYOND_32_BITS = 2**31
 
-_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
+_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 
 
 @dataclass(frozen=True)
