@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -100,8 +99,7 @@ class RecordStore:
 
     def __init__(self, device: Device, folder: Path | None = None) -> None:
         self._device = device
-        slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-        self.path = (folder or records_folder()) / f"{device.arch.name}-{slug}.json"
+        self.path = (folder or records_folder()) / f"{device.arch.name}-{device.slug}.json"
 
     def load(self) -> list[Record]:
         """Every record. Raises `RecordError` for a file that is truncated or not ours."""

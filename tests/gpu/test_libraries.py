@@ -91,23 +91,6 @@ def test_cublaslt_gives_the_bits_of_triton_in_fp32(plan, n, k, bias, batch_max_m
     compare(plan, problem, library, bound(plan, "triton.gemm", problem, params), record_property)
 
 
-@pytest.mark.parametrize(("n", "k"), FP32_SHAPES)
-@pytest.mark.parametrize("k_chunk", [0, 1024])
-def test_cublaslt_is_one_class_in_tf32(plan, n, k, k_chunk):
-    """Against itself at many rows: alone in its class, it must be invariant."""
-    problem = problem_of("float32", n, k)
-    library = bound(plan, "cublaslt.pinned", problem, {"k_chunk": k_chunk, "input_precision": "tf32"})
-    compare(plan, problem, library, library)
-
-
-@pytest.mark.parametrize(("n", "k"), FP32_SHAPES)
-def test_cublaslt_gives_the_bits_of_triton_in_tf32(plan, n, k):
-    """Whether both round an operand to TF32 alike, which their one label says."""
-    problem = problem_of("float32", n, k)
-    params = {"input_precision": "tf32"}
-    compare(plan, problem, bound(plan, "cublaslt.pinned", problem, params), bound(plan, "triton.gemm", problem, params))
-
-
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("out_dtype", ["dtype", "float32"])
 def test_deep_gemm_gives_the_bits_of_triton(plan, n, k, out_dtype, record_property):

@@ -388,21 +388,11 @@ def test_fp32_is_served_by_algorithms_that_are_known_to_add_in_order(library):
     assert {launch["compute"] for launch in library.launches} == {68}
 
 
-def test_tf32_takes_what_the_heuristic_offers(library):
-    library.table = lambda dtype, m: ["11.0.0.0.0.0.0"]
-    problem = problem_of("float32")
-    kernel = bind(problem, CublasLtParams(input_precision="tf32"))
-    library.launches.clear()
-    call(kernel, problem, *draw(problem, 5)[:2])
-    assert [(launch["config"], launch["compute"]) for launch in library.launches] == [("11.0.0.0.0.0.0", 77)]
-
-
 @pytest.mark.parametrize("k", [128, 160])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_chunks_in_turn_and_at_once_are_the_same_left_fold(library, k, bias, precision):
+def test_chunks_in_turn_and_at_once_are_the_same_left_fold(library, k, bias):
     problem = problem_of("float32", k=k, bias=bias)
-    params = CublasLtParams(k_chunk=32, input_precision=precision)
+    params = CublasLtParams(k_chunk=32)
     in_turn = bind(problem, params)
     at_once = bind(problem, params, CublasLtTile(batch_max_m=16))
     for m in (1, 16, 17, 40):

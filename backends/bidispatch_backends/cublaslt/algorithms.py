@@ -74,7 +74,7 @@ def offered(device: torch.device, product: Product, m: int) -> tuple[Algorithm, 
     """Every algorithm the heuristic offers for m rows without a workspace and without splitting K, each once, in its
     order. For fp32 as it is, only those that are known to add in order. Layers of one shape share the answer.
     """
-    trusted = SEQUENTIAL_FP32_IDS if product.is_ieee_fp32 else ()
+    trusted = SEQUENTIAL_FP32_IDS if product.is_fp32 else ()
     descriptors = Descriptors(product)
     layouts = descriptors.layouts(m, product.row, product.row, product.n)
     results = _ask(device, descriptors, layouts)
@@ -135,7 +135,7 @@ def _blank(device: torch.device, product: Product, number: int) -> Any:
     kind, out_kind = data_type(product.dtype), data_type(product.out_dtype)
     try:
         cublasLt.matmul_algo_init(
-            *(handle_of(device), compute_type(product), data_type("float32"), kind, kind, out_kind, out_kind),
+            *(handle_of(device), compute_type(), data_type("float32"), kind, kind, out_kind, out_kind),
             *(number, buffer.ctypes.data),
         )
     except cublasLt.cuBLASLtError:  # however the library words it, this is not an algorithm of this product

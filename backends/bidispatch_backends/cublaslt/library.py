@@ -36,7 +36,7 @@ __all__ = [
 
 # cudaDataType_t and cublasComputeType_t, which nvmath-python takes as numbers.
 _DATA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
-_COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
+_COMPUTE_32F = 68
 
 # The enumeration of each kind of owner. Its functions in nvmath-python are named after the kind.
 _ATTRIBUTES = {
@@ -56,10 +56,9 @@ def data_type(dtype: str) -> int:
     return _DATA_TYPES[dtype]
 
 
-def compute_type(product: Product) -> int:
-    """fp32 accumulation; operands in fp32 are rounded to TF32 only where the product says so."""
-    tf32 = product.dtype == "float32" and product.input_precision == "tf32"
-    return _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F
+def compute_type() -> int:
+    """fp32 accumulation of operands as they are."""
+    return _COMPUTE_32F
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -105,7 +104,7 @@ class Descriptors:
 
     def __init__(self, product: Product) -> None:
         self.product = product
-        self.operation: int = cublasLt.matmul_desc_create(compute_type(product), data_type("float32"))
+        self.operation: int = cublasLt.matmul_desc_create(compute_type(), data_type("float32"))
         self._layouts: list[int] = []
         end = weakref.finalize(self, _destroy, self.operation, self._layouts)
         end.atexit = False  # the process takes its memory along; the library may be gone by then

@@ -33,8 +33,9 @@ _TRITON = Package("triton", ">=3.2")
 class CublasLtParams(Params):
     """How the sum over K is ordered. cuBLASLt walks K, or each chunk of it, in order into an fp32 accumulator."""
 
-    input_precision: Literal["ieee", "tf32"] = "ieee"
-    """How fp32 operands are multiplied: as they are, or rounded to TF32. Other dtypes ignore it."""
+    input_precision: Literal["ieee"] = "ieee"
+    """How fp32 operands are multiplied: as they are. In TF32 none of the algorithms it offered on an H100 gave the bits
+    of Triton's tiles, which are one class, and those for few rows others than those for many."""
     k_chunk: int = Field(default=0, ge=0, multiple_of=32)
     """0: all of K in one accumulator. Else each so many elements of K have one of their own, and these are added in
     ascending order, in fp32, which the result must be. K no longer than a chunk is walked whole."""

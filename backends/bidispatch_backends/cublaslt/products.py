@@ -26,7 +26,6 @@ class Product:
     out_dtype: str
     row: int
     """Elements from one row of x, and of the weight, to the next, where these are contiguous."""
-    input_precision: str = "ieee"
     bias: bool = False
     """Of out's dtype; added to the fp32 accumulator."""
     batch: int = 1
@@ -42,8 +41,8 @@ class Product:
         return ITEM_BYTES[self.dtype]
 
     @property
-    def is_ieee_fp32(self) -> bool:
-        return self.dtype == "float32" and self.input_precision == "ieee"
+    def is_fp32(self) -> bool:
+        return self.dtype == "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,6 @@ def whole_of(problem: Problem, params: CublasLtParams) -> Product:
         dtype=problem.dtype,
         out_dtype=str(problem["out_dtype"]),
         row=problem.size("k"),
-        input_precision=params.input_precision,
         bias=problem.flag("bias"),
     )
 

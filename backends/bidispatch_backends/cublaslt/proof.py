@@ -53,7 +53,7 @@ class Prover:
         """
         product = self._product
         key = (
-            *(self._device, algorithm.data, product.dtype, product.out_dtype, product.input_precision),
+            *(self._device, algorithm.data, product.dtype, product.out_dtype),
             *(product.k, product.bias, product.batch > 1),
         )
         if key not in _verdicts:
