@@ -138,12 +138,15 @@ def search(
     numerics, known = contenders(plan, problem, only)
     prover = _Prover(plan.device, problem, known, max(rows))
     hopeless: set[str] = set()
+    own = {choice.key for m in rows for choice in _own(plan.device, problem, known, m)}
     steps: list[Step] = []
     refused: dict[str, str] = {}
     tried: set[str] = set()
     for m in rows:
         choices = {choice.key: choice for choice in _choices(plan.device, problem, known, m, like)}
-        choices = {key: choice for key, choice in choices.items() if key not in hopeless and key not in refused}
+        # What an implementation takes by itself is never given up: it serves where all that is faster is refused.
+        given_up = (hopeless - own) | set(refused)
+        choices = {key: choice for key, choice in choices.items() if key not in given_up}
         if steps:
             choices.setdefault(steps[-1].choice.key, steps[-1].choice)
         kernels = _bound(plan.device, problem, choices, m)
@@ -175,10 +178,9 @@ def _choices(
     m: int,
     like: TunedEntry | None,
 ) -> Iterable[Choice]:
-    for implementation, params in known:
-        shapes = implementation.tiles(device, problem, params)
-        yield Choice(implementation, params, next(t for max_m, t in shapes if max_m is None or m <= max_m))
-        if like is None and implementation.search:
+    yield from _own(device, problem, known, m)
+    for implementation, params in known if like is None else ():
+        if implementation.search:
             for tile in _tiles(device, problem, implementation, params, m):
                 yield Choice(implementation, params, tile)
     if like is not None:
@@ -187,6 +189,13 @@ def _choices(
             same = implementation.name == rung.impl and params == implementation.params.model_validate(rung.params)
             if same and implementation.tile is not None and rung.tile is not None:
                 yield Choice(implementation, params, implementation.tile.model_validate(rung.tile))
+
+
+def _own(device: Device, problem: Problem, known: Sequence[tuple[Implementation, Params]], m: int) -> Iterable[Choice]:
+    """What each implementation takes for m rows by itself."""
+    for implementation, params in known:
+        shapes = implementation.tiles(device, problem, params)
+        yield Choice(implementation, params, next(t for max_m, t in shapes if max_m is None or m <= max_m))
 
 
 def _tiles(device: Device, problem: Problem, implementation: Implementation, params: Params, m: int) -> list[Tile]:
@@ -200,7 +209,7 @@ def _bound(device: Device, problem: Problem, choices: Mapping[str, Choice], m: i
     for key, choice in choices.items():
         rung = Rung(choice.implementation, choice.params, choice.tile)
         try:
-            kernels[key] = bind(problem, device, (rung,), Limits(m))
+            kernels[key] = bind(problem, device, (rung,), Limits(m, min_tokens=m))
         except Exception as error:  # noqa: BLE001 - a backend's code; what cannot be bound does not win
             _log.debug("%s: %s", key, error)
     return kernels

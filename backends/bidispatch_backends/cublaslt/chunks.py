@@ -24,8 +24,8 @@ _PARTIAL_BYTES = 4
 
 def bind_chunks(context: BindContext, device: torch.device, chunks: Chunks) -> Kernel:
     """Return `kernel(x, weight, bias, out)`; see the op `gemm`."""
-    limit = context.limits.max_tokens
-    rest = Pinned(device, chunks.rest, limit, CublasLtTile()) if chunks.rest else None
+    limit, first = context.limits.max_tokens, context.limits.min_tokens
+    rest = Pinned(device, chunks.rest, limit, CublasLtTile(), first) if chunks.rest else None
     in_turn = _InTurn(context, device, chunks, rest)
     at_once = _AtOnce(context, device, chunks, rest) if context.tile.batch_max_m else None
     most_at_once = at_once.rows if at_once else 0
@@ -69,7 +69,8 @@ class _InTurn(_Way):
         super().__init__(device)
         # A tile that runs chunks at once names an algorithm for that.
         tile = CublasLtTile() if context.tile.batch_max_m else context.tile
-        single = Pinned(device, chunks.single, context.limits.max_tokens, tile)
+        limits = context.limits
+        single = Pinned(device, chunks.single, limits.max_tokens, tile, limits.min_tokens)
         self.edges = single.edges
         products = [single] * chunks.whole + ([rest] if rest else [])
         self._steps = [
@@ -94,7 +95,10 @@ class _AtOnce(_Way):
         super().__init__(device)
         problem = context.problem
         self.rows = min(context.tile.batch_max_m, context.limits.max_tokens)
-        self._batch, self._rest = Pinned(device, chunks.batch, self.rows, context.tile), rest
+        self._batch, self._rest = (
+            Pinned(device, chunks.batch, self.rows, context.tile, min(context.limits.min_tokens, self.rows)),
+            rest,
+        )
         self.edges = self._batch.edges
         self._n, self._whole, self._parts = chunks.single.n, chunks.whole, chunks.parts
         self._rest_start = chunks.whole * chunks.single.k * chunks.single.item_bytes

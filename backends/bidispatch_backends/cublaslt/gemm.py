@@ -33,7 +33,8 @@ def bind_gemm(context: BindContext) -> Kernel:
 def _bind_whole(context: BindContext, device: torch.device) -> Kernel:
     """One product. A bias is added to the accumulator, before it is rounded."""
     product = whole_of(context.problem, context.params)
-    pinned = Pinned(device, product, context.limits.max_tokens, context.tile)
+    limits = context.limits
+    pinned = Pinned(device, product, limits.max_tokens, context.tile, limits.min_tokens)
     point_bias = pinned.descriptors.point_bias
     # cuBLASLt takes a bias in out's dtype; widening a 16-bit one is exact.
     widened = None

@@ -33,12 +33,12 @@ class Pinned:
     edges: the largest M of each algorithm but the last.
     """
 
-    def __init__(self, device: torch.device, product: Product, limit: int, tile: CublasLtTile) -> None:
-        """Choose an algorithm for every M up to `limit`: the tile's where it serves, else the heuristic's first that
-        is proved. Raises `BackendError` where there is none, `InvarianceError` where each adds in another order.
+    def __init__(self, device: torch.device, product: Product, limit: int, tile: CublasLtTile, first: int = 1) -> None:
+        """Choose an algorithm for every M from `first` to `limit`: the tile's where it serves, else the heuristic's
+        first that is proved. Raises `BackendError` where there is none, `InvarianceError` where each adds in another order.
         """
         self.descriptors = Descriptors(product)
-        choices = _choose(device, product, limit, tile)
+        choices = _choose(device, product, limit, tile, first)
         self.edges = tuple(top for top, _ in choices[:-1])
         self.algorithms = tuple(algorithm for _, algorithm in choices)
         self.entries: dict[tuple[int, int, int, int], tuple[int, int, int, int]] = {}
@@ -58,13 +58,13 @@ class Pinned:
         return self.entries.get((m, x_row, weight_row, out_row)) or self.prepare(m, x_row, weight_row, out_row)
 
 
-def _choose(device: torch.device, product: Product, limit: int, tile: CublasLtTile) -> list[_Choice]:
+def _choose(device: torch.device, product: Product, limit: int, tile: CublasLtTile, first: int) -> list[_Choice]:
     """Rising ranges of M; neighbours of one algorithm are one range."""
     wanted = _wanted(device, product, tile)
     prover = Prover(device, product)
     choices: list[_Choice] = []
     served = False
-    for low, top in buckets(limit):
+    for low, top in buckets(limit, first):
         algorithm = None
         if wanted and all(fits(device, product, wanted, m) for m in (low, top)) and prover.proves(wanted, top):
             algorithm, served = wanted, True

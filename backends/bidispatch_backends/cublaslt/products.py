@@ -88,10 +88,10 @@ def chunks_of(problem: Problem, params: CublasLtParams) -> Chunks | None:
     return Chunks(single, replace(single, batch=count), replace(single, k=left) if left else None)
 
 
-def buckets(limit: int) -> list[tuple[int, int]]:
-    """The ranges of M, (lowest, largest), up to the one that holds `limit`: the same whatever the limit is."""
+def buckets(limit: int, first: int = 1) -> list[tuple[int, int]]:
+    """The ranges of M, (lowest, largest), from that of `first` to that of `limit`: cut in the same places for all."""
     tops = [*_TOPS]
     while tops[-1] < limit:
         tops.append(2 * tops[-1])
     lows = [1, *(top + 1 for top in tops)]
-    return [(low, top) for low, top in zip(lows, tops, strict=False) if low <= limit]
+    return [(low, top) for low, top in zip(lows, tops, strict=False) if low <= limit and top >= first]
