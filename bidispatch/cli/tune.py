@@ -43,7 +43,9 @@ def command(
             "--model", help="A Hugging Face config.json, or its folder: that model's shapes.", metavar="CONFIG"
         ),
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option("--tp", help="With --model: how many ranks share a layer.")] = 1,
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tp", help="With --model: how many ranks share a layer; 1 if not given.")
+    ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option("--dtype", help="bf16 if none is given; may be given several times.", metavar="DTYPE"),
@@ -75,11 +77,13 @@ def command(
     if (shapes is None) == (model is None):
         raise UsageError("name the shapes with --shapes FILE, or a model with --model CONFIG, and not both")
     if shapes is not None:
+        if tensor_parallel is not None:
+            raise UsageError("--tp divides the layers of --model; the shapes of --shapes are taken as they are")
         found = read_shapes(shapes)
     else:
         from bidispatch.tune.models import model_shapes
 
-        found = model_shapes(Path(str(model)), tensor_parallel)
+        found = model_shapes(Path(str(model)), 1 if tensor_parallel is None else tensor_parallel)
     problems = _problems(op, found, dtype or ["bf16"])
     wanted = _rows(rows)
     seconds = _seconds(budget)
@@ -175,6 +179,9 @@ def _print(plan: Plan, report: Report) -> None:
             render.line(f"no ladder for {outcome.problem}: {outcome.error}")
     tuned = sum(outcome.entry is not None for outcome in report.outcomes)
     kept = sum(outcome.kept for outcome in report.outcomes)
+    skipped = sum(outcome.skipped for outcome in report.outcomes)
+    if skipped:
+        render.line(f"{skipped} of the kernels tried could not be bound or run at some M, and take no part there")
     render.line(f"{tuned} shapes in {report.path}, {kept} of them from before; {report.seconds:.0f} s")
     if report.left:
         why = "interrupted" if report.interrupted else "the budget is over"

@@ -35,7 +35,8 @@ def model_shapes(path: Path, tensor_parallel: int = 1) -> list[Shape]:
         raise UsageError(f"{file} is not a readable config.json: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} is not a mapping; --model wants a model's config.json, or its folder")
-    reader = _Reader(file, {**config, **(config.get("text_config") or {})}, tensor_parallel)
+    inner = config.get("text_config")  # where a model has more than text
+    reader = _Reader(file, {**config, **(inner if isinstance(inner, dict) else {})}, tensor_parallel)
     names: dict[str, tuple[list[str], Mapping[str, DimValue]]] = {}
     for name, dims in reader.products():
         names.setdefault(json.dumps(dims, sort_keys=True), ([], dims))[0].append(f"{reader.model} {name}")
@@ -55,8 +56,9 @@ class _Reader:
         value = self._config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            there = "missing" if value is None else repr(value)
             raise UsageError(
-                f"{self._file}: {key} is {value!r}; a decoder's config.json has a positive number there. "
+                f"{self._file}: {key} is {there}; a decoder's config.json has a positive number there. "
                 "--shapes FILE takes any shapes"
             )
         return value
@@ -70,13 +72,13 @@ class _Reader:
         """Every product of one rank, with its name."""
         hidden = self._size("hidden_size")
         yield from self._latent_attention(hidden) if "kv_lora_rank" in self._config else self._attention(hidden)
-        experts = self._config.get("n_routed_experts") or self._config.get("num_local_experts")
-        experts = experts or self._config.get("num_experts")
+        counts = ("n_routed_experts", "num_local_experts", "num_experts")
+        experts = next((key for key in counts if self._config.get(key)), None)
         if experts:
-            yield "router", {"n": int(experts), "k": hidden, "role": "router", "out_dtype": "float32"}
-            shared = self._config.get("n_shared_experts")
-            if shared:
-                yield from self._mlp(hidden, self._size("moe_intermediate_size") * int(shared), "shared_")
+            yield "router", {"n": self._size(experts), "k": hidden, "role": "router", "out_dtype": "float32"}
+            if self._config.get("n_shared_experts"):
+                inner = self._size("moe_intermediate_size") * self._size("n_shared_experts")
+                yield from self._mlp(hidden, inner, "shared_")
         if not experts or self._config.get("first_k_dense_replace") or self._config.get("mlp_only_layers"):
             yield from self._mlp(hidden, self._size("intermediate_size"), "")
         vocabulary = -(-self._size("vocab_size") // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
@@ -88,6 +90,10 @@ class _Reader:
         width = self._size("head_dim", hidden // heads)
         mine = self._share(heads, "num_attention_heads")
         # With fewer key heads than ranks, each rank holds a copy of one.
+        if kv_heads < self._ranks and self._ranks % kv_heads:
+            raise UsageError(
+                f"{self._file}: num_key_value_heads={kv_heads} does not divide a tensor-parallel size of {self._ranks}"
+            )
         kv_mine = self._share(kv_heads, "num_key_value_heads") if kv_heads >= self._ranks else 1
         yield "qkv", {"n": (mine + 2 * kv_mine) * width, "k": hidden}
         yield "o", {"n": hidden, "k": mine * width}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bidispatch.environment import describe, hard_part
-from bidispatch.errors import SelectionError
+from bidispatch.errors import BidispatchError, UsageError
 from bidispatch.ops.schema import SAME_DTYPE, Problem
 from bidispatch.planning.plan import Plan
 from bidispatch.profiles.tiles import TunedEntry, TunedFile, read_tuned, write_tuned
@@ -37,6 +38,8 @@ class Outcome:
     entry: TunedEntry | None = None
     kept: bool = False
     tried: int = 0
+    skipped: int = 0
+    """Kernels that could not be bound or run at some M."""
     refused: tuple[str, ...] = ()
     error: str = ""
     seconds: float = 0.0
@@ -72,6 +75,7 @@ class Report:
                     "entry": o.entry.model_dump(mode="json") if o.entry else None,
                     "kept": o.kept,
                     "tried": o.tried,
+                    "skipped": o.skipped,
                     "refused": list(o.refused),
                     "error": o.error,
                     "seconds": round(o.seconds, 1),
@@ -97,7 +101,11 @@ def tune(
 
     only: implementations to try; by default all that the profile lists. budget: seconds after which no problem is
     begun. again: also those that the file has, found in this environment. An interrupt ends the run, not the file.
+
+    Raises `UsageError` where `path` cannot be written or holds ladders of another arch, `ProfileError` for a file that
+    `tune` did not write.
     """
+    _prepare(path, plan.device.arch.name)
     began = time.monotonic()
     tell = progress or (lambda done, total, what: None)
     outcomes: list[Outcome] = []
@@ -116,6 +124,17 @@ def tune(
     return Report(path, tuple(outcomes), left, interrupted, time.monotonic() - began)
 
 
+def _prepare(path: Path, arch: str) -> None:
+    """Whatever speaks against the file is best known before the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file with --out") from error
+    if path.exists() and (found := read_tuned(path).arch) != arch:
+        raise UsageError(f"{path} has ladders of {found}, the device is {arch}; name another file with --out")
+
+
 def _one(
     plan: Plan, problem: Problem, path: Path, timer: Timer, rows: Sequence[int], only: Sequence[str], again: bool
 ) -> Outcome:
@@ -123,19 +142,22 @@ def _one(
     environment = describe(plan.device, list(plan.registry))
     same = file is not None and hard_part(dict(file.environment)) == hard_part(environment)
     known = file.find(problem) if file is not None else None
-    if known is not None and same and not again:
+    if known is not None and known.comparisons and same and not again:
         return Outcome(problem, known, kept=True)
     like = file.find(_twin(problem)) if file is not None and same and not again else None
     began = time.monotonic()
     try:
         found = search(plan, problem, sorted(set(rows)), timer, only, like)
-    except SelectionError as error:
+    except (BidispatchError, RuntimeError) as error:  # nothing serves, or torch has no room: others may be had
         return Outcome(problem, error=str(error), seconds=time.monotonic() - began)
     entry = _entry(problem, found)
     others = [other for other in file.entries if not other.serves(problem)] if file is not None else []
+    if not same:
+        # Launch shapes serve on, but nothing was compared in the environment that the file will name.
+        others = [other.model_copy(update={"comparisons": 0}) for other in others]
     write_tuned(path, TunedFile(environment=environment, entries=[*others, entry]))
     seconds = time.monotonic() - began
-    return Outcome(problem, entry, tried=found.tried, refused=found.refused, seconds=seconds)
+    return Outcome(problem, entry, False, found.tried, found.skipped, found.refused, seconds=seconds)
 
 
 def _twin(problem: Problem) -> Problem:

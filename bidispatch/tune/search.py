@@ -53,6 +53,8 @@ class Found:
     comparisons: int
     """Rows of winners compared with the reference, all equal."""
     tried: int
+    skipped: int
+    """Kernels that could not be bound or run at some M."""
     refused: tuple[str, ...]
     """Kernels that were fast and gave other bits, with the smallest difference."""
 
@@ -72,6 +74,8 @@ def contenders(
             continue
         implementation = plan.registry.get(listed.impl)
         if implementation.unmet(plan.device, problem) or listed.impl in plan.profile.disable:
+            continue
+        if implementation.claims < plan.require:  # the plan would not use what was found
             continue
         params = implementation.params.model_validate(dict(listed.params))
         if implementation.numerics(params, problem) == numerics:
@@ -97,6 +101,10 @@ def gpu_timer(device: Device) -> Timer:
         return held[problem.key]
 
     def timer(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
+        with torch.cuda.device(place):  # streams, events and graphs are the current GPU's
+            return times(problem, m, kernels, brief)
+
+    def times(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
         weights = weights_of(problem)
         n, k = problem.size("n"), problem.size("k")
         x = torch.randn(m, k, device=place).to(getattr(torch, problem.dtype))
@@ -136,12 +144,15 @@ def search(
     like: the ladder of a dtype that runs alike: its kernel for an M is tried, and each implementation's own choice.
     """
     numerics, known = contenders(plan, problem, only)
-    prover = _Prover(plan.device, problem, known, max(rows))
+    # The class is what all of the profile's kernels agree on: one named alone is not its own reference.
+    _, everything = contenders(plan, problem)
+    prover = _Prover(plan.device, problem, everything, max(rows))
     hopeless: set[str] = set()
     own = {choice.key for m in rows for choice in _own(plan.device, problem, known, m)}
     steps: list[Step] = []
     refused: dict[str, str] = {}
     tried: set[str] = set()
+    skipped: set[str] = set()
     for m in rows:
         choices = {choice.key: choice for choice in _choices(plan.device, problem, known, m, like)}
         # What an implementation takes by itself is never given up: it serves where all that is faster is refused.
@@ -151,10 +162,16 @@ def search(
             choices.setdefault(steps[-1].choice.key, steps[-1].choice)
         kernels = _bound(plan.device, problem, choices, m)
         tried |= set(kernels)
-        looks = dict(timer(problem, m, kernels, True))
+        looks = dict(timer(problem, m, kernels, True)) if kernels else {}
+        skipped |= choices.keys() - looks.keys()
         while looks:
             finalists = sorted(looks, key=lambda key: looks[key])[:_FINALISTS]
             times = timer(problem, m, {key: kernels[key] for key in finalists}, False)
+            lost = set(finalists) - times.keys()
+            skipped |= lost
+            looks = {key: us for key, us in looks.items() if key not in lost}
+            if not times:
+                continue
             before = steps[-1].choice.key if steps else None
             key = winner(times, [key for key in choices if key in times], before)
             low = steps[-1].m + 1 if steps else 1
@@ -167,8 +184,12 @@ def search(
             _log.warning("%s is refused for %s: %s", choices[key], problem, check)
             del looks[key]
         else:
-            raise SelectionError(f"nothing in class {numerics} runs {m} rows of {problem} on {plan.device.name}")
-    return Found(numerics, tuple(steps), prover.comparisons, len(tried), tuple(refused.values()))
+            raise SelectionError(
+                f"nothing in class {numerics} runs {m} rows of {problem} on {plan.device.name}; "
+                f"{len(refused)} kernels were refused for other bits, {len(skipped)} could not be bound or run"
+                + "".join(f"; {why}" for why in list(refused.values())[:1])
+            )
+    return Found(numerics, tuple(steps), prover.comparisons, len(tried), len(skipped), tuple(refused.values()))
 
 
 def _choices(
@@ -215,8 +236,16 @@ def _bound(device: Device, problem: Problem, choices: Mapping[str, Choice], m: i
     return kernels
 
 
+def _most_rows(problem: Problem) -> int:
+    return max(1, _MOST_ELEMENTS // problem.size("n"))
+
+
+_Known = tuple[list[torch.Tensor | None], torch.Tensor]
+"""Arguments of a call, and what the reference gives for them."""
+
+
 class _Prover:
-    """Compares winners with one reference: the first listed whose launch shapes are our own, at its own ladder."""
+    """Compares winners with one reference: the first listed that makes no choice inside, at its own ladder."""
 
     def __init__(
         self, device: Device, problem: Problem, known: Sequence[tuple[Implementation, Params]], most: int
@@ -226,38 +255,48 @@ class _Prover:
         plain = [pair for pair in known if not pair[0].chooses_inside]
         self._reference = (plain or list(known))[0]
         self._wide = ops.get(problem.op).problem(problem.dtype, {**problem.dims, "out_dtype": "float32"})
-        self._expected: dict[tuple[str, str], tuple[list[torch.Tensor | None], torch.Tensor]] = {}
+        self._expected: dict[tuple[str, str], _Known] = {}
         self.comparisons = 0
 
     def check(self, choice: Choice, low: int, high: int) -> Check:
-        """The winner of M from `low` to `high` at both ends and one beyond, and at 1; every output dtype it gives."""
-        n = self._problem.size("n")
-        rows = sorted({m for m in (1, low - 1, low, high - 1, high, high + 1) if m >= 1 and m * n <= _MOST_ELEMENTS})
+        """The winner of M from `low` to `high` at both ends and one beyond, and at 1; every output dtype it gives.
+
+        Calls that would be too large are made as large as they may be.
+        """
+        edges = (1, low - 1, low, high - 1, high, high + 1)
+        rows = sorted({min(m, _most_rows(self._problem)) for m in edges if m >= 1})
         tally = Tally(str(choice), ("out",))
         for problem in dict.fromkeys((self._problem, self._wide)):
             if choice.implementation.unmet(self._device, problem) or self._reference[0].unmet(self._device, problem):
                 continue
-            rung = Rung(choice.implementation, choice.params, choice.tile)
-            kernel = bind(problem, self._device, (rung,), Limits(max(rows)))
-            for distribution in _DISTRIBUTIONS:
-                arguments, expected = self._known(problem, distribution)
-                mine = Subject(problem, self._place, kernel.launch)
-                x, *others = arguments
-                for m in rows if distribution == "normal" else rows[-1:]:
-                    if m > len(expected) or x is None:
-                        continue
-                    tally.add(m, mine.alone([x[:m], *others]), (expected[:m],))
+            known = {distribution: self._known(problem, distribution) for distribution in _DISTRIBUTIONS}
+            try:
+                self._compare(choice, problem, rows, known, tally)
+            except Exception as error:  # noqa: BLE001 - a backend's code; what cannot be compared does not win
+                if problem == self._problem:
+                    return Check(str(choice), differing=1, note=f"{type(error).__name__}: {error}")
+                # A tile with room for 16-bit results only. Those were compared.
+                _log.debug("%s gives no fp32: %s", choice, error)
         check = tally.check()
         if not check.rows:
             return replace(check, differing=1, note="nothing could be compared")
         self.comparisons += check.rows if check.passed else 0
         return check
 
-    def _known(self, problem: Problem, distribution: str) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    def _compare(
+        self, choice: Choice, problem: Problem, rows: Sequence[int], known: Mapping[str, _Known], tally: Tally
+    ) -> None:
+        rung = Rung(choice.implementation, choice.params, choice.tile)
+        mine = Subject(problem, self._place, bind(problem, self._device, (rung,), Limits(max(rows))).launch)
+        for distribution, ((x, *others), expected) in known.items():
+            for m in rows if distribution == "normal" else rows[-1:]:
+                tally.add(m, mine.alone([x if x is None else x[:m], *others]), (expected[:m],))
+
+    def _known(self, problem: Problem, distribution: str) -> _Known:
         key = (problem.key, distribution)
         if key not in self._expected:
             implementation, params = self._reference
-            rows = min(self._most + 1, _MOST_ELEMENTS // problem.size("n"))
+            rows = min(self._most + 1, _most_rows(problem))
             shapes = implementation.tiles(self._device, problem, params)
             rungs = tuple(Rung(implementation, params, tile, max_m) for max_m, tile in shapes)
             subject = Subject(problem, self._place, bind(problem, self._device, rungs, Limits(rows)).launch)
