@@ -167,7 +167,8 @@ def _tuned(problem: Problem, rule: ProfileRule, device: Device) -> list[ProfileC
         file = read_tuned(tuned.path)
         entry = file.find(problem) if file.arch == device.arch.name else None
         if entry is not None:
-            source = Source(f"{tuned.shown} ({' '.join(f'{name}={value}' for name, value in entry.dims.items())})")
+            sizes = " ".join(f"{name}={value}" for name, value in entry.dims.items() if type(value) is int)
+            source = Source(f"{tuned.shown} ({sizes})")
             return [ProfileCandidate(r.impl, source, r.max_m, r.params, r.tile) for r in entry.rungs]
     return []
 

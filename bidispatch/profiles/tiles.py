@@ -109,6 +109,7 @@ def write_tuned(path: Path, file: TunedFile) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
+        Path(name).chmod(0o644)  # data for every user, which a temporary file is not
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -35,7 +35,8 @@ class Pinned:
 
     def __init__(self, device: torch.device, product: Product, limit: int, tile: CublasLtTile, first: int = 1) -> None:
         """Choose an algorithm for every M from `first` to `limit`: the tile's where it serves, else the heuristic's
-        first that is proved. Raises `BackendError` where there is none, `InvarianceError` where each adds in another order.
+        first that is proved. Raises `BackendError` where there is none, `InvarianceError` where each adds in another
+        order.
         """
         self.descriptors = Descriptors(product)
         choices = _choose(device, product, limit, tile, first)
