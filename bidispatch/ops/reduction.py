@@ -1,4 +1,4 @@
-"""Reductions over the last axis: softmax, log_softmax, mean."""
+"""Reductions over the last axis: softmax, log_softmax, mean, sum."""
 
 from __future__ import annotations
 
@@ -33,4 +33,5 @@ OPS = (
     _over_rows("softmax", "exp(x - max) / sum(exp(x - max)) of each row", ("m", "n")),
     _over_rows("log_softmax", "x - max - log(sum(exp(x - max))) of each row", ("m", "n")),
     _over_rows("mean", "the mean of each row", ("m",)),
+    _over_rows("sum", "the sum of each row", ("m",)),
 )

@@ -22,6 +22,7 @@ __all__ = [
     "rms_norm",
     "silu_and_mul",
     "softmax",
+    "sum",
 ]
 
 
@@ -87,6 +88,12 @@ def mean(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`Tensor.mean`: [m]."""
     compute, out = _dtypes(problem)
     return (x.mean(-1, dtype=compute).to(out),)
+
+
+def sum(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: A001  the op's name
+    """`Tensor.sum`: [m]."""
+    compute, out = _dtypes(problem)
+    return (x.sum(-1, dtype=compute).to(out),)
 
 
 def attention(

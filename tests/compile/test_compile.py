@@ -22,7 +22,7 @@ from bidispatch_backends.triton.compile import Variant, compile_variant, target_
 from bidispatch_backends.triton.params import GemmParams, GemmTile
 
 COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
-ROW_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "softmax", "log_softmax", "mean")
+ROW_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "softmax", "log_softmax", "mean", "sum")
 HEADS = {"num_heads": 32, "num_kv_heads": 8}
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -32,7 +32,7 @@ def _problem(op: str, dtype: str = "bfloat16", **dims: Any) -> Problem:
 
 
 # Between them these reach every tile of every ladder: a row op's warps follow n.
-SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean")
+SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean", "sum")
 SHORTER_ROWS = (256, 1024, 2048)
 TILED = (
     *(_problem("gemm", dtype, n=4096, k=4096) for dtype in DTYPES),

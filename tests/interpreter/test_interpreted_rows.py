@@ -37,6 +37,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("log_softmax", {"out_dtype": "float32"}),
     ("mean", {}),
     ("mean", {"out_dtype": "float32"}),
+    ("sum", {}),
+    ("sum", {"out_dtype": "float32"}),
 ]
 CASE_IDS = ["-".join([op, *dims]) for op, dims in CASES]
 WIDTHS = (1, 7, 100, 1024, 5000)

@@ -33,6 +33,7 @@ SMALL = {
     "softmax": {"n": 70},
     "log_softmax": {"n": 70},
     "mean": {"n": 70},
+    "sum": {"n": 70},
     "attention": SMALL_ATTENTION,
 }
 

@@ -45,6 +45,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
     ("softmax", "rows:bind_softmax", RowParams, _row_class, "F.softmax in fp32 on padded blocks of rows"),
     ("log_softmax", "rows:bind_log_softmax", RowParams, _row_class, "F.log_softmax in fp32 on padded blocks of rows"),
     ("mean", "rows:bind_mean", RowParams, _row_class, "fp32, on padded blocks of rows"),
+    ("sum", "rows:bind_sum", RowParams, _row_class, "fp32, on padded blocks of rows"),
     (
         "attention",
         "attention:bind_paged_attention",

@@ -32,7 +32,7 @@ def register(registry: Registry) -> None:
                 summary="one tile a program; K in order through the matrix unit, fp32 accumulator",
             )
         )
-    for op in ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean"):
+    for op in ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean", "sum"):
         module = "norm" if op.endswith("norm") else "reduction"
         registry.register(
             Implementation(

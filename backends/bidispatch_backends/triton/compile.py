@@ -27,6 +27,7 @@ _MODULES: Mapping[str, Any] = {
     "triton.softmax": reduction,
     "triton.log_softmax": reduction,
     "triton.mean": reduction,
+    "triton.sum": reduction,
     "triton.silu_and_mul": activation,
     "triton.gelu_tanh_and_mul": activation,
     "triton.paged_attention": attention,

@@ -1,4 +1,4 @@
-"""Reductions over the last axis: `softmax`, `log_softmax`, `mean`, one program a row."""
+"""Reductions over the last axis: `softmax`, `log_softmax`, `mean`, `sum`, one program a row."""
 
 # Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
 # ruff: noqa: ANN001, ANN201
@@ -17,7 +17,7 @@ from bidispatch_backends.triton.launch import ArgumentType, Launch, pointer
 from bidispatch_backends.triton.params import RowParams, RowTile
 from bidispatch_backends.triton.rows import pairwise_sum, row_launch
 
-__all__ = ["bind_log_softmax", "bind_mean", "bind_softmax", "launches", "mean_kernel", "softmax_kernel"]
+__all__ = ["bind_log_softmax", "bind_mean", "bind_softmax", "bind_sum", "launches", "softmax_kernel", "sum_kernel"]
 
 
 @triton.jit
@@ -57,14 +57,17 @@ def softmax_kernel(
 
 
 @triton.jit
-def mean_kernel(x_ptr, out_ptr, stride_x, N: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row] = mean(x[row])."""
+def sum_kernel(x_ptr, out_ptr, stride_x, N: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr):
+    """out[row] = sum(x[row]), or its mean."""
     index = tl.program_id(0).to(tl.int64)
     lanes = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         lanes += tl.load(x_ptr + index * stride_x + columns, mask=columns < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + index, (pairwise_sum(lanes) / N).to(out_ptr.dtype.element_ty))
+    total = pairwise_sum(lanes)
+    if MEAN:
+        total = total / N
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty))
 
 
 def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> tuple[Launch, ...]:
@@ -75,8 +78,8 @@ def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> 
         "out_ptr": pointer(str(problem["out_dtype"])),
         "stride_x": n,
     }
-    if problem.op == "mean":
-        return (row_launch(mean_kernel, arguments, problem, params, tile, arch),)
+    if problem.op in ("mean", "sum"):
+        return (row_launch(sum_kernel, arguments, problem, params, tile, arch, MEAN=problem.op == "mean"),)
     arguments["stride_out"] = n
     log = problem.op == "log_softmax"
     return (row_launch(softmax_kernel, arguments, problem, params, tile, arch, LOG=log),)
@@ -96,10 +99,13 @@ bind_log_softmax = bind_softmax
 
 
 def bind_mean(context: BindContext) -> Kernel:
-    """x [m, n], out [m]."""
+    """`mean` or, by the problem's op, `sum`: x [m, n], out [m]."""
     (launch,) = launches(context.problem, context.params, context.tile, context.device.arch)
 
-    def mean(x: torch.Tensor, out: torch.Tensor) -> None:
+    def row_sum(x: torch.Tensor, out: torch.Tensor) -> None:
         launch((x.shape[0],), x, out, x.stride(0))
 
-    return mean
+    return row_sum
+
+
+bind_sum = bind_mean
