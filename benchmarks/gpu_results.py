@@ -1,10 +1,10 @@
 """Everything that is measured on a GPU, in one run: the JSON files under benchmarks/results/<device>/.
 
-    python benchmarks/gpu_results.py [--out FOLDER] [verify demo tests host-time sanitizer]
+    python benchmarks/gpu_results.py [--out FOLDER] [verify demo tests host-time gemm rows sanitizer]
 
-Runs `bidispatch verify --all --cuda-graph`, `bidispatch demo`, tests/gpu, host_time.py, and compute-sanitizer (memcheck
-and racecheck) over every kernel on small shapes, or only the parts named. Exits 1 if any of them does; the others still
-run.
+Runs `bidispatch verify --all --cuda-graph`, `bidispatch demo`, tests/gpu, host_time.py, gemm.py, rows.py, and
+compute-sanitizer (memcheck and racecheck) over every kernel on small shapes, or only the parts named. Exits 1 if any of
+them does; the others still run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
 
 
-PARTS = ("verify", "demo", "tests", "host-time", "sanitizer")
+PARTS = ("verify", "demo", "tests", "host-time", "gemm", "rows", "sanitizer")
 WORKERS = 6
 """Processes that share the tests: most of their time is Triton's compiler's."""
 
@@ -43,7 +43,9 @@ def main() -> int:
         "verify": lambda: run((*bidispatch, "verify", "--all", "--cuda-graph", "--json"), folder / "verify.json"),
         "demo": lambda: run((*bidispatch, "demo", "--json"), folder / "demo.json"),
         "tests": lambda: run((*tests, str(folder / "gpu_tests.json"))),
-        "host-time": lambda: run((sys.executable, "benchmarks/host_time.py", "--out", str(folder / "host_time.json"))),
+        "host-time": lambda: script("host_time", folder),
+        "gemm": lambda: script("gemm", folder),
+        "rows": lambda: script("rows", folder),
         "sanitizer": lambda: sanitize(folder / "sanitizer.json"),
     }
     codes = []
@@ -60,6 +62,11 @@ def run(command: Sequence[str], to: Path | None = None) -> int:
     if to:
         to.write_text(done.stdout)
     return done.returncode
+
+
+def script(name: str, folder: Path) -> int:
+    """One of the scripts beside this one, with its result in the folder."""
+    return run((sys.executable, f"benchmarks/{name}.py", "--out", str(folder / f"{name}.json")))
 
 
 def sanitize(to: Path) -> int:

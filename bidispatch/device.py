@@ -80,6 +80,11 @@ class Device:
     driver: str | None = None
 
     @property
+    def slug(self) -> str:
+        """Its name as a part of a file's: `nvidia-h200`."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
     def torch_device(self) -> str:
         """The device string torch takes: `cpu` or `cuda:0` (which is also how torch names AMD GPUs)."""
         return "cpu" if self.arch.vendor == "cpu" else f"cuda:{self.index}"

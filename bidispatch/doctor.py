@@ -18,7 +18,7 @@ from bidispatch.planning.plan import Plan, plan
 from bidispatch.profiles.load import PROFILE_VARIABLE, builtin_folder, user_folder
 from bidispatch.records import Record, RecordStore
 from bidispatch.registry import Registry, default_registry
-from bidispatch.requirements import Package, installed_version
+from bidispatch.requirements import AnyOf, Package, Requirement, installed_version
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -148,15 +148,35 @@ def _packages(found: Diagnosis, registry: Registry) -> None:
     entries = found.sections.setdefault("packages", {})
     wanted: dict[Package, list[str]] = {}
     for implementation in registry:
-        for requirement in implementation.requires:
-            if isinstance(requirement, Package):
-                users = wanted.setdefault(requirement, [])
-                if implementation.backend not in users:
-                    users.append(implementation.backend)
+        for package in _packages_of(implementation.requires):
+            users = wanted.setdefault(package, [])
+            if implementation.backend not in users:
+                users.append(implementation.backend)
     for package, backends in wanted.items():
         there = [f"{name} {v}" for name in (package.name, *package.alternatives) if (v := installed_version(name))]
         asked = f"{', '.join(backends)} {'asks' if len(backends) == 1 else 'ask'} for {package.name}{package.versions}"
         entries[package.name] = f"{there[0] if there else 'not installed'} ({asked})"
+    _cublaslt(entries)
+
+
+def _packages_of(requirements: Iterable[Requirement]) -> Iterable[Package]:
+    for requirement in requirements:
+        if isinstance(requirement, Package):
+            yield requirement
+        elif isinstance(requirement, AnyOf):
+            yield from _packages_of(requirement.options)
+
+
+def _cublaslt(entries: dict[str, str]) -> None:
+    """The cuBLASLt that nvmath-python loads: tuned algorithms are for one version of it."""
+    if installed_version("nvmath-python") is None:
+        return
+    try:
+        from nvmath.bindings import cublasLt
+
+        entries["cuBLASLt"] = str(cublasLt.get_version())
+    except Exception as error:  # noqa: BLE001 - another package's loader; it says that there is no driver, say
+        entries["cuBLASLt"] = f"not loaded: {error}"
 
 
 def _variables(found: Diagnosis) -> None:

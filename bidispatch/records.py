@@ -1,4 +1,4 @@
-"""Records: what `verify` measured, with the environment it holds for. Tools write them; nobody edits them.
+"""Records: what `verify` proved or refuted, with the environment it holds for. Tools write them; nobody edits them.
 
 One JSON file a device, in the user's data folder or `$BIDISPATCH_RECORDS_DIR`; written whole, under a lock.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +18,14 @@ from bidispatch.device import Device
 from bidispatch.environment import describe, hard_part
 from bidispatch.errors import RecordError, UsageError
 from bidispatch.invariance import Invariance
+from bidispatch.ops.schema import Problem
 from bidispatch.planning.selection import Selection
+from bidispatch.registry import Rung
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-__all__ = ["Record", "RecordStore", "records_folder"]
+__all__ = ["Record", "RecordStore", "Refutation", "records_folder"]
 
 _FORMAT = "bidispatch-records"
 _VERSION = 1
@@ -59,6 +60,24 @@ class Record:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Refutation:
+    """A finding, on one device, that one rung's bits differed from those of the ladder it stood in."""
+
+    problem: str
+    """`Problem.key`."""
+    rung: str
+    """`Rung.key`."""
+    found: str
+    """What differed, as the check says it."""
+    retry: str
+    """The command that tries again."""
+    made: str
+    """When, as an ISO date and time with offset."""
+    environment: Mapping[str, Any]
+    """Of the rung's own implementation."""
+
+
 def records_folder() -> Path:
     """Where records live: `$BIDISPATCH_RECORDS_DIR`, else the platform's data folder for bidispatch."""
     if chosen := os.environ.get("BIDISPATCH_RECORDS_DIR"):
@@ -69,10 +88,10 @@ def records_folder() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _adapter() -> TypeAdapter[list[Record]]:
+def _adapters() -> tuple[TypeAdapter[list[Record]], TypeAdapter[list[Refutation]]]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(list[Record])
+    return TypeAdapter(list[Record]), TypeAdapter(list[Refutation])
 
 
 class RecordStore:
@@ -80,13 +99,15 @@ class RecordStore:
 
     def __init__(self, device: Device, folder: Path | None = None) -> None:
         self._device = device
-        slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-        self.path = (folder or records_folder()) / f"{device.arch.name}-{slug}.json"
+        self.path = (folder or records_folder()) / f"{device.arch.name}-{device.slug}.json"
 
     def load(self) -> list[Record]:
         """Every record. Raises `RecordError` for a file that is truncated or not ours."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[list[Record], list[Refutation]]:
         if not self.path.exists():
-            return []
+            return [], []
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -104,7 +125,9 @@ class RecordStore:
         from pydantic import ValidationError
 
         try:
-            records = _adapter().validate_python(content.get("records"))
+            of_records, of_refutations = _adapters()
+            records = of_records.validate_python(content.get("records"))
+            refutations = of_refutations.validate_python(content.get("refuted", []))  # files had none at first
             for record in records:
                 Invariance.parse(record.level)
         except ValidationError as error:
@@ -115,7 +138,7 @@ class RecordStore:
             ) from error
         except UsageError as error:
             raise RecordError(f"{self.path} has a record that is not whole ({error}); delete the file") from error
-        return records
+        return records, refutations
 
     def find(self, selection: Selection) -> Record | None:
         """The newest record that proves a selection here and now, or None."""
@@ -126,6 +149,17 @@ class RecordStore:
         proofs = [record for record in records if record.proves(selection, environment)]
         return max(proofs, key=lambda record: record.made, default=None)
 
+    def refutations(self, problem: Problem, rungs: Sequence[Rung]) -> list[Refutation]:
+        """What speaks here and now against these rungs for a problem."""
+        wanted = _whatever_n(problem.key)
+        known = {each.rung: each for each in self._read()[1] if _whatever_n(each.problem) == wanted}
+        found = [(known[rung.key], rung) for rung in rungs if rung.key in known] if known else []
+        return [
+            refutation
+            for refutation, rung in found
+            if hard_part(dict(refutation.environment)) == hard_part(describe(self._device, {rung.implementation}))
+        ]
+
     def prepare(self) -> None:
         """Make the folder. Raises `RecordError` where records cannot be written, best known before the work."""
         folder = self.path.parent
@@ -135,26 +169,43 @@ class RecordStore:
         except OSError as error:
             raise RecordError(f"records cannot be written to {folder}: {error}; set BIDISPATCH_RECORDS_DIR") from error
 
-    def add(self, records: list[Record]) -> None:
-        """Write records, replacing those about the same ladder in the same environment. Safe against other writers."""
+    def add(
+        self, records: Sequence[Record], refuted: Sequence[Refutation] = (), held: Sequence[Refutation] = ()
+    ) -> None:
+        """Write records and refutations, replacing those about the same thing in the same environment, and take out
+        the refutations of rungs that `held` now. Safe against other writers.
+        """
         from filelock import FileLock
 
         self.prepare()
         with FileLock(f"{self.path}.lock"):
+            old_records, old_refuted = self._read()
             fresh = {_identity(record) for record in records}
-            kept = [record for record in self.load() if _identity(record) not in fresh]
+            settled = {_identity(refutation) for refutation in (*refuted, *held)}
+            kept = [record for record in old_records if _identity(record) not in fresh]
+            still = [refutation for refutation in old_refuted if _identity(refutation) not in settled]
             content = {
                 "format": _FORMAT,
                 "version": _VERSION,
                 "records": [asdict(record) for record in [*kept, *records]],
+                "refuted": [asdict(refutation) for refutation in [*still, *refuted]],
             }
             _write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
-def _identity(record: Record) -> str:
-    return json.dumps(
-        [record.problem, record.ladder, record.level, hard_part(dict(record.environment))], sort_keys=True
-    )
+def _whatever_n(problem: str) -> str:
+    """A `Problem.key` without n where hosts merge and shard weights by n: a class must not follow it there, so a rung
+    that differs at one n serves none.
+    """
+    content = json.loads(problem)
+    if content["dims"].get("role") == "linear":
+        del content["dims"]["n"]
+    return json.dumps(content, sort_keys=True)
+
+
+def _identity(entry: Record | Refutation) -> str:
+    about = [entry.ladder, entry.level] if isinstance(entry, Record) else [entry.rung]
+    return json.dumps([entry.problem, *about, hard_part(dict(entry.environment))], sort_keys=True)
 
 
 def _write_whole(path: Path, text: str) -> None:

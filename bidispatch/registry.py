@@ -8,10 +8,12 @@ imported when a kernel is bound. Built-in backends and third parties' come in th
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -48,6 +50,19 @@ class Rung:
     tile: Tile | None
     max_m: int | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data of what runs; not for which M."""
+        return {
+            "implementation": self.implementation.name,
+            "params": self.params.model_dump(),
+            "tile": self.tile.model_dump() if self.tile else None,
+        }
+
+    @property
+    def key(self) -> str:
+        """The same as canonical JSON: equal for rungs that run the same kernel."""
+        return json.dumps(self.as_json(), sort_keys=True)
+
 
 def _one_tile(device: Device, problem: Problem, params: Params) -> tuple[tuple[int | None, Tile | None], ...]:
     return ((None, None),)
@@ -65,6 +80,8 @@ class Implementation:
     numerics: the class label from its reduction params and the problem. Same label, same device: same bits.
     tiles: `(device, problem, params) -> ((max_m, tile), ...)`, rising, the last with max_m None: the launch shapes
         it uses when a profile names none.
+    search: `"module:attribute"` of `search(device, problem, params, m) -> Iterable[Tile]`: the launch shapes that
+        `tune` tries for calls of m rows. It may import the library. Empty: only what `tiles` says.
     libraries: distributions whose version can change its bits; they enter records and the fingerprint.
     chooses_inside: whether a library chooses among algorithms by M inside one rung. `verify --classes` then takes every
         M up to 512, and both sides of each edge the bound kernel names in its attribute `edges` (see `Kernel`).
@@ -81,6 +98,7 @@ class Implementation:
     params: type[Params] = Params
     tile: type[Tile] | None = None
     tiles: Callable[[Device, Problem, Params], tuple[tuple[int | None, Tile | None], ...]] = _one_tile
+    search: str = ""
     libraries: tuple[str, ...] = ()
     chooses_inside: bool = False
     cuda_graph: bool = True

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from bidispatch.device import Device
 from bidispatch.ops.schema import DimValue, Problem
 
-__all__ = ["Check", "DimAtMost", "DimIn", "DimMultipleOf", "Package", "Requirement"]
+__all__ = ["AnyOf", "Check", "DimAtMost", "DimIn", "DimMultipleOf", "Package", "Requirement"]
 
 
 class Requirement(Protocol):
@@ -104,3 +104,14 @@ class Check:
 
     def unmet(self, device: Device, problem: Problem) -> str | None:
         return self.function(device, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """One of several requirements must be met: a library that two distributions bring, say."""
+
+    options: tuple[Requirement, ...]
+
+    def unmet(self, device: Device, problem: Problem) -> str | None:
+        reasons = [option.unmet(device, problem) for option in self.options]
+        return None if None in reasons else ", or ".join(reason for reason in reasons if reason)

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Launch", "Timing", "copies_beyond_cache", "interleaved"]
+__all__ = ["Launch", "Timing", "copies_beyond_cache", "interleaved", "launches_for"]
 
 Launch = Callable[[int], None]
 """`launch(i)` runs a kernel once, on the i-th set of operands (modulo how many there are). No allocation, no sync."""
 
-_REPLAYS = 7
 _LAUNCHES = 24
-"""Launches a graph holds, at least: its own start is then a small part of what is timed."""
-_LONG_US = 2000.0
-"""A kernel this long is not repeated inside the graph more than its operand sets ask for."""
+"""Launches a graph holds, at least, where they are short: its own start is then a small part of what is timed."""
+_GRAPH_US = 4000.0
+"""About the longest graph made of launches that need no repeating."""
+_REPLAYS = (3, 11)
+"""The fewest and the most replays that are timed."""
+_TIMED_US = 20_000.0
+"""About the time given to one rival: what takes longer is replayed less, down to the fewest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,35 +46,50 @@ def copies_beyond_cache(bytes_of_one: int, device: torch.device, most: int = 32)
     return max(1, min(most, -(-3 * cache // max(1, bytes_of_one))))
 
 
+def launches_for(operand_sets: int, estimate_us: float) -> int:
+    """Launches of one graph: every operand set once, and short ones often. estimate_us: 0 if not known."""
+    often = _LAUNCHES if estimate_us <= 0 else min(_LAUNCHES, int(_GRAPH_US // estimate_us))
+    return max(1, operand_sets, often)
+
+
 def interleaved(
-    rivals: Mapping[str, Launch], *, operand_sets: int = 1, replays: int = _REPLAYS, estimate_us: float = 0.0
+    rivals: Mapping[str, Launch], *, operand_sets: int = 1, replays: int | None = None, estimate_us: float = 0.0
 ) -> dict[str, Timing]:
     """Time rivals against each other: a graph each, replayed in turns, so that all see the same clocks and heat.
 
     operand_sets: how many sets the launches rotate over. estimate_us: about how long a launch takes, 0 if not known;
-    long ones are repeated less.
+    long ones are repeated less. replays: how often each graph is timed; by default as often as a fiftieth of a second
+    allows, and at least three times.
     """
-    launches = operand_sets if estimate_us > _LONG_US else max(_LAUNCHES, operand_sets)
+    launches = launches_for(operand_sets, estimate_us)
     graphs = {name: _captured(launch, launches) for name, launch in rivals.items()}
+    longest = max(_replay_us(graph) for graph in graphs.values())  # also brings up clocks and caches
+    fewest, most = _REPLAYS
+    times = max(fewest, min(most, int(_TIMED_US / longest))) if replays is None else replays
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(replays):
+    for _ in range(times):
         for name, graph in graphs.items():
             samples[name].append(_replay_us(graph) / launches)
     return {name: _summary(values) for name, values in samples.items()}
 
 
 def _captured(launch: Launch, launches: int) -> torch.cuda.CUDAGraph:
+    """The graph of so many launches. Captured by hand: torch's own context collects garbage each time, which takes
+    longer than most of what is timed here.
+    """
+    graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         launch(0)  # kernels compile and load here, which a capture does not allow
+        stream.synchronize()
+        graph.capture_begin()
+        try:
+            for i in range(launches):
+                launch(i)
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            launch(i)
     return graph
 
 

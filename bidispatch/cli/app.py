@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import bidispatch
-from bidispatch.cli import audit, demo, doctor, explain, failures, plan, profile, render, verify
+from bidispatch.cli import audit, demo, doctor, explain, failures, plan, profile, render, tune, verify
 from bidispatch.cli.options import show_help_without_command
 from bidispatch.errors import BidispatchError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("plan")(plan.command)
 app.command("explain")(explain.command)
 app.command("verify")(verify.command)
+app.command("tune")(tune.command)
 app.add_typer(profile.app, name="profile")
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)

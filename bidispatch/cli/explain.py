@@ -115,6 +115,6 @@ def _document(plan: Plan, problem: Problem, result: Selection | SelectionError) 
         "device": {"name": plan.device.name, "arch": plan.device.arch.name, "predicted": plan.device.predicted},
         "profile": {"name": plan.profile.name, "chain": list(plan.profile.chain), "note": plan.profile.note},
         "selection": result.as_json() if isinstance(result, Selection) else None,
-        "decisions": [asdict(decision) for decision in decisions],
+        "decisions": [{**asdict(decision), "serves": decision.serves} for decision in decisions],
         **({} if served else {"error": failures.as_json_error(result)}),  # type: ignore[arg-type]
     }

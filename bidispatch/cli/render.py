@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.text import Text
 from bidispatch.device import Device
 from bidispatch.errors import SelectionError
 from bidispatch.ops.schema import DTYPES, Problem
-from bidispatch.planning.decisions import CHOSEN, REJECTED
+from bidispatch.planning.decisions import CHOSEN, REJECTED, Decision
 from bidispatch.planning.overrides import forced_choice
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.selection import Selection
@@ -192,7 +192,7 @@ def plan_rows(results: Sequence[tuple[Problem, Selection | SelectionError]]) -> 
     dtypes: dict[tuple[str, ...], list[str]] = {}
     for problem, selection in results:
         if isinstance(selection, Selection):
-            chosen = [decision for decision in selection.decisions if decision.verdict == CHOSEN]
+            chosen = _runs([decision for decision in selection.decisions if decision.verdict == CHOSEN])
             several = len(chosen) > 1
             row = (
                 problem.op,
@@ -206,6 +206,22 @@ def plan_rows(results: Sequence[tuple[Problem, Selection | SelectionError]]) -> 
             if problem.dtype not in served:
                 served.append(problem.dtype)
     return [PlanRow(key[0], tuple(served), *key[1:]) for key, served in dtypes.items()]
+
+
+def _runs(chosen: Sequence[Decision]) -> list[Decision]:
+    """Chosen decisions, those of one implementation and source that follow each other as one."""
+    runs: list[Decision] = []
+    for decision in chosen:
+        last = runs[-1] if runs else None
+        if last and last.rows and decision.rows and (last.implementation, last.source) == _name(decision):
+            runs[-1] = replace(last, rows=(last.rows[0], decision.rows[1]))
+        else:
+            runs.append(decision)
+    return runs
+
+
+def _name(decision: Decision) -> tuple[str, str]:
+    return decision.implementation, decision.source
 
 
 def plan_table(results: Sequence[tuple[Problem, Selection | SelectionError]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,8 @@ from bidispatch.cli import failures, machine, render
 from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
 from bidispatch.errors import UsageError
 from bidispatch.invariance import Invariance
-from bidispatch.ops.schema import Problem
+from bidispatch.ops.schema import Problem, parse_dtype
+from bidispatch.ops.shapes import read_shapes
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.plan import plan as make_plan
 from bidispatch.records import RecordStore
@@ -37,12 +39,19 @@ def command(
         list[str] | None, typer.Option("--dtype", help="Only this dtype; may be given several times.", metavar="DTYPE")
     ] = None,
     dim: DimOption = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option("--shapes", help="Also the shapes of this YAML file, for one op.", metavar="FILE"),
+    ] = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Also compare CUDA graph replay.")] = False,
     classes: Annotated[
         bool, typer.Option("--classes/--no-classes", help="Compare the rungs of each ladder with one another.")
     ] = True,
     full: Annotated[bool, typer.Option("--full", help="Take every M up to 512 (128 on a CPU).")] = False,
     record: Annotated[bool, typer.Option("--record", help="Keep what passed, as evidence for plans.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also use rungs whose bits were recorded to differ, to prove them anew.")
+    ] = False,
     device: DeviceOption = "auto",
     profile: ProfileOption = None,
     as_json: JsonOption = False,
@@ -53,6 +62,8 @@ def command(
     Plain torch runs along too; its differences are shown and fail nothing. With --dim, one op is checked at those
     dims only.
 
+    With --record, what passed becomes evidence, and a rung whose bits differed from its ladder's is used no more.
+
     Exit code 1: a bit differed, a broken kernel was not caught, or nothing was compared.
 
     Example: bidispatch verify gemm attention --dtype bf16 --record
@@ -60,25 +71,30 @@ def command(
     if bool(op) == every:
         raise UsageError("name the ops to verify, or --all for every op: bidispatch verify gemm attention")
     problems = _problems(op or [], dtype or [], parse_dims(dim))
+    extra = _problems_of_file(op or [], dtype or [], shapes)
     wanted = Invariance.parse(level) if level else None
     machine.require_torch("verify")
-    plan = _plan_to_prove(make_plan(device, profile=profile))
+    plan = _plan_to_prove(make_plan(device, profile=profile), retry)
     machine.require_device(plan.device)
     store = RecordStore(plan.device)
     if record:
         # What cannot be added to is better known before the work than after it.
         store.prepare()
         store.load()
-    report = _run(plan, op or None, dtype or None, problems, wanted, cuda_graph, classes, full)
+    report = _run(plan, op or None, dtype or None, problems, extra, wanted, cuda_graph, classes, full)
     proofs = report.records() if record else []
-    if proofs:
-        store.add(proofs)
+    refuted, held = report.refutations() if record else ([], [])
+    if proofs or refuted or held:
+        store.add(proofs, refuted, held)
     if as_json:
-        render.json_document({**report.as_json(), "recorded": len(proofs), "records": str(store.path)})
+        kept = {"recorded": len(proofs), "refuted": len(refuted), "records": str(store.path)}
+        render.json_document({**report.as_json(), **kept})
     else:
         _print(report)
         if record:
             render.line(f"recorded {len(proofs)} of {len(report.results)} problems in {store.path}")
+        if refuted:
+            render.line(f"recorded {len(refuted)} rungs as refuted: plans on this device no longer use them there")
     return 0 if report.passed else failures.FINDING
 
 
@@ -92,10 +108,21 @@ def _problems(op: Sequence[str], dtypes: Sequence[str], dims: dict[str, str]) ->
     return [asked.problem(dtype, dims) for dtype in dtypes or asked.dtypes]
 
 
-def _plan_to_prove(plan: Plan) -> Plan:
+def _problems_of_file(op: Sequence[str], dtypes: Sequence[str], shapes: Path | None) -> list[Problem]:
+    """The problems of a file of shapes, in each dtype asked for; none without a file."""
+    if shapes is None:
+        return []
+    if len(op) != 1:
+        raise UsageError("--shapes is for one op: bidispatch verify gemm --shapes benchmarks/sweeps/gemm.yaml")
+    asked = catalogue.get(op[0])
+    wanted = [parse_dtype(dtype) for dtype in dtypes] or asked.dtypes
+    return [asked.problem(dtype, shape.dims) for dtype in wanted for shape in read_shapes(shapes)]
+
+
+def _plan_to_prove(plan: Plan, retry: bool) -> Plan:
     """The same plan without the demand for proof, which is made here."""
     profile = replace(plan.profile, trust="claimed")
-    return Plan(plan.device, profile, plan.registry, RecordStore(plan.device), plan.require)
+    return Plan(plan.device, profile, plan.registry, RecordStore(plan.device), plan.require, use_refuted=retry)
 
 
 def _run(
@@ -103,6 +130,7 @@ def _run(
     op: Sequence[str] | None,
     dtypes: Sequence[str] | None,
     problems: Sequence[Problem] | None,
+    extra: Sequence[Problem],
     level: Invariance | None,
     cuda_graph: bool,
     classes: bool,
@@ -117,6 +145,7 @@ def _run(
             ops=None if problems else op,
             dtypes=None if problems else dtypes,
             problems=problems,
+            extra=extra,
             level=level,
             cuda_graph=cuda_graph,
             classes=classes,
@@ -127,7 +156,10 @@ def _run(
 
 def _print(report: Report) -> None:
     render.table(
-        ("problem", "implementation", "level", "rows compared", "differ", "worst error", "stock torch", "s", "result"),
+        (
+            *("problem", "implementation", "level", "rows compared", "differ"),
+            *("worst error", "of stock's", "stock torch", "s", "result"),
+        ),
         [_row(result) for result in report.results],
         _STYLES,
     )
@@ -158,6 +190,13 @@ def _control_row(control: ControlResult) -> tuple[str, ...]:
     return control.name, f"be caught by {control.by}", "caught" if control.caught else "NOT CAUGHT"
 
 
+def _of_stock(result: ProblemResult) -> str:
+    """The largest ratio to stock's error among those that are judged; of all, where none is."""
+    judged = [accuracy for accuracy in result.accuracy if accuracy.most_of_stock is not None]
+    ratios = [a.ratio for a in judged or result.accuracy if a.ratio is not None]
+    return f"{max(ratios):.2f}x" if ratios else ""
+
+
 def _row(result: ProblemResult) -> tuple[str, ...]:
     stock = result.stock
     return (
@@ -167,6 +206,7 @@ def _row(result: ProblemResult) -> tuple[str, ...]:
         str(result.comparisons),
         str(result.differing),
         f"{max((accuracy.error for accuracy in result.accuracy), default=0.0):.1e}",
+        _of_stock(result),
         f"{stock.differing} of {stock.rows} rows differ" if stock else "not run",
         f"{result.seconds:.1f}",
         "passed" if result.passed else "FAILED",

@@ -1,15 +1,15 @@
-"""Root-mean-square norms over the last axis (arXiv 1910.07467), plain and fused with the residual add."""
+"""Root-mean-square norms (arXiv 1910.07467): over rows, fused with the residual add, and over heads of q and k."""
 
 from __future__ import annotations
 
-from bidispatch.ops.schema import Argument, Dim, Op, Scalar
+from collections.abc import Mapping
+
+from bidispatch.ops.schema import Argument, Dim, DimValue, Op, Scalar
 
 __all__ = ["OPS"]
 
-_DIMS = (
-    Dim("n", int, "row length, the summed axis", minimum=1, typical=4096),
-    Dim("gemma", bool, "scale by 1 + weight, as Gemma does, instead of by weight", default=False),
-)
+_GEMMA = Dim("gemma", bool, "scale by 1 + weight, as Gemma does, instead of by weight", default=False)
+_DIMS = (Dim("n", int, "row length, the summed axis", minimum=1, typical=4096), _GEMMA)
 _EPS = Scalar("eps", 1e-6, "added to the mean square")
 
 RMS_NORM = Op(
@@ -36,4 +36,39 @@ FUSED_ADD_RMS_NORM = Op(
     stock="bidispatch.ops.stock:fused_add_rms_norm",
 )
 
-OPS = (RMS_NORM, FUSED_ADD_RMS_NORM)
+
+def _conflict(dims: Mapping[str, DimValue]) -> str | None:
+    heads, kv_heads = dims["num_heads"], dims["num_kv_heads"]
+    if int(heads) % int(kv_heads):
+        return f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
+    return None
+
+
+QK_NORM = Op(
+    name="qk_norm",
+    summary="rms_norm of each head of q and of k, both in one launch",
+    dims=(
+        Dim("head_dim", int, "elements of a head, the summed axis", minimum=1, typical=128),
+        Dim("num_heads", int, "heads of q", minimum=1, typical=32),
+        Dim("num_kv_heads", int, "heads of k; divides num_heads", minimum=1, typical=8),
+        _GEMMA,
+    ),
+    # Tokens and heads may be strided: q and k are slices of the row that a merged projection gives.
+    arguments=(
+        Argument("q", ("m", "num_heads", "head_dim")),
+        Argument("k", ("m", "num_kv_heads", "head_dim")),
+        Argument("q_weight", ("head_dim",)),
+        Argument("k_weight", ("head_dim",)),
+    ),
+    scalars=(_EPS,),
+    outputs=(
+        Argument("q_out", ("m", "num_heads", "head_dim")),
+        Argument("k_out", ("m", "num_kv_heads", "head_dim")),
+    ),
+    reference="bidispatch.ops.reference.norm:qk_norm",
+    inputs="bidispatch.ops.reference.norm:qk_norm_inputs",
+    stock="bidispatch.ops.stock:qk_norm",
+    conflict=_conflict,
+)
+
+OPS = (RMS_NORM, FUSED_ADD_RMS_NORM, QK_NORM)

@@ -19,10 +19,12 @@ __all__ = [
     "gemm",
     "log_softmax",
     "mean",
+    "qk_norm",
     "rms_norm",
     "silu_and_mul",
     "softmax",
     "sum",
+    "token_logprob",
 ]
 
 
@@ -60,6 +62,18 @@ def fused_add_rms_norm(
     return (*rms_norm(problem, total, weight, eps), total)
 
 
+def qk_norm(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """`F.rms_norm` of q, then of k: [m, num_heads, head_dim] and [m, num_kv_heads, head_dim]."""
+    return (*rms_norm(problem, q, q_weight, eps), *rms_norm(problem, k, k_weight, eps))
+
+
 def silu_and_mul(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`F.silu` of the first half times the second: [m, n]."""
     a, b = x.chunk(2, dim=-1)
@@ -82,6 +96,11 @@ def log_softmax(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`F.log_softmax`: [m, n]."""
     compute, out = _dtypes(problem)
     return (F.log_softmax(x, dim=-1, dtype=compute).to(out),)
+
+
+def token_logprob(problem: Problem, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`F.log_softmax` in fp32, then `gather`: [m]. A token outside of the vocabulary is an error."""
+    return (F.log_softmax(x, dim=-1, dtype=torch.float32).gather(-1, token_ids[:, None])[:, 0],)
 
 
 def mean(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from bidispatch import ops
 from bidispatch.device import Device
@@ -18,8 +18,8 @@ from bidispatch.planning.select import select
 from bidispatch.planning.selection import Selection
 from bidispatch.profiles.load import ProfileStore
 from bidispatch.profiles.profile import Profile
-from bidispatch.records import Record, RecordStore
-from bidispatch.registry import Implementation, Registry, default_registry
+from bidispatch.records import Record, RecordStore, Refutation
+from bidispatch.registry import Implementation, Registry, Rung, default_registry
 
 __all__ = ["Plan", "plan"]
 
@@ -30,13 +30,22 @@ class Plan:
     """What serves each problem on a device. Ask it when layers are built; freeze it before graphs are captured."""
 
     def __init__(
-        self, device: Device, profile: Profile, registry: Registry, records: RecordStore, require: Invariance
+        self,
+        device: Device,
+        profile: Profile,
+        registry: Registry,
+        records: RecordStore,
+        require: Invariance,
+        *,
+        use_refuted: bool = False,
     ) -> None:
+        """use_refuted: whether rungs that `verify` found to differ may serve all the same, so that it can try again."""
         self.device = device
         self.profile = profile
         self.registry = registry
         self.require = require
         self._records = records
+        self._use_refuted = use_refuted
         self._selections: dict[tuple[Problem, str | None], Selection] = {}
         self._frozen = False
         self._warned_of_records = False
@@ -115,19 +124,41 @@ class Plan:
         return self._selections.get(_key(problem)) or self._decide(problem)
 
     def _decide(self, problem: Problem) -> Selection:
-        return select(problem, self.device, self.profile, self.registry, self.require, self._find_record)
+        return select(
+            problem,
+            self.device,
+            self.profile,
+            self.registry,
+            self.require,
+            self._find_record,
+            self._find_refutations,
+        )
 
     def _find_record(self, selection: Selection) -> Record | None:
-        """Evidence for a selection. A broken record file is an error only where records are what is trusted."""
+        """Evidence for a selection."""
         try:
             return self._records.find(selection)
         except RecordError as error:
-            if self.profile.trust == "verified":
-                raise
-            if not self._warned_of_records:
-                self._warned_of_records = True
-                _log.warning("%s", error)
+            self._take_broken(error)
             return None
+
+    def _find_refutations(self, problem: Problem, rungs: Sequence[Rung]) -> Sequence[Refutation]:
+        """What was found against rungs."""
+        if self._use_refuted or self.device.predicted:
+            return ()
+        try:
+            return self._records.refutations(problem, rungs)
+        except RecordError as error:
+            self._take_broken(error)
+            return ()
+
+    def _take_broken(self, error: RecordError) -> None:
+        """A broken record file is an error only where records are what is trusted."""
+        if self.profile.trust == "verified":
+            raise error
+        if not self._warned_of_records:
+            self._warned_of_records = True
+            _log.warning("%s", error)
 
 
 def _key(problem: Problem) -> tuple[Problem, str | None]:

@@ -6,8 +6,8 @@ were fixed before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from pydantic import ValidationError
@@ -21,13 +21,19 @@ from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Dec
 from bidispatch.planning.overrides import forced_choice
 from bidispatch.planning.selection import Selection, rung_ranges, verify_command
 from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source
-from bidispatch.records import Record
+from bidispatch.profiles.tiles import read_tuned
+from bidispatch.records import Record, Refutation
 from bidispatch.registry import Implementation, Params, Registry, Rung, Tile
 
-__all__ = ["FindRecord", "select"]
+__all__ = ["FindRecord", "FindRefutations", "select"]
+
+_NO_ROWS: tuple[int, int | None] | None = None
 
 FindRecord = Callable[[Selection], Record | None]
 """Answers with a record that proves a selection on this machine, or None."""
+
+FindRefutations = Callable[[Problem, Sequence[Rung]], Sequence[Refutation]]
+"""Answers with what `verify` found on this machine against any of these rungs, for a problem."""
 
 
 @dataclass(slots=True)
@@ -38,13 +44,26 @@ class _Candidate:
     implementation: Implementation | None = None
     params: Params | None = None
     shapes: tuple[tuple[int | None, Tile | None], ...] = ()
-    """Launch shapes by rising max_m, the last open."""
+    """Launch shapes by rising max_m, the last open; less those that were refuted."""
     numerics: str = ""
     reasons: tuple[str, ...] = ()
+    refuted: list[str] = field(default_factory=list)
+    """Why some of its launch shapes are not used, though others are."""
+
+    @property
+    def max_m(self) -> int | None:
+        """The most rows it may serve."""
+        return _lower(self.shapes[-1][0] if self.shapes else None, self.listed.max_m)
 
 
 def select(
-    problem: Problem, device: Device, profile: Profile, registry: Registry, require: Invariance, find_record: FindRecord
+    problem: Problem,
+    device: Device,
+    profile: Profile,
+    registry: Registry,
+    require: Invariance,
+    find_record: FindRecord,
+    find_refutations: FindRefutations,
 ) -> Selection:
     """Return the ladder for a problem.
 
@@ -59,8 +78,10 @@ def select(
         raise SelectionError(f"{problem.op} is unsupported: no backend implements it yet")
     else:
         rule = _rule(problem, profile, registered)
-        candidates, wanted = _listed(problem, rule, profile, registry), rule.numerics
+        candidates, wanted = _listed(problem, rule, profile, device, registry), rule.numerics
     examined = [_examine(candidate, problem, device, profile, registry, require) for candidate in candidates]
+    for candidate in examined:
+        _drop_refuted(candidate, problem, find_refutations)
     numerics = wanted or next((c.numerics for c in examined if not c.reasons), "")
     rungs, decisions = _climb(examined, numerics)
     decisions += _unlisted(registered, examined, problem, device)
@@ -124,16 +145,31 @@ def _rule(problem: Problem, profile: Profile, registered: tuple[Implementation, 
     )
 
 
-def _listed(problem: Problem, rule: ProfileRule, profile: Profile, registry: Registry) -> list[ProfileCandidate]:
-    """A rule's candidates, after `prefer`. A preferred one whose backend did not load is shown, whatever its op is."""
-    listed = list(rule.candidates)
+def _listed(
+    problem: Problem, rule: ProfileRule, profile: Profile, device: Device, registry: Registry
+) -> list[ProfileCandidate]:
+    """A rule's candidates behind its tuned ladder, after `prefer`. A preferred one whose backend did not load is shown,
+    whatever its op is.
+    """
+    listed = [*_tuned(problem, rule, device), *rule.candidates]
     preferred = []
     for name, source in profile.prefer:
         if name not in registry or registry.get(name).op == problem.op:
-            inherited = next((c for c in listed if c.impl == name), None)
+            inherited = next((c for c in rule.candidates if c.impl == name), None)
             preferred.append(_as_everything(name, source, inherited))
             listed = [c for c in listed if c.impl != name]
     return preferred + listed
+
+
+def _tuned(problem: Problem, rule: ProfileRule, device: Device) -> list[ProfileCandidate]:
+    """The rungs that `tune` found for this problem on a GPU of this arch, in the first file that has some."""
+    for tuned in rule.tuned:
+        file = read_tuned(tuned.path)
+        entry = file.find(problem) if file.arch == device.arch.name else None
+        if entry is not None:
+            source = Source(f"{tuned.shown} ({' '.join(f'{name}={value}' for name, value in entry.dims.items())})")
+            return [ProfileCandidate(r.impl, source, r.max_m, r.params, r.tile) for r in entry.rungs]
+    return []
 
 
 def _examine(
@@ -154,6 +190,9 @@ def _examine(
     if listed.impl not in registry and failure:
         candidate.reasons = (*reasons, str(failure))
         return candidate
+    if listed.impl not in registry and not listed.source.line:  # a tuned rung of a backend that is not here
+        candidate.reasons = (*reasons, f"no installed backend has {listed.impl}")
+        return candidate
     implementation = registry.get(listed.impl)
     candidate.implementation = implementation
     if implementation.claims < require:
@@ -170,6 +209,31 @@ def _examine(
         reasons.append(f"its backend raised {type(error).__name__}: {error}")
     candidate.reasons = tuple(reasons)
     return candidate
+
+
+def _drop_refuted(candidate: _Candidate, problem: Problem, find_refutations: FindRefutations) -> None:
+    """Take out the launch shapes whose bits were found to differ; without any left, the candidate is rejected."""
+    implementation, params = candidate.implementation, candidate.params
+    if candidate.reasons or implementation is None or params is None:
+        return
+    rungs = [Rung(implementation, params, tile, max_m) for max_m, tile in candidate.shapes]
+    against = {refutation.rung: refutation for refutation in find_refutations(problem, rungs)}
+    if not against:
+        return
+    candidate.shapes = tuple((rung.max_m, rung.tile) for rung in rungs if rung.key not in against)
+    reasons = [_why_refuted(against[rung.key], rung) for rung in rungs if rung.key in against]
+    if candidate.shapes:
+        candidate.refuted = reasons
+    else:
+        candidate.reasons = tuple(dict.fromkeys(reasons))
+
+
+def _why_refuted(refutation: Refutation, rung: Rung) -> str:
+    what = f"with {rung.tile} its" if rung.tile else "its"
+    return (
+        f"{what} bits differed from the ladder's on {refutation.made[:10]} ({refutation.found}); "
+        f"`{refutation.retry}` tries again"
+    )
 
 
 def _shapes(
@@ -195,15 +259,16 @@ def _climb(examined: list[_Candidate], numerics: str) -> tuple[list[Rung], list[
         listed, reasons = candidate.listed, list(candidate.reasons)
         if numerics and candidate.numerics and candidate.numerics != numerics:
             reasons.append(f"its class is {candidate.numerics}, the ladder's is {numerics}")
-        verdict, serves = REJECTED, ""
+        verdict, rows = REJECTED, _NO_ROWS
         if not reasons:
             verdict = SPARE
             full = bool(rungs) and rungs[-1].max_m is None
-            if not full and (listed.max_m is None or listed.max_m > reached):
+            if not full and (candidate.max_m is None or candidate.max_m > reached):
                 rungs += _rungs_of(candidate, reached)
-                verdict, serves = CHOSEN, _serves(reached, listed.max_m)
-                reached = listed.max_m or 0
-        decisions.append(Decision(listed.impl, verdict, tuple(reasons), str(listed.source), candidate.numerics, serves))
+                verdict, rows = CHOSEN, (reached + 1, candidate.max_m)
+                reached = candidate.max_m or 0
+            reasons += candidate.refuted
+        decisions.append(Decision(listed.impl, verdict, tuple(reasons), str(listed.source), candidate.numerics, rows))
     return rungs, decisions
 
 
@@ -216,9 +281,9 @@ def _rungs_of(candidate: _Candidate, reached: int) -> list[Rung]:
     for tile_max, tile in candidate.shapes:
         if tile_max is not None and tile_max <= reached:
             continue
-        top = _lower(tile_max, listed.max_m)
+        top = _lower(tile_max, candidate.max_m)
         rungs.append(Rung(implementation, params, tile, top))
-        if top == listed.max_m:
+        if top == candidate.max_m:
             break
     return rungs
 
@@ -226,12 +291,6 @@ def _rungs_of(candidate: _Candidate, reached: int) -> list[Rung]:
 def _lower(one: int | None, other: int | None) -> int | None:
     bounds = [bound for bound in (one, other) if bound is not None]
     return min(bounds) if bounds else None
-
-
-def _serves(reached: int, max_m: int | None) -> str:
-    if max_m is None:
-        return f"M > {reached}" if reached else "every M"
-    return f"{reached + 1} <= M <= {max_m}"
 
 
 def _unlisted(

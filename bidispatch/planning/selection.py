@@ -46,16 +46,7 @@ class Selection:
     @cached_property
     def ladder_key(self) -> str:
         """The ladder as canonical JSON: what a record must match to be evidence for this selection."""
-        rungs = [
-            {
-                "implementation": rung.implementation.name,
-                "params": rung.params.model_dump(),
-                "tile": rung.tile.model_dump() if rung.tile else None,
-                "max_m": rung.max_m,
-            }
-            for rung in self.rungs
-        ]
-        return json.dumps(rungs, sort_keys=True)
+        return json.dumps([{**rung.as_json(), "max_m": rung.max_m} for rung in self.rungs], sort_keys=True)
 
     def explain(self) -> str:
         """Every candidate with its verdict, reasons and source, as text."""

@@ -17,7 +17,7 @@ from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, 
 from bidispatch.profiles.schema import Condition
 from bidispatch.registry import Registry
 
-__all__ = ["Change", "as_json", "as_yaml", "differences", "starter", "write_new"]
+__all__ = ["Change", "as_json", "as_yaml", "differences", "rule_lines", "starter", "write_new"]
 
 # What may stand without quotes: a word no YAML reader takes for a number, a bool or nothing.
 _PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off)$)[A-Za-z_][\w./-]*", re.IGNORECASE)
@@ -62,6 +62,8 @@ def _rule_head(rule: ProfileRule) -> dict[str, Any]:
         head["when"] = {dim: _condition(condition) for dim, condition in rule.when.items()}
     if rule.numerics:
         head["numerics"] = rule.numerics
+    if rule.tuned:
+        head["tuned"] = [str(tuned.path) for tuned in rule.tuned]
     return head
 
 
@@ -97,11 +99,18 @@ def as_yaml(profile: Profile) -> str:
     for op, rules in profile.rules.items():
         lines.append(f"  {op}:" if rules else f"  {op}: []")
         for rule in rules:
-            first, *others = (f"{key}: {_flow(value)}" for key, value in _rule_head(rule).items())
-            lines += [_noted(f"    - {first}", rule.source), *(f"      {other}" for other in others)]
-            lines.append("      candidates:")
-            lines += [_noted(f"        - {_flow(_candidate(c))}", c.source) for c in rule.candidates]
+            lines += rule_lines(rule)
     return "\n".join(lines) + "\n"
+
+
+def rule_lines(rule: ProfileRule, tuned: Sequence[str] = ()) -> list[str]:
+    """A rule as lines of YAML under its op, each with its source. tuned: files to put before those it names."""
+    head = _rule_head(rule)
+    if tuned:
+        head["tuned"] = list(dict.fromkeys([*tuned, *head.get("tuned", ())]))
+    first, *others = (f"{key}: {_flow(value)}" for key, value in head.items())
+    lines = [_noted(f"    - {first}", rule.source), *(f"      {other}" for other in others), "      candidates:"]
+    return lines + [_noted(f"        - {_flow(_candidate(c))}", c.source) for c in rule.candidates]
 
 
 def _noted(text: str, source: Source) -> str:
@@ -171,7 +180,8 @@ def _by_problems(rules: Sequence[ProfileRule]) -> dict[str, ProfileRule]:
 
 def _body(rule: ProfileRule) -> str:
     candidates = ", ".join(_flow(_candidate(candidate)) for candidate in rule.candidates)
-    return f"[{candidates}]" + (f" numerics {rule.numerics}" if rule.numerics else "")
+    tuned = f" tuned {_flow([tuned.shown for tuned in rule.tuned])}" if rule.tuned else ""
+    return f"[{candidates}]" + (f" numerics {rule.numerics}" if rule.numerics else "") + tuned
 
 
 def _union(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

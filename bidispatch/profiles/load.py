@@ -19,7 +19,7 @@ from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import parse_dtype
 from bidispatch.profiles.document import Document, read_document
 from bidispatch.profiles.lint import faults_of
-from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source
+from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source, TunedSource
 from bidispatch.profiles.schema import ProfileFile
 from bidispatch.registry import Registry
 
@@ -122,7 +122,7 @@ class ProfileStore:
     def _read(self, path: Path, layer: int) -> _Parsed:
         if path not in self._parsed:
             document = read_document(path, _shown(path))
-            faults = faults_of(document, self._registry)
+            faults = [*faults_of(document, self._registry), *_tuned_faults(document, path)]
             if faults:
                 raise ProfileError(faults)
             self._parsed[path] = _Parsed(document, ProfileFile.model_validate(document.data), path, layer)
@@ -213,11 +213,22 @@ def _names_device(parsed: _Parsed) -> bool:
     return bool(parsed.content.match and parsed.content.match.device_name)
 
 
+def _tuned_faults(document: Document, path: Path) -> Iterator[Fault]:
+    """Files of tuned ladders that are not there. Data of any shape; what is in them is read when it is needed."""
+    for op, rules in _mapping(_mapping(document.data).get("ops")).items():
+        for i, rule in enumerate(rules if isinstance(rules, list) else ()):
+            names = _mapping(rule).get("tuned")
+            for j, name in enumerate(names if isinstance(names, list) else ()):
+                if isinstance(name, str) and not (path.parent / name).is_file():
+                    message = f"{name!r} is not there, beside {path.name}; `bidispatch tune` writes such files"
+                    yield document.fault(("ops", op, i, "tuned", j), message)
+
+
 def _shown(path: Path) -> str:
-    """A built-in profile as hw_profiles/NAME.yaml, which is where a reader finds it; another as it is."""
+    """A built-in file as hw_profiles/NAME, which is where a reader finds it; another as it is."""
     folder = builtin_folder()
-    if path.parent == folder:
-        return f"hw_profiles/{path.name}"
+    if folder in path.parents:
+        return f"hw_profiles/{path.relative_to(folder).as_posix()}"
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -272,6 +283,14 @@ def _rule(parsed: _Parsed, op: str, index: int) -> ProfileRule:
             for i, candidate in enumerate(rule.candidates)
         ),
         source=_source(parsed.document, where),
+        tuned=tuple(
+            TunedSource(
+                parsed.path.parent / name,
+                _shown(parsed.path.parent / name),
+                _source(parsed.document, (*where, "tuned", i)),
+            )
+            for i, name in enumerate(rule.tuned)
+        ),
     )
 
 
@@ -283,7 +302,7 @@ def lint_file(path: Path, registry: Registry) -> list[Fault]:
     """All faults of a file, `extends` included: missing or in a circle."""
     try:
         document = read_document(path, _shown(path))
-        faults = faults_of(document, registry)
+        faults = [*faults_of(document, registry), *_tuned_faults(document, path)]
     except ProfileError as error:
         return list(error.faults)
     store = ProfileStore(registry)

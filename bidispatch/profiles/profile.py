@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import DimValue, Problem
 from bidispatch.profiles.schema import Condition
 
-__all__ = ["Profile", "ProfileCandidate", "ProfileRule", "Source"]
+__all__ = ["Profile", "ProfileCandidate", "ProfileRule", "Source", "TunedSource"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,15 @@ class ProfileCandidate:
 
 
 @dataclass(frozen=True, slots=True)
+class TunedSource:
+    """A file of tuned ladders: where it is, how it is shown, and where a profile names it."""
+
+    path: Path
+    shown: str
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
 class ProfileRule:
     """Candidates for the problems it matches."""
 
@@ -43,6 +53,7 @@ class ProfileRule:
     numerics: str | None
     candidates: tuple[ProfileCandidate, ...]
     source: Source
+    tuned: tuple[TunedSource, ...] = ()
 
     def mismatch(self, problem: Problem) -> str | None:
         """Why the rule is not for this problem, or None."""

@@ -62,6 +62,11 @@ class Rule(_Section):
     dtypes: list[str] = Field(min_length=1, description="dtypes this rule is for")
     when: dict[str, Scalar | Condition] = Field(default_factory=dict, description="conditions on dims; all must hold")
     numerics: str | None = Field(None, description="the numerics class every rung must have; else the first rung's")
+    tuned: list[str] = Field(
+        default_factory=list,
+        description="files that `bidispatch tune` wrote, relative to this one: a problem's ladder in the first that "
+        "has one comes before the candidates",
+    )
     candidates: list[Candidate] = Field(
         min_length=1, description="by rising max_m; a rung that cannot be had leaves its range to the next"
     )

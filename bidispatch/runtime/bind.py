@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,12 +42,20 @@ def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits
     op = ops.get(problem.op)
     _check_limits(op, limits)
     kernels = []
+    first = limits.min_tokens
     for rung in rungs:
-        context = BindContext(device, problem, rung.params, rung.tile, limits)
+        context = BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits, first))
+        first = (rung.max_m or 0) + 1
         kernel = _load(rung.implementation, context)
         several = device.arch.vendor != "cpu" and torch.cuda.device_count() > 1
         kernels.append(_on_device(kernel, device.index) if several else kernel)
     return BoundKernel(op, problem, device, rungs, kernels, limits)
+
+
+def _limits_of(rung: Rung, limits: Limits, first: int) -> Limits:
+    """A rung sees the rows it serves and no others: it prepares for no more."""
+    most = limits.max_tokens if rung.max_m is None else min(limits.max_tokens, rung.max_m)
+    return replace(limits, max_tokens=most, min_tokens=min(first, most))
 
 
 def _check_limits(op: Op, limits: Limits) -> None:
@@ -68,6 +77,7 @@ def _on_device(kernel: Kernel, index: int) -> Kernel:
             with torch.cuda.device(index):
                 kernel(*arguments)
 
+    launch.edges = getattr(kernel, "edges", ())  # type: ignore[attr-defined]
     return launch
 
 

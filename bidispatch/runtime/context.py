@@ -29,6 +29,8 @@ class Limits:
     """The longest KV a sequence may have; 0 where an op has no sequences."""
     max_query_len: int = 0
     """The most query rows one sequence may have in a call; 0 means max_tokens."""
+    min_tokens: int = 1
+    """The fewest rows of a call: more than one where a rung leaves smaller calls to the rung before it."""
 
 
 @dataclass(frozen=True, slots=True)

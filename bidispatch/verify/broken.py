@@ -16,6 +16,7 @@ from bidispatch.runtime.context import BindContext, Kernel
 
 __all__ = ["ControlParams", "bind_attention", "bind_product"]
 
+_HIDDEN_M, _EDGE = 37, 600
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23  # of an fp32 number
 
 
@@ -27,7 +28,10 @@ class ControlParams(Params):
 
 
 def bind_product(context: BindContext) -> Kernel:
-    """`gemm` without bias. `params.fault` is one of the branches below."""
+    """`gemm` without bias. `params.fault` is one of the branches below.
+
+    It names an edge, as a kernel does that chooses inside.
+    """
     fault, splits = context.params.fault, context.params.splits
     calls = 0
 
@@ -46,6 +50,10 @@ def bind_product(context: BindContext) -> Kernel:
             parts = 1 + weight.shape[0] % 2
         elif fault == "splits follow the limits":
             parts = 1 if context.limits.max_tokens < 8 else 4
+        elif fault == "another split at one M":
+            parts = 2 if m == _HIDDEN_M else 1
+        elif fault == "another split above an edge":
+            parts = 2 if m > _EDGE else 1
         elif fault == "splits change by the call":
             parts = 1 + calls % 2
         elif fault == "splits follow the capture":
@@ -60,12 +68,14 @@ def bind_product(context: BindContext) -> Kernel:
             _write_behind(out)
         out.copy_(result)
 
+    launch.edges = (_EDGE,)  # type: ignore[attr-defined]
     return launch
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
     """x [m, k] · weight [n, k], K cut into equal parts whose sums are added in order."""
     k = x.shape[1]
+    x, weight = x.float(), weight.float()
     total = torch.zeros(len(x), len(weight), device=x.device)
     for part in range(parts):
         partial = torch.zeros_like(total)

@@ -15,7 +15,7 @@ from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import DimValue, Op, Problem, parse_dtype
 from bidispatch.planning.selection import Selection
 
-__all__ = ["EFFORTS", "Sizes", "problems_for", "sizes_for"]
+__all__ = ["EFFORTS", "MOST_ELEMENTS", "Sizes", "problems_for", "sizes_for", "widest_dim"]
 
 EFFORTS = ("quick", "full")
 
@@ -32,10 +32,12 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
     "bmm": ({"n": 77, "k": 129}, {"n": 64, "k": 80, "out_dtype": "float32"}),
     "rms_norm": ({"n": 128}, {"n": 1003, "gemma": True}),
     "fused_add_rms_norm": ({"n": 1003, "gemma": True},),
+    "qk_norm": ({"head_dim": 80, "num_heads": 6, "num_kv_heads": 3, "gemma": True},),
     "silu_and_mul": ({"n": 333},),
     "gelu_tanh_and_mul": ({"n": 333},),
     "softmax": ({"n": 1003}, {"n": 40, "out_dtype": "float32"}),
     "log_softmax": ({"n": 9001, "out_dtype": "float32"},),
+    "token_logprob": ({"n": 9001}, {"n": 40}),
     "mean": ({"n": 1003},),
     "sum": ({"n": 1003}, {"n": 40, "out_dtype": "float32"}),
     "attention": (
@@ -50,9 +52,17 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
         {"n": 6144, "k": 4096, "bias": True},
         {"n": 4097, "k": 4104},
         {"n": 4096, "k": 12288, "out_dtype": "float32"},
+        {"n": 1, "k": 4097},
+        {"n": 7, "k": 1000},
+        {"n": 1000, "k": 7},
+        {"n": 4097, "k": 1},
     ),
     "bmm": ({"n": 512, "k": 128},),
-    "log_softmax": ({"n": 151936},),
+    "rms_norm": ({"n": 8192}, {"n": 20003}),
+    "mean": ({"n": 20003},),
+    "softmax": ({"n": 50257},),
+    "log_softmax": ({"n": 151936}, {"n": 151936, "out_dtype": "float32"}),
+    "token_logprob": ({"n": 151936},),
     "attention": (
         {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "window": 1000, "sinks": True},
         {"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "softcap": 50.0},
@@ -79,6 +89,10 @@ class Sizes:
     max_seqs: int
     accuracy_rows: int = 67
     """M of the calls that are compared with the fp64 reference."""
+    every_m: int = 512
+    """Up to which M a rung that chooses inside is run at every M."""
+    max_tokens: int = 8192
+    """What such a rung is bound for, so that it names its edges up to there; less where a call would be too large."""
 
 
 _ON_GPU = Sizes(
@@ -100,6 +114,7 @@ _ON_CPU = Sizes(
     decodes=24,
     singles=6,
     max_seqs=24,
+    every_m=128,
 )
 # For the typical dims of products and attention, which take a processor long.
 _ON_CPU_LARGE = replace(
@@ -110,7 +125,7 @@ _LARGE = 1 << 19
 _TYPICAL_CONTEXT = 256
 _SHORTEST_TILE = 32
 """KV tiles are wider; smaller integers among params count rows, heads or warps."""
-_MOST_ELEMENTS = 1 << 28
+MOST_ELEMENTS = 1 << 28
 """Of the widest tensor of a batch, of which a GPU must hold several copies. Edges of the ladder are never left out."""
 
 
@@ -165,15 +180,20 @@ def sizes_for(selection: Selection, effort: str) -> Sizes:
         # Libraries choose inside a rung, where nobody sees the edges: every M.
         rows |= set(range(1, 129 if on_cpu else 513))
         lengths |= {257, 300, 513, 777}
-    width = max(value for value in selection.problem.dims.values() if type(value) is int)
+    width = widest_dim(selection.problem)
     rungs = {edge for rung in selection.rungs if rung.max_m for edge in _around(rung.max_m)}
     return replace(
         base,
-        rows=tuple(sorted(rungs | {m for m in rows if m * width <= _MOST_ELEMENTS})),
+        rows=tuple(sorted(rungs | {m for m in rows if m * width <= MOST_ELEMENTS})),
         lengths=tuple(sorted(lengths)),
         decodes=base.decodes * (1 if effort == "quick" else 4),
         singles=base.singles * (1 if effort == "quick" else 4),
     )
+
+
+def widest_dim(problem: Problem) -> int:
+    """About how many elements the widest row of a call has."""
+    return max(value for value in problem.dims.values() if type(value) is int)
 
 
 def _work_of_a_row(problem: Problem) -> int:

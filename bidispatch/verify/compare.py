@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,6 +37,7 @@ class Tally:
         self._outputs = tuple(outputs)
         self._rows = self._elements = self._differing = 0
         self._smallest: Mismatch | None = None
+        self._counted: list[tuple[int, torch.Tensor]] = []
 
     def add(
         self,
@@ -51,6 +52,40 @@ class Tally:
         size: the rows of the call, for the message. row_numbers: where these rows were in the call; in order if None.
         Raises ValueError for tensors that cannot be compared.
         """
+        differing = self._compare(actual, expected)
+        count = int(differing.sum())
+        if count:
+            self._differing += count
+            self._note_first(size, actual, expected, int(differing.nonzero()[0]), row_numbers)
+
+    def count(self, size: int, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+        """`add`, without waiting for the device: `settle` notes what differed. For thousands of small calls."""
+        self._counted.append((size, self._compare(actual, expected).sum()))
+
+    def settle(self, again: Callable[[int], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]) -> None:
+        """Note what was counted since the last time. `again` makes the call of a size once more, since the tensors
+        are gone, and returns what it gave and what was expected. Where the bits differ no more, no pair is noted.
+        """
+        if not self._counted:
+            return
+        counts = torch.stack([count for _, count in self._counted]).tolist()
+        failed = [size for (size, _), count in zip(self._counted, counts, strict=True) if count]
+        self._counted.clear()
+        self._differing += sum(counts)
+        if failed:
+            actual, expected = again(min(failed))
+            differing = self._unequal(actual, expected)
+            if differing.any():
+                self._note_first(min(failed), actual, expected, int(differing.nonzero()[0]), None)
+
+    def _compare(self, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Which rows differ, as booleans; they count as compared."""
+        differing = self._unequal(actual, expected)
+        self._rows += len(differing)
+        self._elements += sum(one.numel() for one in actual)
+        return differing
+
+    def _unequal(self, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> torch.Tensor:
         differing: torch.Tensor | None = None
         for name, one, other in zip(self._outputs, actual, expected, strict=True):
             if one.shape != other.shape or one.dtype != other.dtype:
@@ -60,14 +95,9 @@ class Tally:
                 )
             unequal = (bits(one) != bits(other)).reshape(len(one), -1).any(dim=1)
             differing = unequal if differing is None else differing | unequal
-            self._elements += one.numel()
         if differing is None:
             raise ValueError(f"{self._name}: no output to compare")
-        self._rows += len(differing)
-        count = int(differing.sum())
-        if count:
-            self._differing += count
-            self._note_first(size, actual, expected, int(differing.nonzero()[0]), row_numbers)
+        return differing
 
     def _note_first(
         self,

@@ -19,7 +19,7 @@ from bidispatch.verify.cases import Sizes
 from bidispatch.verify.ladder import verify_selection
 from bidispatch.verify.report import SOUND, ControlResult, ProblemResult
 
-__all__ = ["ATTENTION_FAULTS", "PRODUCT_FAULTS", "control_selection", "run_controls"]
+__all__ = ["ATTENTION_FAULTS", "LADDER_FAULTS", "PRODUCT_FAULTS", "control_selection", "run_controls"]
 
 _ACCURACY = "accuracy"
 
@@ -47,7 +47,14 @@ ATTENTION_FAULTS: Mapping[str, str] = {
     "wrong scale": _ACCURACY,
 }
 
-_LADDER, _CAPTURE = "rungs of two classes", "splits follow the capture"
+LADDER_FAULTS: Mapping[str, ControlParams] = {
+    "of another class": ControlParams(splits=2),
+    "another split at one M": ControlParams(fault="another split at one M"),
+    "another split above an edge": ControlParams(fault="another split above an edge"),
+}
+"""What is wrong with the second rung of a ladder, which must be named. The last two stand for libraries that choose."""
+
+_CAPTURE = "splits follow the capture"
 _SIZES = Sizes(
     rows=(1, 2, 5, 17),
     pool=6,
@@ -58,6 +65,8 @@ _SIZES = Sizes(
     singles=6,
     max_seqs=6,
     accuracy_rows=8,
+    every_m=40,
+    max_tokens=640,
 )
 _PRODUCT = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
 _ATTENTION = ops.get("attention").problem("float32", {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "page_size": 4})
@@ -71,8 +80,9 @@ def run_controls(
         yield _must_pass("a sound product", device, _PRODUCT)
         for fault, by in PRODUCT_FAULTS.items():
             yield _must_fail(f"product: {fault}", by, _verify(device, _PRODUCT, [ControlParams(fault=fault)]))
-        ladder = [ControlParams(splits=1), ControlParams(splits=2)]
-        yield _must_fail(_LADDER, "rungs of the ladder", _verify(device, _PRODUCT, ladder))
+        for fault, params in LADDER_FAULTS.items():
+            result = _verify(device, _PRODUCT, [ControlParams(), params])
+            yield _must_fail(f"second rung: {fault}", "rung 2", result)
     if attention:
         yield _must_pass("a sound attention", device, _ATTENTION)
         for fault, by in ATTENTION_FAULTS.items():
@@ -84,8 +94,14 @@ def run_controls(
 
 def control_selection(device: Device, problem: Problem, rungs: Sequence[Params]) -> Selection:
     """A ladder of control kernels; its first rungs serve M up to 4, 8 and so on."""
+    tops = [*(4 * (index + 1) for index in range(len(rungs) - 1)), None]
+    ladder = tuple(Rung(_kernel(problem, params), params, None, top) for params, top in zip(rungs, tops, strict=True))
+    return Selection(problem, device, ladder, "control", Invariance.SEQUENCE, ())
+
+
+def _kernel(problem: Problem, params: Params) -> Implementation:
     kernel = "attention" if problem.op == "attention" else "product"
-    implementation = Implementation(
+    return Implementation(
         name=f"control.{kernel}",
         op=problem.op,
         load=f"bidispatch.verify.broken:bind_{kernel}",
@@ -94,11 +110,9 @@ def control_selection(device: Device, problem: Problem, rungs: Sequence[Params])
         numerics=lambda params, problem: "control",
         params=ControlParams,
         libraries=("torch",),
+        chooses_inside=isinstance(params, ControlParams) and params.fault.startswith("another split"),
         cuda_graph=problem.op != "attention",
     )
-    tops = [*(4 * (index + 1) for index in range(len(rungs) - 1)), None]
-    ladder = tuple(Rung(implementation, params, None, top) for params, top in zip(rungs, tops, strict=True))
-    return Selection(problem, device, ladder, "control", Invariance.SEQUENCE, ())
 
 
 def _verify(

@@ -13,14 +13,16 @@ from bidispatch.errors import BidispatchError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.selection import Selection
+from bidispatch.registry import Rung
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
 from bidispatch.verify import rows, sequences
 from bidispatch.verify.accuracy import measure_accuracy
 from bidispatch.verify.cases import Sizes, sizes_for
-from bidispatch.verify.classes import check_ladder, check_merged
+from bidispatch.verify.classes import check_merged
 from bidispatch.verify.graphs import check_graphs
 from bidispatch.verify.report import Accuracy, Check, ProblemResult
+from bidispatch.verify.rungs import check_ladder
 from bidispatch.verify.stock import stock_subject
 from bidispatch.verify.subject import Subject
 
@@ -65,6 +67,8 @@ def verify_selection(
         checks=tuple(found.checks),
         classes=tuple(found.classes),
         accuracy=tuple(found.accuracy),
+        refuted=tuple(found.refuted),
+        held=tuple(found.held),
         stock=found.stock,
         cuda_graph=found.cuda_graph,
         error=found.error,
@@ -85,6 +89,8 @@ class _Findings:
         self.checks: list[Check] = []
         self.classes: list[Check] = []
         self.accuracy: list[Accuracy] = []
+        self.refuted: list[tuple[Rung, Check]] = []
+        self.held: list[Rung] = []
         self.stock: Check | None = None
         self.cuda_graph = False
         self.error = ""
@@ -113,14 +119,22 @@ class _Findings:
             self.checks.extend(rows.check_rows(subject, level, sizes, rebind))
         if cuda_graph and level >= Invariance.BATCH:
             self._graphs(selection, subject, sizes, level)
-        self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows))
+        plain = stock_subject(selection.problem, device) if stock else None
+        self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows, plain))
         if select is not None:
-            self.classes.append(check_ladder(selection, sizes))
+            self._rungs(selection, sizes)
             if selection.problem.op == "gemm":
                 self.classes.append(check_merged(selection, sizes, select))
-        if stock:
-            plain = stock_subject(selection.problem, device)
+        if plain is not None:
             self.stock = (sequences if attention else rows).stock_check(plain, sizes)
+
+    def _rungs(self, selection: Selection, sizes: Sizes) -> None:
+        for rungs, check in check_ladder(selection, sizes):
+            self.classes.append(check)
+            if not check.passed:
+                self.refuted += [(rung, check) for rung in rungs]
+            elif check.rows:
+                self.held += rungs
 
     def _graphs(self, selection: Selection, subject: Subject, sizes: Sizes, level: Invariance) -> None:
         refusing = [rung.implementation.name for rung in selection.rungs if not rung.implementation.cuda_graph]

@@ -13,8 +13,9 @@ from bidispatch.environment import describe
 from bidispatch.errors import InvarianceError, SelectionError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
-from bidispatch.planning.selection import Selection
-from bidispatch.records import Record
+from bidispatch.planning.selection import Selection, verify_command
+from bidispatch.records import Record, Refutation
+from bidispatch.registry import Rung
 
 __all__ = [
     "SOUND",
@@ -91,10 +92,29 @@ class Accuracy:
     distribution: str
     error: float
     limit: float
+    stock: float | None = None
+    """The error of plain torch on the same inputs; None where it was not run."""
+    most_of_stock: float | None = None
+    """The largest ratio to stock's error that passes; None where the ratio is reported and fails nothing."""
+
+    @property
+    def ratio(self) -> float | None:
+        """error / stock, where stock's is a number above 0."""
+        if self.stock is None or not 0 < self.stock < math.inf:
+            return None
+        return self.error / self.stock
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit
+        near_stock = self.most_of_stock is None or self.ratio is None or self.ratio <= self.most_of_stock
+        return self.error <= self.limit and near_stock
+
+    def __str__(self) -> str:
+        text = f"accuracy of {self.output} ({self.distribution}): {self.error:.2e}, at most {self.limit:.0e} is right"
+        if self.stock is None:
+            return text
+        allowed = "" if self.most_of_stock is None else f", at most {self.most_of_stock:g} times that"
+        return f"{text}; stock torch {self.stock:.2e}{allowed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +130,10 @@ class ProblemResult:
     accuracy: tuple[Accuracy, ...] = ()
     stock: Check | None = None
     """The same comparison of plain torch: its differences are reported and fail nothing."""
+    refuted: tuple[tuple[Rung, Check], ...] = ()
+    """Rungs whose bits differed from the others', with the check that says so."""
+    held: tuple[Rung, ...] = ()
+    """Rungs that were compared with others and agreed."""
     cuda_graph: bool = False
     """Whether graph replay was compared."""
     error: str = ""
@@ -146,11 +170,7 @@ class ProblemResult:
     def faults(self) -> tuple[str, ...]:
         """Everything that speaks against it, one line each; empty when it passed."""
         lines = [str(check) for check in (*self.checks, *self.classes) if not check.passed]
-        lines += [
-            f"accuracy of {a.output} ({a.distribution}): {a.error:.2e}, at most {a.limit:.0e} is right"
-            for a in self.accuracy
-            if not a.passed
-        ]
+        lines += [str(accuracy) for accuracy in self.accuracy if not accuracy.passed]
         if self.error:
             lines.append(self.error)
         elif not any(check.rows for check in self.checks):
@@ -247,6 +267,25 @@ class Report:
             return []
         return [self._record(result) for result in self.results if result.passed]
 
+    def refutations(self) -> tuple[list[Refutation], list[Refutation]]:
+        """The rungs found to differ from their ladder, and those found to hold, of which nothing stays against them.
+
+        A problem that passed holds with every rung. Both are empty when a control was not caught.
+        """
+        if not self.controls_caught:
+            return [], []
+        refuted, held = [], []
+        for result in self.results:
+            refuted += [self._refutation(result, rung, str(check)) for rung, check in result.refuted]
+            good = result.selection.rungs if result.passed else result.held
+            held += [self._refutation(result, rung, "") for rung in good]
+        return refuted, held
+
+    def _refutation(self, result: ProblemResult, rung: Rung, found: str) -> Refutation:
+        environment = describe(self.device, {rung.implementation})
+        retry = f"{verify_command(result.problem)} --retry"
+        return Refutation(result.problem.key, rung.key, found, retry, self.made, environment)
+
     def _record(self, result: ProblemResult) -> Record:
         selection = result.selection
         return Record(
@@ -302,6 +341,7 @@ def _result_json(result: ProblemResult) -> dict[str, Any]:
         "checks": [_check_json(check) for check in result.checks],
         "classes": [_check_json(check) for check in result.classes],
         "accuracy": [_accuracy_json(accuracy) for accuracy in result.accuracy],
+        "refuted": [{**rung.as_json(), "max_m": rung.max_m, "found": str(check)} for rung, check in result.refuted],
         "stock": _check_json(result.stock) if result.stock else None,
         "faults": list(result.faults),
         "seconds": round(result.seconds, 3),
@@ -313,9 +353,12 @@ def _problem_json(problem: Problem) -> dict[str, Any]:
 
 
 def _accuracy_json(accuracy: Accuracy) -> dict[str, Any]:
-    """JSON has no infinity: an error that is not finite is null."""
-    error = accuracy.error if math.isfinite(accuracy.error) else None
-    return {**asdict(accuracy), "error": error, "passed": accuracy.passed}
+    """JSON has no infinity: a number that is not finite is null."""
+    error, stock, ratio = (
+        value if value is not None and math.isfinite(value) else None
+        for value in (accuracy.error, accuracy.stock, accuracy.ratio)
+    )
+    return {**asdict(accuracy), "error": error, "stock": stock, "ratio": ratio, "passed": accuracy.passed}
 
 
 def _check_json(check: Check) -> dict[str, Any]:

@@ -175,7 +175,14 @@ def _bad_values(subject: Subject) -> tuple[float, ...]:
 
 
 def _filler(index: torch.Tensor, value: float) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    return lambda tensor, axis: tensor.index_fill(axis, index.to(tensor.device), value)
+    """Integers stay as they are: they name places, and another place of the neighbour's is no worse."""
+
+    def fill(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.index_fill(axis, index.to(tensor.device), value)
+
+    return fill
 
 
 def _margins(pool: RowPool, sizes: Sizes) -> Iterator[Trial]:
@@ -200,10 +207,11 @@ def _strided(pool: RowPool, sizes: Sizes) -> Iterator[Trial]:
 
 
 def _inside(tensor: torch.Tensor, axis: int, before: int, after: int) -> torch.Tensor:
-    """The same values as a view of a tensor that is longer on one axis, NaN elsewhere."""
+    """The same values as a view of a tensor that is longer on one axis; elsewhere NaN, or -1 between integers."""
     shape = list(tensor.shape)
     shape[axis] += before + after
-    outer = torch.full(shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+    around = float("nan") if tensor.is_floating_point() else -1
+    outer = torch.full(shape, around, dtype=tensor.dtype, device=tensor.device)
     view = outer.narrow(axis, before, tensor.shape[axis])
     view.copy_(tensor)
     return view

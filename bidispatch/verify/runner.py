@@ -27,6 +27,7 @@ def verify_plan(
     ops: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     problems: Iterable[Problem] | None = None,
+    extra: Iterable[Problem] = (),
     level: Invariance | str | None = None,
     cuda_graph: bool = False,
     classes: bool = True,
@@ -35,14 +36,15 @@ def verify_plan(
 ) -> Report:
     """Check, bit by bit, what a plan selects on this machine; run controls that must be caught.
 
-    ops, dtypes: only these of the default problems. problems: these instead.
+    ops, dtypes: only these of the default problems. problems: these instead. extra: these as well.
     level: what to verify; by default what each selection claims, `sequence` at most.
     cuda_graph: also compare CUDA graph replay. classes: also compare rungs, and merged weights with separate ones.
+        Rungs that choose inside are run at every M in any case.
     effort: `quick`, or `full`, which also takes every M up to 512 (128 on a CPU).
 
-    A default problem that nothing serves is listed in `Report.skipped`; one of `problems`, or an op of `ops` that
-    nothing serves at all, raises `SelectionError`. Raises `UsageError` for an op, dtype, level or effort that does not
-    exist, `DeviceError` for a plan of another machine, and for CUDA graphs without a GPU.
+    A default problem that nothing serves is listed in `Report.skipped`; one of `problems` or `extra`, or an op of
+    `ops` that nothing serves at all, raises `SelectionError`. Raises `UsageError` for an op, dtype, level or effort
+    that does not exist, `DeviceError` for a plan of another machine, and for CUDA graphs without a GPU.
     """
     if plan.device.predicted:
         raise DeviceError(
@@ -56,7 +58,9 @@ def verify_plan(
     began = time.monotonic()
     chosen = list(problems) if problems is not None else list(problems_for(plan.device, ops, dtypes))
     # Nothing serving a problem is an error where it was asked for: by itself, or as all there is of an op.
+    added = [problem for problem in dict.fromkeys(extra) if problem not in chosen]
     selections, skipped = _select(plan, chosen, strict=problems is not None)
+    selections += _select(plan, added, strict=True)[0]
     served = {selection.problem.op for selection in selections}
     for skip in skipped:
         if ops is not None and skip.problem.op not in served:

@@ -11,18 +11,22 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bidispatch
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Registry, Rung
+from bidispatch.runtime.bind import load_attribute
 from bidispatch_backends.triton import register
 from bidispatch_backends.triton.compile import Variant, compile_variant, target_of, variants
-from bidispatch_backends.triton.params import GemmParams, GemmTile
+from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, SplitParams, VectorParams
 
 COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
-ROW_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "softmax", "log_softmax", "mean", "sum")
+SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean", "sum")
+ROW_OPS = (*SUMMING_OPS, "silu_and_mul", "gelu_tanh_and_mul")
 HEADS = {"num_heads": 32, "num_kv_heads": 8}
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -31,26 +35,39 @@ def _problem(op: str, dtype: str = "bfloat16", **dims: Any) -> Problem:
     return ops.get(op).problem(dtype, dims)
 
 
-# Between them these reach every tile of every ladder: a row op's warps follow n.
-SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean", "sum")
-SHORTER_ROWS = (256, 1024, 2048)
+def _row_problem(op: str, dtype: str, n: int) -> Problem:
+    return _problem(op, dtype, head_dim=n, **HEADS) if op == "qk_norm" else _problem(op, dtype, n=n)
+
+
+# Between them these and OTHER_ROWS reach every tile of every ladder.
 TILED = (
-    *(_problem("gemm", dtype, n=4096, k=4096) for dtype in DTYPES),
-    *(_problem(op, dtype, n=4096) for op in ROW_OPS for dtype in DTYPES),
-    *(_problem(op, dtype, n=n) for op in SUMMING_OPS for dtype in DTYPES for n in SHORTER_ROWS),
+    *(_problem("gemm", dtype, n=n, k=4096) for dtype in DTYPES for n in (64, 1024, 4096, 24576)),
+    *(_row_problem(op, dtype, 4096) for op in ROW_OPS for dtype in DTYPES),
+    *(_problem(op, n=151936, out_dtype="float32") for op in ("softmax", "log_softmax")),
+    _problem("token_logprob", n=151936),
+    _problem("qk_norm", head_dim=128, **HEADS),
     *(_problem("attention", dtype, head_dim=128, **HEADS) for dtype in DTYPES),
     *(_problem("attention", dtype, head_dim=256, **HEADS) for dtype in DTYPES),
 )
+# A row op's rows and warps follow n: one arch of each vendor is enough.
+OTHER_ROWS = tuple(_row_problem(op, "bfloat16", n) for op in SUMMING_OPS for n in (64, 256, 1024, 2048, 8192, 16384))
 # The kernel and tiles of gemm with other strides; masks, odd sizes and features: one arch of each vendor is enough.
 ODD = (
+    *OTHER_ROWS,
     *(_problem("bmm", dtype, n=128, k=512) for dtype in DTYPES),
     _problem("gemm", n=4097, k=1000, bias=True, out_dtype="float32"),
     _problem("bmm", n=7, k=4097),
     _problem("rms_norm", n=100, gemma=True),
+    _problem("rms_norm", "float32", n=20003),
     _problem("fused_add_rms_norm", n=151, gemma=True),
+    _problem("fused_add_rms_norm", n=20003),
+    _problem("qk_norm", "float32", head_dim=80, num_heads=6, num_kv_heads=3, gemma=True),
     _problem("silu_and_mul", n=100),
     _problem("log_softmax", "float32", n=151936),
+    _problem("softmax", "float16", n=9001),
+    _problem("token_logprob", "float32", n=9001),
     _problem("mean", n=1),
+    _problem("mean", "float32", n=20003),
     _problem("attention", head_dim=64, causal=False, **HEADS),
     _problem("attention", head_dim=96, page_size=5, num_heads=40, num_kv_heads=1),
     _problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS),
@@ -66,8 +83,11 @@ def plan_for(arch: str) -> bidispatch.Plan:
 
 
 def triton_rungs(arch: str, problem: Problem) -> tuple[Rung, ...]:
-    """The Triton rungs that a plan for this arch selects."""
+    """The Triton rungs that a plan for this arch selects, or would without the libraries it prefers."""
     rungs = plan_for(arch).select_problem(problem).rungs
+    if all(rung.implementation.backend != "triton" for rung in rungs):
+        with bidispatch.override(f"{problem.op}=triton.{problem.op}"):
+            rungs = plan_for(arch).select_problem(problem).rungs
     return tuple(rung for rung in rungs if rung.implementation.backend == "triton")
 
 
@@ -109,9 +129,11 @@ def test_a_tile_that_is_too_large_is_caught() -> None:
 def test_every_registered_kernel_is_compiled() -> None:
     registry = Registry()
     register(registry)
-    compiled = {(problem.op, problem.dtype) for problem in (*TILED, *ODD)}
-    registered = {(found.op, dtype) for found in registry for dtype in found.dtypes}
-    assert registered == compiled
+    compiled = {(f"triton.{problem.op}", problem.dtype) for problem in (*TILED, *ODD)}
+    compiled |= {("triton.paged_attention", dtype) for op, dtype in compiled if op == "triton.attention"}
+    compiled |= {(name, problem.dtype) for name, problem, *_ in SPLIT}
+    registered = {(found.name, dtype) for found in registry for dtype in found.dtypes}
+    assert registered <= compiled
 
 
 @pytest.mark.parametrize("arch", COMPILED_ARCHS)
@@ -120,13 +142,16 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
 
     def tiles(problem: Problem) -> set[tuple[str, str, str]]:
         kernel = "gemm" if problem.op == "bmm" else problem.op  # one kernel serves both
-        return {(kernel, problem.dtype, str(r.tile)) for r in triton_rungs(arch, problem)}
+        dtype = "" if problem.op in ROW_OPS else problem.dtype  # their tiles follow n alone
+        rungs = [rung for rung in triton_rungs(arch, problem) if rung.implementation.name not in elsewhere]
+        return {(kernel, dtype, str(rung.tile)) for rung in rungs}
 
-    compiled = set().union(*(tiles(problem) for problem in TILED))
+    elsewhere = {name for name, *_ in SPLIT}  # whose tiles do not follow the size
+    compiled = set().union(*(tiles(problem) for problem in (*TILED, *OTHER_ROWS)))
     for dtype in DTYPES:
         for n in (1, 7, 64, 511, 512, 1000, 3000, 8192, 50257, 151936):
             for op in ROW_OPS:
-                assert tiles(_problem(op, dtype, n=n)) <= compiled, f"{op} {dtype} n={n}"
+                assert tiles(_row_problem(op, dtype, n)) <= compiled, f"{op} {dtype} n={n}"
             assert tiles(_problem("gemm", dtype, n=n, k=3 * n)) <= compiled
             assert tiles(_problem("bmm", dtype, n=n, k=n)) <= compiled
         for head_dim in (16, 64, 80, 96, 128, 192, 256):
@@ -141,15 +166,73 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
 def test_ladders_rise_and_start_with_16_rows(op: str, dtype: str, arch: str) -> None:
     registry = Registry()
     register(registry)
-    (found,) = registry.for_op(op)
+    found = registry.get(f"triton.{op}")
     ladder = found.tiles(Device(ARCHS[arch], arch, predicted=True), ops.get(op).typical(dtype), found.params())
     bounds = [max_m for max_m, _ in ladder]
     assert bounds[:3] == [16, 32, 64]
     assert bounds[-1] is None
     assert bounds[:-1] == sorted(bounds[:-1], key=lambda bound: bound or 0)
     rows = [tile.block_m for _, tile in ladder if isinstance(tile, GemmTile)]
-    assert rows[:3] == [16, 32, 64]
-    assert all(block == 128 for block in rows[3:])
+    assert rows[:2] == [16, 32]
+    assert rows[-1] == 128
+
+
+# Kernels that a plan takes for few rows, or for roles, with the params a profile gives them.
+SPLIT = (
+    *(("triton.gemm_split_k", _problem("gemm", dtype, n=4096, k=4096), SplitParams(), 2048) for dtype in DTYPES),
+    (
+        "triton.gemm_split_k",
+        _problem("gemm", n=256, k=7168, role="router", out_dtype="float32"),
+        SplitParams(k_chunk=1792),
+        2048,
+    ),
+    ("triton.gemv", _problem("gemm", "float32", n=4096, k=4096, bias=True), VectorParams(), 8),
+    ("triton.gemv", _problem("gemm", "float32", n=61, k=4097), VectorParams(), 8),
+)
+
+
+@pytest.mark.parametrize("arch", COMPILED_ARCHS)
+@pytest.mark.parametrize(("name", "problem", "params", "most"), SPLIT, ids=str)
+def test_kernels_with_chunks_in_parallel_compile_and_fit(
+    name: str, problem: Problem, params: Any, most: int, arch: str
+) -> None:
+    registry = Registry()
+    register(registry)
+    tiles = registry.get(name).tiles(Device(ARCHS[arch], arch, predicted=True), problem, params)
+    found = {v.key: v for _, tile in tiles for v in variants(name, problem, params, tile, ARCHS[arch])}
+    assert shared_memory_faults(arch, found) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["triton.gemm", "triton.gemm_split_k", "triton.gemv"])
+def test_every_tile_that_tune_tries_compiles_and_fits(name: str, dtype: str) -> None:
+    registry = Registry()
+    register(registry)
+    found = registry.get(name)
+    if dtype not in found.dtypes:
+        pytest.skip(f"{name} does not take {dtype}")
+    problem = _problem("gemm", dtype, n=4096, k=4096)
+    device = Device(ARCHS["sm90"], "sm90", predicted=True)
+    search = load_attribute(found.search)
+    tiles = {
+        str(tile): tile for m in (1, 2, 4, 16, 64, 300, 8192) for tile in search(device, problem, found.params(), m)
+    }
+    binaries = [v for tile in tiles.values() for v in variants(name, problem, found.params(), tile, ARCHS["sm90"])]
+    assert len(binaries) >= 5
+    assert shared_memory_faults("sm90", {variant.key: variant for variant in binaries}) == []
+
+
+@given(n=st.integers(1, 200_000), k=st.integers(1, 30_000), units=st.integers(1, 300), dtype=st.sampled_from(DTYPES))
+def test_few_rows_never_get_a_tall_tile(n: int, k: int, units: int, dtype: str) -> None:
+    """For a shape that nobody tuned, on a device of any size."""
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.gemm")
+    for arch in COMPILED_ARCHS:
+        device = Device(ARCHS[arch], arch, predicted=True, compute_units=units)
+        for max_m, tile in found.tiles(device, _problem("gemm", dtype, n=n, k=k), found.params()):
+            assert isinstance(tile, GemmTile)
+            assert max_m is None or tile.block_m <= max(16, max_m)
 
 
 def assembly(arch: str, problem: Problem) -> Iterator[tuple[str, str]]:
@@ -168,7 +251,7 @@ def test_no_product_and_sum_is_left_for_the_compiler_to_contract(problem: Proble
 def test_a_kernel_compiled_with_fusion_is_seen_to_leave_some() -> None:
     """Negative control of the check above."""
     problem = ops.get("rms_norm").problem("bfloat16", {"n": 4096})
-    (variant,) = selected_variants("sm90", problem).values()
+    variant = next(iter(selected_variants("sm90", problem).values()))
     fused = Variant(
         variant.kernel,
         variant.signature,

@@ -24,12 +24,14 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
 DIMS = {
     "gemm": ({"n": 67, "k": 93, "bias": True}, {"n": 130, "k": 256, "out_dtype": "float32"}),
     "bmm": ({"n": 37, "k": 51},),
-    "rms_norm": ({"n": 203}, {"n": 5001, "gemma": True}),
+    "rms_norm": ({"n": 203}, {"n": 17001, "gemma": True}),
     "fused_add_rms_norm": ({"n": 203},),
+    "qk_norm": ({"head_dim": 80, "num_heads": 6, "num_kv_heads": 3},),
     "silu_and_mul": ({"n": 203},),
     "gelu_tanh_and_mul": ({"n": 203},),
     "softmax": ({"n": 203},),
-    "log_softmax": ({"n": 9001},),
+    "log_softmax": ({"n": 203}, {"n": 9001}),
+    "token_logprob": ({"n": 203}, {"n": 9001}),
     "mean": ({"n": 203},),
     "attention": (
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64},

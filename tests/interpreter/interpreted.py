@@ -32,23 +32,26 @@ DTYPES = (
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
 
 
-def implementation(problem: Problem) -> Implementation:
-    """The one Triton kernel of an op."""
-    (found,) = REGISTRY.for_op(problem.op)
-    return found
+def implementation(problem: Problem, name: str = "") -> Implementation:
+    """The Triton kernel of that name, by default the one an op has, or the one named after it."""
+    found = {known.name: known for known in REGISTRY.for_op(problem.op)}
+    return found[name or f"triton.{problem.op}"] if len(found) > 1 else next(iter(found.values()))
 
 
-def tiles(problem: Problem, params: Any = None) -> list[Any]:
+def tiles(problem: Problem, params: Any = None, name: str = "") -> list[Any]:
     """The tiles of the default ladder on sm90, by rising M."""
-    found = implementation(problem)
+    found = implementation(problem, name)
     return [tile for _, tile in found.tiles(SM90, problem, params or found.params())]
 
 
-def bind(problem: Problem, *, params: Any = None, tile: Any = None, limits: Limits | None = None) -> Kernel:
+def bind(
+    problem: Problem, *, params: Any = None, tile: Any = None, limits: Limits | None = None, name: str = ""
+) -> Kernel:
     """Bind on the CPU; by default with default params, the smallest tile and room for a test's batch."""
-    found = implementation(problem)
+    found = implementation(problem, name)
     params = params or found.params()
-    context = BindContext(CPU, problem, params, tile or tiles(problem, params)[0], limits or Limits(1024, 16, 2048))
+    tile = tile or tiles(problem, params, name)[0]
+    context = BindContext(CPU, problem, params, tile, limits or Limits(1024, 16, 2048))
     return load_attribute(found.load)(context)  # type: ignore[no-any-return]
 
 
@@ -69,7 +72,7 @@ def poisoned_outputs(problem: Problem, arguments: Sequence[Any]) -> list[torch.T
     op = ops.get(problem.op)
     outputs = []
     for spec, like in zip(op.outputs, reference(problem, arguments), strict=True):
-        dtype = problem.dtype if spec.dtype == "dtype" else str(problem[spec.dtype])
+        dtype = problem.dtype if spec.dtype == "dtype" else str(problem.dims.get(spec.dtype, spec.dtype))
         outputs.append(torch.full(like.shape, float("nan"), dtype=getattr(torch, dtype)))
     return outputs
 

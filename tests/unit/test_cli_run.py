@@ -197,3 +197,70 @@ def test_demo_is_a_finding_when_the_plans_logprobs_move(cli, as_json, model, mon
     assert code == 1
     assert document["plan"]["max_logprob_difference"] != 0
     assert cli(*words)[0] == 1
+
+
+LADDER = """
+    import os
+    from bidispatch.registry import Implementation
+
+    def register(registry):
+        for name in ("low", "high"):
+            registry.register(Implementation(
+                "extra." + name, "gemm", "extra_backend:bind_" + name, ("cpu",), ("float32",),
+                lambda params, problem: "extra", cuda_graph=False,
+            ))
+
+    def product(x, weight, parts):
+        k, total = x.shape[1], 0
+        for part in range(parts):
+            partial = 0
+            for j in range(part * k // parts, (part + 1) * k // parts):
+                partial = partial + x[:, j, None] * weight[None, :, j]
+            total = total + partial
+        return total
+
+    def bind_low(context):
+        return lambda x, weight, bias, out: out.copy_(product(x, weight, 1))
+
+    def bind_high(context):
+        return lambda x, weight, bias, out: out.copy_(product(x, weight, 2 if "TEST_HIGH_IS_OFF" in os.environ else 1))
+"""
+
+
+def test_a_rung_that_differs_is_recorded_left_out_and_taken_again_when_it_holds(
+    cli, as_json, install, own_profile, monkeypatch
+):
+    install(("extra", LADDER))
+    own_profile("""
+        ops:
+          gemm:
+            - dtypes: [fp32]
+              candidates: [{impl: extra.low, max_m: 4}, {impl: extra.high}, {impl: extra.low}]
+    """)
+    verify = ("verify", "gemm", "--dtype", "fp32", "--dim", "n=5", "--dim", "k=32", "--record")
+    monkeypatch.setenv("TEST_HIGH_IS_OFF", "1")
+    code, report = as_json(*verify)
+    assert (code, report["recorded"], report["refuted"]) == (1, 0, 1)
+    assert [rung["implementation"] for rung in report["problems"][0]["refuted"]] == ["extra.high"]
+    code, report = as_json(*verify)
+    assert report["faults"] == []
+    assert (code, report["recorded"], report["problems"][0]["implementations"]) == (0, 1, ["extra.low"])
+    explain = ("explain", "gemm", "--dtype", "fp32", "--dim", "n=5", "--dim", "k=32")
+    assert "its bits differed from the ladder's" in cli(*explain)[1]
+    assert cli(*verify, "--retry")[0] == 1
+    monkeypatch.delenv("TEST_HIGH_IS_OFF")
+    assert cli(*verify)[0] == 0
+    code, report = as_json(*verify, "--retry")
+    assert (code, report["refuted"], report["problems"][0]["implementations"]) == (0, 0, ["extra.low", "extra.high"])
+    assert "its bits differed" not in cli(*explain)[1]
+
+
+def test_shapes_of_a_file_are_verified_beside_the_usual_ones(as_json, tmp_path, cli):
+    (tmp_path / "shapes.yaml").write_text("- {name: a, n: 9}\n- {name: b, n: 10, k: 5}\n")
+    code, _, err = cli("verify", "mean", "--dtype", "fp32", "--shapes", str(tmp_path / "shapes.yaml"))
+    assert (code, "mean has no dim 'k'" in err) == (2, True)
+    (tmp_path / "shapes.yaml").write_text("- {name: a, n: 9}\n- {name: b, n: 4096}\n")
+    code, report = as_json("verify", "mean", "--dtype", "fp32", "--shapes", str(tmp_path / "shapes.yaml"))
+    assert code == 0
+    assert sorted(problem["dims"]["n"] for problem in report["problems"]) == [9, 1003, 4096]
+    assert cli("verify", "--all", "--shapes", str(tmp_path / "shapes.yaml"))[0] == 2

@@ -21,7 +21,7 @@ from bidispatch.errors import PlanFrozenError, SelectionError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED
 from bidispatch.planning.selection import rung_ranges, verify_command
-from bidispatch.records import Record, RecordStore
+from bidispatch.records import Record, RecordStore, Refutation
 from bidispatch.requirements import Check, DimMultipleOf
 
 DIMS = {"n": 64, "k": 64}
@@ -585,3 +585,60 @@ def test_the_command_that_proves_a_problem_names_that_very_problem(op, dims, wor
     assert words in command
     given = dict(word.split("=") for word in command.split() if "=" in word)
     assert ops.get(op).problem("fp16", given) == problem
+
+
+# --- what verify refuted --------------------------------------------------------------------------------------------
+
+
+def refute(*rungs):
+    key = ops.get("gemm").problem("bfloat16", DIMS).key
+    made = "2026-01-02T03:04"
+    against = [
+        Refutation(key, rung.key, "2 of 9 rows differ", "verify --retry", made, describe(H200, {rung.implementation}))
+        for rung in rungs
+    ]
+    RecordStore(H200).add([], against)
+
+
+def tiled(name):
+    tiles = ((16, BlockTile(block_m=16)), (None, BlockTile(block_m=64)))
+    return fake(name, tiles=lambda device, problem, params: tiles)
+
+
+def ladder(selection):
+    return [
+        (rung.implementation.name, rung.tile.block_m if rung.tile else None, rung.max_m) for rung in selection.rungs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("refuted", "left"),
+    [
+        ((), [("a.gemm", 16, 16), ("a.gemm", 64, 100), ("b.gemm", 64, None)]),
+        ((0,), [("a.gemm", 64, 100), ("b.gemm", 64, None)]),
+        ((1,), [("a.gemm", 16, 16), ("b.gemm", 64, None)]),
+        ((0, 1), [("b.gemm", 16, 16), ("b.gemm", 64, None)]),
+    ],
+)
+def test_a_refuted_rung_leaves_its_range_to_the_next(tmp_path, refuted, left):
+    registry = registry_of(tiled("a.gemm"), tiled("b.gemm"))
+    rule = gemm_rule("impl: a.gemm, max_m: 100", "impl: b.gemm")
+    rungs = select(plan_of(tmp_path, registry, rule)).rungs
+    refute(*(rungs[index] for index in refuted))
+    selection = select(plan_of(tmp_path, registry, rule))
+    assert ladder(selection) == left
+    reasons = decision(selection, "a.gemm").reasons
+    assert len(reasons) == len(refuted)
+    for reason in reasons:
+        assert "bits differed from the ladder's on 2026-01-02 (2 of 9 rows differ)" in reason
+        assert "`verify --retry` tries again" in reason
+    assert decision(selection, "a.gemm").verdict == (REJECTED if len(refuted) == 2 else CHOSEN)
+
+
+def test_a_refuted_rung_is_no_choice_even_where_it_is_forced_or_the_only_one(tmp_path):
+    registry = registry_of(tiled("a.gemm"), tiled("b.gemm"))
+    rule = gemm_rule("impl: a.gemm", "impl: b.gemm")
+    refute(*select(plan_of(tmp_path, registry, rule)).rungs)
+    with bid.override("gemm=a.gemm"), pytest.raises(SelectionError, match="tries again"):
+        select(plan_of(tmp_path, registry, rule))
+    assert select(plan_of(tmp_path, registry, rule), k=128).rungs[0].implementation.name == "a.gemm"

@@ -48,7 +48,7 @@ BAD: dict[str, tuple[str, list[tuple[int, int, str]]]] = {
     "unknown match key": (HEAD + "match: {arch: sm90, devicename: x}\n", [(2, 21, "did you mean 'device_name'")]),
     "unknown rule key": (
         RULE.replace("dtypes: [bf16]", "dtypes: [bf16]\n      numeric: x") % "",
-        [(5, 7, "unknown key 'numeric' (did you mean 'numerics'?); known: dtypes, when, numerics, candidates")],
+        [(5, 7, "unknown key 'numeric' (did you mean 'numerics'?); known: dtypes, when, numerics, tuned, candidates")],
     ),
     "unknown candidate key": (RULE % ", maxm: 4", [(5, 35, "unknown key 'maxm' (did you mean 'max_m'?)")]),
     "unknown invariance key": (HEAD + "invariance:\n  requires: batch\n", [(3, 3, "did you mean 'require'")]),
@@ -523,7 +523,9 @@ def test_params_that_a_validator_refuses_are_a_reason_not_a_crash(folders):
     store = ProfileStore(registry, builtin=store._folders[0], user=store._folders[1])
     problem = ops.get("gemm").problem("fp32", {"n": 8, "k": 8})
     profile = store.for_device(CPU)
-    selection = select(problem, CPU, profile, registry, profile.require, lambda selection: None)
+    selection = select(
+        problem, CPU, profile, registry, profile.require, lambda selection: None, lambda problem, rungs: ()
+    )
     assert selection.implementations == ("b.gemm",)
     assert "its params are refused" in selection.decisions[0].reasons[0]
 

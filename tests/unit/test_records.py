@@ -9,10 +9,13 @@ import sys
 import threading
 
 import pytest
-from fakes import CPU, H200, fake, gemm_rule, plan_of, registry_of
+from fakes import CPU, H200, BlockTile, SplitParams, fake, gemm_rule, plan_of, registry_of
 
+from bidispatch import ops
+from bidispatch.environment import describe
 from bidispatch.errors import RecordError
-from bidispatch.records import Record, RecordStore, records_folder
+from bidispatch.records import Record, RecordStore, Refutation, records_folder
+from bidispatch.registry import Rung
 
 
 def record(name: str = "a", **changes) -> Record:
@@ -181,3 +184,51 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path, monke
     monkeypatch.setenv("BIDISPATCH_RECORDS_DIR", str(tmp_path / "file" / "records"))
     with pytest.raises(RecordError, match=r"records cannot be written to .*; set BIDISPATCH_RECORDS_DIR"):
         RecordStore(H200).prepare()
+
+
+def refutation(problem, rung, **changes) -> Refutation:
+    fields = {
+        "found": "1 of 10 rows differ",
+        "retry": "bidispatch verify",
+        "made": "2026-01-02",
+        "environment": describe(H200, {rung.implementation}),
+    }
+    return Refutation(problem.key, rung.key, **{**fields, **changes})
+
+
+PROBLEM = ops.get("gemm").problem("float32", {"n": 8, "k": 8})
+RUNGS = [Rung(fake("a.gemm"), SplitParams(), BlockTile(block_m=block), None) for block in (16, 32)]
+
+
+def test_a_refutation_holds_for_its_rung_problem_and_environment(store):
+    against = refutation(PROBLEM, RUNGS[0])
+    store.add([record()], [against])
+    assert store.load() == [record()]
+    assert store.refutations(PROBLEM, RUNGS) == [against]
+    assert store.refutations(PROBLEM, RUNGS[1:]) == []
+    assert store.refutations(ops.get("gemm").problem("float32", {"n": 8, "k": 9}), RUNGS) == []
+    store.add([], [refutation(PROBLEM, RUNGS[1], environment={"device": "another"})])
+    assert store.refutations(PROBLEM, RUNGS[1:]) == []
+
+
+@pytest.mark.parametrize(("role", "others"), [("linear", 1), ("router", 0)])
+def test_a_rung_that_differs_at_one_n_serves_none_where_weights_are_merged(store, role, others):
+    one, other = (ops.get("gemm").problem("float32", {"n": n, "k": 8, "role": role}) for n in (8, 16))
+    store.add([], [refutation(one, RUNGS[0])])
+    assert len(store.refutations(one, RUNGS)) == 1
+    assert len(store.refutations(other, RUNGS)) == others
+
+
+def test_a_newer_refutation_replaces_the_older_and_a_rung_that_holds_clears_it(store):
+    store.add([], [refutation(PROBLEM, rung) for rung in RUNGS])
+    store.add([], [refutation(PROBLEM, RUNGS[0], made="2026-03-04")])
+    assert [each.made for each in store.refutations(PROBLEM, RUNGS)] == ["2026-03-04", "2026-01-02"]
+    store.add([], [], [refutation(PROBLEM, RUNGS[0], found="")])
+    assert [each.rung for each in store.refutations(PROBLEM, RUNGS)] == [RUNGS[1].key]
+
+
+def test_a_broken_refutation_is_a_record_error(store):
+    store.path.parent.mkdir()
+    store.path.write_text(json.dumps({**WHOLE, "refuted": [{"problem": "x"}]}))
+    with pytest.raises(RecordError, match="not whole"):
+        store.load()

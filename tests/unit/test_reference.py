@@ -30,10 +30,13 @@ CASES: Sequence[tuple[str, dict[str, Any]]] = (
     ("rms_norm", {"n": 96, "gemma": True}),
     ("fused_add_rms_norm", {"n": 96}),
     ("fused_add_rms_norm", {"n": 96, "gemma": True}),
+    ("qk_norm", {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2}),
+    ("qk_norm", {"head_dim": 16, "num_heads": 3, "num_kv_heads": 1, "gemma": True}),
     ("silu_and_mul", {"n": 96}),
     ("gelu_tanh_and_mul", {"n": 96}),
     ("softmax", {"n": 96}),
     ("log_softmax", {"n": 96, "out_dtype": "float32"}),
+    ("token_logprob", {"n": 96}),
     ("mean", {"n": 96}),
     ("attention", ATTENTION),
     ("attention", {**ATTENTION, "head_dim": 80, "page_size": 5}),
@@ -110,6 +113,10 @@ def row_in_words(problem: Problem, x: list[float], *rest: Any) -> tuple[Any, ...
         root = math.sqrt(math.fsum(v * v for v in row) / len(row) + eps)
         return [v / root * (w + 1 if problem["gemma"] else w) for v, w in zip(row, weight, strict=True)]
 
+    if problem.op == "qk_norm":
+        k, q_weight, k_weight, eps = rest
+        heads: list[Any] = x
+        return [norm(head, q_weight, eps) for head in heads], [norm(head, k_weight, eps) for head in k]
     half = len(x) // 2
     gated = list(zip(x[:half], x[half:], strict=False))
     if problem.op == "rms_norm":
@@ -128,6 +135,8 @@ def row_in_words(problem: Problem, x: list[float], *rest: Any) -> tuple[Any, ...
         return ([math.exp(v) / total_exp for v in x],)
     if problem.op == "log_softmax":
         return ([v - math.log(total_exp) for v in x],)
+    if problem.op == "token_logprob":
+        return (x[rest[0]] - math.log(total_exp),)
     assert problem.op == "mean"
     return (math.fsum(x) / len(x),)
 
@@ -198,7 +207,7 @@ def test_stock_torch_is_near_the_reference(case: tuple[str, dict[str, Any]], dis
     got = load(op.stock)(problem, *arguments)
     wanted = load(op.reference)(problem, *arguments)
     for output, value, reference in zip(op.outputs, got, wanted, strict=True):
-        name = str(problem.dims.get(output.dtype, dtype))
+        name = dtype if output.dtype == "dtype" else str(problem.dims.get(output.dtype, output.dtype))
         assert value.dtype is getattr(torch, name)
         assert value.shape == reference.shape
         assert relative_error(value, reference) < TOLERANCE[dtype]

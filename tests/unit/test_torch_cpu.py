@@ -42,6 +42,8 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "rms_norm-gemma": ("rms_norm", {"n": 100, "gemma": True}),
     "rms_norm-long": ("rms_norm", {"n": 9000}),
     "fused_add_rms_norm": ("fused_add_rms_norm", {"n": 257}),
+    "qk_norm": ("qk_norm", {"head_dim": 80, "num_heads": 4, "num_kv_heads": 2}),
+    "qk_norm-gemma": ("qk_norm", {"head_dim": 33, "num_heads": 3, "num_kv_heads": 1, "gemma": True}),
     "silu_and_mul": ("silu_and_mul", {"n": 300}),
     "silu_and_mul-long": ("silu_and_mul", {"n": 9000}),
     "gelu_tanh_and_mul": ("gelu_tanh_and_mul", {"n": 33}),
@@ -50,6 +52,8 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax-one": ("softmax", {"n": 1}),
     "log_softmax": ("log_softmax", {"n": 1000, "out_dtype": "float32"}),
     "log_softmax-long": ("log_softmax", {"n": 40001}),
+    "token_logprob": ("token_logprob", {"n": 1000}),
+    "token_logprob-long": ("token_logprob", {"n": 40001}),
     "mean": ("mean", {"n": 1000}),
     "mean-long": ("mean", {"n": 40001}),
     "sum": ("sum", {"n": 1000}),
@@ -166,11 +170,18 @@ def run(kernel: Kernel, problem: Problem, arguments: Sequence[Any]) -> list[torc
     outputs = []
     for entry in op.outputs:
         shape = [problem.size(str(name)) if name in problem.dims else sizes[str(name)] for name in entry.shape]
-        dtype = getattr(torch, str(problem.dims.get(entry.dtype, problem.dtype)))
+        dtype = dtype_of(problem, entry.dtype)
         outputs.append(torch.full(shape, float("nan"), dtype=dtype))
     kernel(*arguments, *(scalar.default_for(problem) for scalar in op.scalars), *outputs)
     axes = [row_axis(problem, entry.shape) or 0 for entry in op.outputs]
     return [output.movedim(axis, 0) for output, axis in zip(outputs, axes, strict=True)]
+
+
+def dtype_of(problem: Problem, declared: str) -> torch.dtype:
+    """The dtype of an output that the catalogue declares so."""
+    name = problem.dtype if declared == "dtype" else problem.dims.get(declared, declared)
+    dtype: torch.dtype = getattr(torch, str(name))
+    return dtype
 
 
 def compare_places(kernel_for: Callable[[int], Kernel], problem: Problem, arguments: Sequence[Any]) -> Comparisons:
@@ -247,7 +258,7 @@ def test_what_the_neighbours_hold_does_not_matter(registry: Registry, case: str,
         poisoned = []
         for entry, value in zip(ops.get(problem.op).arguments, arguments, strict=True):
             axis = row_axis(problem, entry.shape)
-            if value is not None and axis is not None:
+            if value is not None and axis is not None and value.is_floating_point():
                 kept = value.movedim(axis, 0)[row].clone()
                 value = torch.full_like(value, poison)
                 value.movedim(axis, 0)[row] = kept
@@ -268,8 +279,8 @@ def test_strides_and_alignment_do_not_matter(registry: Registry, case: str, dtyp
     wanted = run(kernel, problem, arguments)
     moved: list[torch.Tensor | None] = []
     for value in arguments:
-        if value is None:
-            moved.append(None)
+        if value is None or not value.is_floating_point():
+            moved.append(value)
             continue
         wide = torch.full((*value.shape[:-1], value.shape[-1] + 3), float("nan"), dtype=value.dtype)
         view = wide[..., 1 : 1 + value.shape[-1]]
@@ -293,9 +304,9 @@ def test_results_are_near_the_reference(registry: Registry, case: str, dtype: st
         scalars = (scalar.default_for(problem) for scalar in op.scalars)
         wanted = load(op.reference)(problem, *arguments, *scalars)
         for entry, value, reference in zip(op.outputs, got, wanted, strict=True):
-            assert value.dtype is getattr(torch, str(problem.dims.get(entry.dtype, dtype)))
+            assert value.dtype is dtype_of(problem, entry.dtype)
             reference = reference.movedim(row_axis(problem, entry.shape) or 0, 0)
-            tolerance = TOLERANCE[str(problem.dims.get(entry.dtype, dtype))]
+            tolerance = TOLERANCE[str(value.dtype).removeprefix("torch.")]
             assert relative_error(value, reference) < tolerance
 
 
@@ -341,6 +352,44 @@ def test_a_merged_weight_gives_the_bits_of_its_parts(registry: Registry, dtype: 
         for values in (weight[columns], weight[columns].clone()):
             comparisons.rows(run(kernel, part, [x, values, None])[0], wanted[:, columns])
     comparisons.check(6 * ROWS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ops_of_one_class_give_the_same_bits(registry: Registry, dtype: str) -> None:
+    """Heads are normed as rows are, and a token's logprob is that of log_softmax."""
+    comparisons = Comparisons()
+    heads = ops.get("qk_norm").problem(dtype, {"head_dim": 80, "num_heads": 4, "num_kv_heads": 2})
+    rows = ops.get("rms_norm").problem(dtype, {"n": 80})
+    q, k, q_weight, k_weight = arguments_of(heads)
+    got = run(bind(registry, heads), heads, [q, k, q_weight, k_weight])
+    for x, weight, output in zip((q, k), (q_weight, k_weight), got, strict=True):
+        (wanted,) = run(bind(registry, rows), rows, [x.reshape(-1, 80), weight])
+        comparisons.rows(output.reshape(-1, 80), wanted)
+    one = ops.get("token_logprob").problem(dtype, {"n": 1003})
+    every = ops.get("log_softmax").problem(dtype, {"n": 1003, "out_dtype": "float32"})
+    x, token_ids = arguments_of(one)
+    (wanted,) = run(bind(registry, every), every, [x])
+    (picked,) = run(bind(registry, one), one, [x, token_ids])
+    comparisons.rows(picked, wanted.gather(1, token_ids[:, None])[:, 0])
+    comparisons.check(ROWS * (4 + 2 + 1))
+    for found, other in ((heads, rows), (one, every)):
+        labels = set()
+        for problem in (found, other):
+            (implementation,) = registry.find("cpu", problem.op, problem.dtype)
+            labels.add(implementation.numerics(implementation.params(), problem))
+        assert len(labels) == 1
+
+
+def test_a_token_outside_of_the_vocabulary_gives_nan_and_leaves_the_others(registry: Registry) -> None:
+    problem = ops.get("token_logprob").problem("float32", {"n": 100})
+    x, token_ids = arguments_of(problem, 5)
+    (wanted,) = run(bind(registry, problem), problem, [x, token_ids])
+    token_ids[1], token_ids[3] = -1, 100
+    (got,) = run(bind(registry, problem), problem, [x, token_ids])
+    assert got.isnan().tolist() == [False, True, False, True, False]
+    assert torch.equal(got[::2], wanted[::2])
+    (exact,) = load(ops.get("token_logprob").reference)(problem, x, token_ids)
+    assert torch.equal(exact.isnan(), got.isnan())
 
 
 def test_a_kernel_bound_in_inference_mode_runs_outside_it(registry: Registry) -> None:

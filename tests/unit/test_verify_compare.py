@@ -105,3 +105,27 @@ def test_poisons_of_two_salts_are_nan_and_differ(dtype):
     assert one.isnan().all()
     assert other.isnan().all()
     assert compare(one, other).differing == 3
+
+
+def test_what_is_counted_without_waiting_is_the_same_as_what_is_added():
+    expected = torch.zeros(8, 2)
+    actual = expected.clone()
+    actual[5, 1] = 1.0
+    calls = {m: ([actual[:m]], [expected[:m]]) for m in range(1, 9)}
+    one, other = Tally("check", ["out"]), Tally("check", ["out"])
+    for m, call in calls.items():
+        one.add(m, *call)
+        other.count(m, *call)
+    other.settle(calls.__getitem__)
+    assert one.check() == other.check()
+    assert (one.check().differing, one.check().smallest.size, one.check().smallest.row) == (3, 6, 5)
+
+
+def test_a_difference_that_does_not_come_again_still_counts():
+    tally = Tally("check", ["out"])
+    tally.count(1, [torch.ones(1, 1)], [torch.zeros(1, 1)])
+    tally.settle(lambda m: ([torch.zeros(1, 1)], [torch.zeros(1, 1)]))
+    tally.settle(lambda m: pytest.fail("nothing was counted since"))
+    check = tally.check()
+    assert (check.differing, check.smallest) == (1, None)
+    assert str(check) == "check: 1 of 1 rows differ"

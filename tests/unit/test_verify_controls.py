@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from bidispatch.invariance import Invariance
 from bidispatch.planning.plan import plan
 from bidispatch.verify import controls, verify_plan, verify_selection
 from bidispatch.verify.broken import ControlParams
+from bidispatch.verify.rungs import check_ladder
 
 CPU = Device.parse("cpu")
 TINY = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
@@ -33,7 +36,8 @@ def verify_control(problem, fault="", **options):
 def test_every_fault_is_caught_and_a_sound_kernel_passes():
     results = list(controls.run_controls(CPU))
     assert [control for control in results if not control.caught] == []
-    expected = len(controls.PRODUCT_FAULTS) + len(controls.ATTENTION_FAULTS) + len(["ladder", "sound", "sound"])
+    faults = [*controls.PRODUCT_FAULTS, *controls.ATTENTION_FAULTS, *controls.LADDER_FAULTS]
+    expected = len(faults) + len(["a sound product", "a sound attention"])
     assert len({control.name for control in results}) == len(results) == expected
 
 
@@ -88,3 +92,63 @@ def test_a_fault_fails_only_the_checks_it_touches(fault):
     result = verify_control(TINY, fault, select=lambda part: controls.control_selection(CPU, part, [ControlParams()]))
     assert any(check.passed and check.rows for check in result.checks)
     assert not result.passed
+
+
+def verify_ladder(*rungs):
+    return verify_selection(
+        controls.control_selection(CPU, TINY, rungs),
+        select=lambda part: controls.control_selection(CPU, part, rungs),
+        stock=False,
+        sizes=controls._SIZES,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "m"), [("of another class", 1), ("another split at one M", 37), ("another split above an edge", 601)]
+)
+def test_a_rung_that_differs_is_named_with_the_smallest_call_that_shows_it(fault, m):
+    result = verify_ladder(ControlParams(), controls.LADDER_FAULTS[fault])
+    first, second = result.classes[:2]
+    assert (first.name, second.name) == ("rung 1: control.product 1 <= M <= 4", "rung 2: control.product M >= 5")
+    assert first.passed
+    assert "against rung 1: control.product" in second.note
+    assert second.smallest.size == m
+    assert [rung for rung, _ in result.refuted] == [result.selection.rungs[1]]
+    assert result.held == (result.selection.rungs[0],)
+    assert not result.passed
+
+
+@pytest.mark.parametrize("fault", ["another split at one M", "another split above an edge"])
+def test_one_rung_that_chooses_inside_is_compared_with_itself(fault):
+    (check, _) = verify_ladder(ControlParams(fault=fault)).classes
+    assert check.name == "rung 1: control.product every M"
+    assert check.rows >= sum(range(1, 41))
+    assert not check.passed
+
+
+def test_a_reference_whose_own_rows_differ_is_not_what_the_others_are_compared_with():
+    result = verify_ladder(ControlParams(fault="splits follow M"), ControlParams(splits=2), ControlParams(splits=4))
+    assert [check.passed for check in result.classes[:3]] == [False, True, False]
+    assert [rung.params.splits for rung, _ in result.refuted] == [1, 4]
+
+
+def test_rungs_that_run_one_kernel_are_compared_once():
+    result = verify_ladder(ControlParams(), ControlParams(splits=2), ControlParams())
+    names = [check.name for check in result.classes[:-1]]
+    assert names == ["rung 1, 3: control.product 1 <= M <= 4, M >= 9", "rung 2: control.product 5 <= M <= 8"]
+    assert [rung.params.splits for rung, _ in result.refuted] == [2]
+
+
+def test_outputs_are_compared_in_fp32_and_as_the_problem_has_them():
+    """What bf16 hides: two orders of one sum, equal in every bit after rounding but for a few elements."""
+    problem = ops.get("gemm").problem("bfloat16", {"n": 5, "k": 32})
+    selection = controls.control_selection(CPU, problem, [ControlParams(), ControlParams(splits=2)])
+    rungs = tuple(
+        dataclasses.replace(rung, implementation=dataclasses.replace(rung.implementation, dtypes=("bfloat16",)))
+        for rung in selection.rungs
+    )
+    (_, first), (_, second) = check_ladder(dataclasses.replace(selection, rungs=rungs), controls._SIZES)
+    assert first.passed
+    assert second.note.endswith("bfloat16 and float32 outputs")
+    assert second.differing
+    assert len(second.smallest.value_bits) == len("0x00000000")

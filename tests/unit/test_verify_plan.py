@@ -19,6 +19,7 @@ from bidispatch.runtime.bind import load_attribute
 from bidispatch.verify import Check, verify_plan, verify_selection
 from bidispatch.verify.cases import problems_for, sizes_for
 from bidispatch.verify.compare import bits
+from bidispatch.verify.rungs import check_ladder
 from bidispatch.verify.sequences import Piece, SequencePool
 from bidispatch.verify.stock import stock_subject
 
@@ -28,10 +29,12 @@ SMALL = {
     "bmm": {"n": 11, "k": 70},
     "rms_norm": {"n": 70},
     "fused_add_rms_norm": {"n": 70},
+    "qk_norm": {"head_dim": 20, "num_heads": 4, "num_kv_heads": 2},
     "silu_and_mul": {"n": 70},
     "gelu_tanh_and_mul": {"n": 70},
     "softmax": {"n": 70},
     "log_softmax": {"n": 70},
+    "token_logprob": {"n": 70},
     "mean": {"n": 70},
     "sum": {"n": 70},
     "attention": SMALL_ATTENTION,
@@ -66,6 +69,20 @@ def bind_one_ulp_off(context):
             changed = last.reshape(-1).clone()
             bits(changed)[-1] ^= 1
             last.copy_(changed.reshape(last.shape))
+
+    return launch
+
+
+def bind_sound(context):
+    return sound_kernel(context)
+
+
+def bind_off_in_proportion(context):
+    kernel = sound_kernel(context)
+
+    def launch(x, weight, bias, out):
+        kernel(x, weight, bias, out)
+        out.mul_(1 + 2**-8 * 0.75)
 
     return launch
 
@@ -213,6 +230,44 @@ def test_records_of_a_lower_level_are_no_evidence_for_a_higher(tmp_path, monkeyp
 def test_one_rung_is_reported_as_nothing_compared():
     (result,) = verify_plan(bid.plan("cpu"), problems=[ops.get("mean").problem("float32", {"n": 70})]).results
     assert result.classes == (Check("rungs of the ladder", note="one rung"),)
+
+
+def two_rungs(op, second):
+    """A ladder of the built-in kernel under two names, the second bound by a function of this module."""
+    problem = ops.get(op).problem("bfloat16", SMALL[op])
+    whole = bid.plan("cpu").select_problem(problem)
+    built_in = whole.rungs[0]
+    names = (("planted.one", "bind_sound", 4), ("planted.two", second, None))
+    rungs = tuple(
+        replace(
+            built_in, implementation=replace(built_in.implementation, name=name, load=f"{__name__}:{bind}"), max_m=max_m
+        )
+        for name, bind, max_m in names
+    )
+    return replace(whole, rungs=rungs), sizes_for(whole, "quick")
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_rungs_of_every_op_are_compared_with_one_another(op):
+    checks = [check for _, check in check_ladder(*two_rungs(op, "bind_sound"))]
+    assert [check.name for check in checks] == ["rung 1: planted.one 1 <= M <= 4", "rung 2: planted.two M >= 5"]
+    assert all(check.rows and check.passed for check in checks)
+    one, two = [check for _, check in check_ladder(*two_rungs(op, "bind_one_ulp_off"))]
+    assert one.passed
+    assert two.smallest.ulps == 1
+    assert two.smallest.size == 5
+
+
+def test_a_product_further_off_than_stock_is_a_fault_though_within_the_limit_of_its_dtype():
+    problem = ops.get("gemm").problem("bfloat16", {"n": 90, "k": 70})
+    with bid.override("gemm=planted.gemm"):
+        (result,) = verify_plan(planted_plan("bind_off_in_proportion", "gemm"), problems=[problem]).results
+    normal, *others = result.accuracy
+    assert normal.error <= normal.limit
+    assert normal.ratio > normal.most_of_stock == 1.05
+    assert [other.most_of_stock for other in others] == [None, None]
+    assert [fault.partition(";")[0].partition(":")[0] for fault in result.faults] == ["accuracy of out (normal)"]
+    assert "stock torch" in result.faults[0]
 
 
 def test_merged_weights_of_another_class_are_not_compared():

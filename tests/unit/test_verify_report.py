@@ -55,6 +55,7 @@ def test_equal_bits_right_numbers_and_caught_controls_pass_whatever_stock_does()
         ({"accuracy": (Accuracy("out", "normal", 0.1, 1e-5),)}, "accuracy of out"),
         ({"accuracy": (Accuracy("out", "normal", math.inf, 1e-5),)}, "accuracy of out"),
         ({"accuracy": (Accuracy("out", "normal", math.nan, 1e-5),)}, "accuracy of out"),
+        ({"accuracy": (Accuracy("out", "normal", 3e-6, 1e-5, 1e-6, 1.05),)}, "at most 1.05 times that"),
         ({"accuracy": ()}, "accuracy was not measured"),
         ({"error": "RuntimeError: no"}, "RuntimeError: no"),
     ],
@@ -103,3 +104,25 @@ def test_json_holds_everything_and_no_nan():
     assert content["problems"][1]["accuracy"][0]["error"] is None
     assert content["skipped"][0]["reason"] == "nothing fits"
     assert content["controls"][0]["caught"] is True
+
+
+@pytest.mark.parametrize(
+    ("stock", "most", "ratio"), [(1e-7, None, 10.0), (0.0, 1.05, None), (math.inf, 1.05, None), (1e-6, 1.05, 1.0)]
+)
+def test_stock_is_a_measure_only_where_it_has_an_error_and_the_ratio_is_judged(stock, most, ratio):
+    accuracy = Accuracy("out", "normal", 1e-6, 1e-5, stock, most)
+    assert accuracy.passed
+    assert accuracy.ratio == (None if ratio is None else pytest.approx(ratio))
+
+
+def test_refutations_name_the_rungs_that_differ_and_clear_those_that_hold():
+    selection = control_selection(CPU, PROBLEM, [ControlParams(), ControlParams(splits=2)])
+    one, two = selection.rungs
+    bad = replace(GOOD, selection=selection, classes=(BAD_CHECK,), refuted=((two, BAD_CHECK),), held=(one,))
+    refuted, held = report(bad).refutations()
+    assert [(each.problem, each.rung) for each in refuted] == [(PROBLEM.key, two.key)]
+    assert "1 of 10 rows differ" in refuted[0].found
+    assert [each.rung for each in held] == [one.key]
+    assert [each.rung for each in report(replace(GOOD, selection=selection)).refutations()[1]] == [one.key, two.key]
+    assert report(bad, controls=(ControlResult("another", "a check", False),)).refutations() == ([], [])
+    assert report(bad).as_json()["problems"][0]["refuted"][0]["params"]["splits"] == 2

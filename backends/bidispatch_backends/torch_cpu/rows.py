@@ -30,10 +30,12 @@ __all__ = [
     "bind_gelu_tanh_and_mul",
     "bind_log_softmax",
     "bind_mean",
+    "bind_qk_norm",
     "bind_rms_norm",
     "bind_silu_and_mul",
     "bind_softmax",
     "bind_sum",
+    "bind_token_logprob",
 ]
 
 _VECTOR = 64  # elements; a multiple of every vector loop torch has
@@ -67,8 +69,8 @@ class _Blocks:
 class _RmsNorm:
     """x / sqrt(mean(x²) + eps) · factor, for a block."""
 
-    def __init__(self, context: BindContext) -> None:
-        self.blocks = _Blocks(context.problem.size("n"), context.params.block)
+    def __init__(self, context: BindContext, dim: str = "n") -> None:
+        self.blocks = _Blocks(context.problem.size(dim), context.params.block)
         self._gemma = context.problem.flag("gemma")
 
     def factor(self, weight: torch.Tensor) -> torch.Tensor:
@@ -91,6 +93,34 @@ def bind_rms_norm(context: BindContext) -> Kernel:
             out[rows] = norm(blocks.fill(buffer, x[rows]), factor, eps)[: rows.stop - rows.start]
 
     return rms_norm
+
+
+def bind_qk_norm(context: BindContext) -> Kernel:
+    """Return `kernel(q, k, q_weight, k_weight, eps, q_out, k_out)`; see the op `qk_norm`. A head is a row."""
+    norm = _RmsNorm(context, "head_dim")
+    blocks, buffer = norm.blocks, norm.blocks.buffer()
+
+    def heads(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        factor = norm.factor(weight)
+        flat = x.reshape(-1, blocks.n)
+        normed = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        for rows in row_blocks(len(flat), blocks.rows):
+            normed[rows] = norm(blocks.fill(buffer, flat[rows]), factor, eps)[: rows.stop - rows.start]
+        out.copy_(normed.view(x.shape))
+
+    def qk_norm(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        eps: float,
+        q_out: torch.Tensor,
+        k_out: torch.Tensor,
+    ) -> None:
+        heads(q, q_weight, eps, q_out)
+        heads(k, k_weight, eps, k_out)
+
+    return qk_norm
 
 
 def bind_fused_add_rms_norm(context: BindContext) -> Kernel:
@@ -172,6 +202,23 @@ def bind_softmax(context: BindContext) -> Kernel:
 def bind_log_softmax(context: BindContext) -> Kernel:
     """Return `kernel(x, out)`; see the op `log_softmax`."""
     return _bind_softmax(context, lambda block: F.log_softmax(block, dim=-1))
+
+
+def bind_token_logprob(context: BindContext) -> Kernel:
+    """Return `kernel(x, token_ids, out)`; see the op `token_logprob`."""
+    n = context.problem.size("n")
+    blocks = _Blocks(n, context.params.block)
+    buffer = blocks.buffer()
+
+    def token_logprob(x: torch.Tensor, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        known = (token_ids >= 0) & (token_ids < n)
+        columns = torch.where(known, token_ids, 0)[:, None]
+        for rows in row_blocks(len(x), blocks.rows):
+            result = F.log_softmax(blocks.fill(buffer, x[rows], padding=-math.inf), dim=-1)
+            out[rows] = result[: rows.stop - rows.start].gather(-1, columns[rows])[:, 0]
+        out.masked_fill_(~known, math.nan)
+
+    return token_logprob
 
 
 def bind_mean(context: BindContext) -> Kernel:

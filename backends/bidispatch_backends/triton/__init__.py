@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
 from bidispatch.requirements import DimAtMost, Package
-from bidispatch_backends.triton import params
+from bidispatch_backends.triton import gemm_params, params
 
 __all__ = ["register"]
 
@@ -24,15 +24,50 @@ def register(registry: Registry) -> None:
                 archs=_ARCHS,
                 dtypes=_DTYPES,
                 requires=(_TRITON,),
-                numerics=params.gemm_numerics,
-                params=params.GemmParams,
-                tile=params.GemmTile,
-                tiles=params.gemm_tiles,
+                numerics=gemm_params.gemm_numerics,
+                params=gemm_params.GemmParams,
+                tile=gemm_params.GemmTile,
+                tiles=gemm_params.gemm_tiles,
+                search="bidispatch_backends.triton.search:gemm_tiles_for",
                 libraries=("triton",),
                 summary="one tile a program; K in order through the matrix unit, fp32 accumulator",
             )
         )
-    for op in ("rms_norm", "fused_add_rms_norm", "softmax", "log_softmax", "mean", "sum"):
+    registry.register(
+        Implementation(
+            name="triton.gemm_split_k",
+            op="gemm",
+            load="bidispatch_backends.triton.split_gemm:bind_gemm_split_k",
+            archs=_ARCHS,
+            dtypes=_DTYPES,
+            requires=(_TRITON,),
+            numerics=gemm_params.gemm_numerics,
+            params=gemm_params.SplitParams,
+            tile=gemm_params.GemmTile,
+            tiles=gemm_params.split_tiles,
+            search="bidispatch_backends.triton.search:split_tiles_for",
+            libraries=("triton",),
+            summary="chunks of K in parallel, added in ascending order by the program that comes last",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="triton.gemv",
+            op="gemm",
+            load="bidispatch_backends.triton.split_gemm:bind_gemv",
+            archs=_ARCHS,
+            dtypes=("float32",),
+            requires=(_TRITON,),
+            numerics=gemm_params.gemm_numerics,
+            params=gemm_params.VectorParams,
+            tile=gemm_params.VectorTile,
+            tiles=gemm_params.vector_tiles,
+            search="bidispatch_backends.triton.search:vector_tiles_for",
+            libraries=("triton",),
+            summary="the same with a column a thread, for few rows of fp32: products by FMA in the order of K",
+        )
+    )
+    for op in ("rms_norm", "fused_add_rms_norm", "qk_norm", "mean", "sum"):
         module = "norm" if op.endswith("norm") else "reduction"
         registry.register(
             Implementation(
@@ -47,7 +82,24 @@ def register(registry: Registry) -> None:
                 tile=params.RowTile,
                 tiles=params.row_tiles,
                 libraries=("triton",),
-                summary="one program a row; the order of the sum is spelled out, so no layout can change it",
+                summary="whole rows a program; the order of the sum is spelled out, so no layout can change it",
+            )
+        )
+    for op in ("softmax", "log_softmax", "token_logprob"):
+        registry.register(
+            Implementation(
+                name=f"triton.{op}",
+                op=op,
+                load=f"bidispatch_backends.triton.softmax:bind_{op}",
+                archs=_ARCHS,
+                dtypes=_DTYPES,
+                requires=(_TRITON,),
+                numerics=params.softmax_numerics,
+                params=params.SoftmaxParams,
+                tile=params.SoftmaxTile,
+                tiles=params.softmax_tiles,
+                libraries=("triton",),
+                summary="chunks at fixed columns, each from its own maximum, merged in one order",
             )
         )
     for op in ("silu_and_mul", "gelu_tanh_and_mul"):

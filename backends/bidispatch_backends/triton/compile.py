@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,23 +14,27 @@ from triton.compiler import ASTSource, CompiledKernel
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, norm, reduction
+from bidispatch_backends.triton import activation, attention, gemm, norm, reduction, softmax, split_gemm
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
 
-_MODULES: Mapping[str, Any] = {
-    "triton.gemm": gemm,
-    "triton.bmm": gemm,
-    "triton.rms_norm": norm,
-    "triton.fused_add_rms_norm": norm,
-    "triton.softmax": reduction,
-    "triton.log_softmax": reduction,
-    "triton.mean": reduction,
-    "triton.sum": reduction,
-    "triton.silu_and_mul": activation,
-    "triton.gelu_tanh_and_mul": activation,
-    "triton.paged_attention": attention,
+_LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
+    "triton.gemm": gemm.launches,
+    "triton.bmm": gemm.launches,
+    "triton.gemm_split_k": split_gemm.launches,
+    "triton.gemv": split_gemm.vector_launches,
+    "triton.rms_norm": norm.launches,
+    "triton.fused_add_rms_norm": norm.launches,
+    "triton.qk_norm": norm.launches,
+    "triton.softmax": softmax.launches,
+    "triton.log_softmax": softmax.launches,
+    "triton.token_logprob": softmax.launches,
+    "triton.mean": reduction.launches,
+    "triton.sum": reduction.launches,
+    "triton.silu_and_mul": activation.launches,
+    "triton.gelu_tanh_and_mul": activation.launches,
+    "triton.paged_attention": attention.launches,
 }
 
 
@@ -61,12 +65,12 @@ def variants(implementation: str, problem: Problem, params: Any, tile: Any, arch
 
     Made from the launches that binding makes. Raises `UsageError` for an implementation of another backend.
     """
-    if implementation not in _MODULES:
+    if implementation not in _LAUNCHES:
         raise UsageError(
-            f"{implementation!r} is not a Triton kernel of this backend; it has {', '.join(_MODULES)}"
-            + did_you_mean(implementation, _MODULES)
+            f"{implementation!r} is not a Triton kernel of this backend; it has {', '.join(_LAUNCHES)}"
+            + did_you_mean(implementation, _LAUNCHES)
         )
-    return tuple(_variant(launch) for launch in _MODULES[implementation].launches(problem, params, tile, arch))
+    return tuple(_variant(launch) for launch in _LAUNCHES[implementation](problem, params, tile, arch))
 
 
 def _variant(launch: Launch) -> Variant:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from bidispatch.device import Arch
@@ -16,26 +18,82 @@ Constant = int | float | bool | str
 ArgumentType = str | int | None
 """What `Launch.arguments` says of an argument."""
 
-_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
+_ALIGNMENT = 16
+"""Bytes; Triton compiles another binary for pointers that are not multiples of it."""
+
+_SIZES = ("i32", "i64")
+_BEYOND_32_BITS = 2**31
+
+_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel, its constants and its compiler options, made when a kernel is bound.
 
-    `arguments` describes what is passed at each call, in order, for contiguous and aligned tensors: a Triton type
-    (`*bf16`, `fp32`), the value of an integer that does not follow the batch, `"i32"` for one that does, or None
-    for a tensor the problem does not have. Compiling ahead of time reads it; a launch does not.
+    `arguments` describes what is passed at each call, in order, tensors first, for contiguous and aligned tensors: a
+    Triton type (`*bf16`, `fp32`), the value of an integer that does not follow the batch, `"i32"` or `"i64"` for one
+    that does, or None for a tensor the problem does not have. Constants are in the kernel's order, behind them.
     """
 
     kernel: Any
     arguments: Mapping[str, ArgumentType]
     constants: Mapping[str, Constant]
     options: Mapping[str, int | bool]
+    _compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a description that would let a remembered binary serve arguments it was not made for."""
+        names = list(self.kernel.arg_names)
+        behind = set(names[len(self.arguments) :])
+        if names[: len(self.arguments)] != list(self.arguments) or behind != set(self.constants):
+            raise ValueError(f"{self.kernel} takes {names}, described as {[*self.arguments, *self.constants]}")
+        free = [name for name, kind in self.arguments.items() if kind in _SIZES]
+        specialised = [name for name in free if name not in (getattr(self.kernel, "do_not_specialize", None) or free)]
+        if specialised:
+            raise ValueError(f"{self.kernel}: name {', '.join(specialised)} in do_not_specialize")
+
+    @cached_property
+    def _tensors(self) -> int:
+        """How many arguments are tensors."""
+        return sum(value is None or str(value).startswith("*") for value in self.arguments.values())
+
+    @cached_property
+    def _specialised(self) -> Callable[[tuple[Any, ...]], Any]:
+        """Picks the arguments whose values a binary may depend on: integers but those that follow the batch."""
+        kinds = list(self.arguments.values())
+        chosen = [i for i, kind in enumerate(kinds) if i >= self._tensors and not isinstance(kind, str)]
+        return itemgetter(*chosen) if chosen else lambda arguments: ()
+
+    @cached_property
+    def _wide(self) -> int:
+        """Where an argument is that may exceed 32 bits in some calls, or -1."""
+        kinds = list(self.arguments.values())
+        return kinds.index("i64") if "i64" in kinds else -1
+
+    @cached_property
+    def _constants(self) -> tuple[Constant, ...]:
+        return tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Launch on the current stream."""
-        self.kernel[grid](*arguments, **self.constants, **self.options)
+        """Launch on the current stream.
+
+        Triton's own launcher works out at every call which binary the arguments need, which takes longer than many
+        kernels run. Here the binary is remembered by the integers it may depend on, for tensors that are aligned.
+        """
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in arguments[: self._tensors]]
+        key = self._specialised(arguments)
+        if self._wide >= 0:
+            key = key, arguments[self._wide] >= _BEYOND_32_BITS
+        compiled = self._compiled.get(key)
+        aligned = not any(place is not None and place % _ALIGNMENT for place in pointers)
+        if compiled is not None and aligned:
+            # Addresses, since Triton would ask the driver about each tensor's.
+            compiled[(*grid, 1, 1)[:3]](*pointers, *arguments[self._tensors :], *self._constants)
+            return
+        compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        if aligned:  # the interpreter compiles nothing: it gives None, and is asked again
+            self._compiled[key] = compiled
 
 
 def options(arch: Arch, num_warps: int, num_stages: int, *, fp_fusion: bool) -> dict[str, int | bool]:

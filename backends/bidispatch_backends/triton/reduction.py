@@ -1,7 +1,7 @@
-"""Reductions over the last axis: `softmax`, `log_softmax`, `mean`, `sum`, one program a row."""
+"""Sums over the last axis: `mean` and `sum`."""
 
 # Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -13,61 +13,38 @@ import triton.language as tl
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.triton.launch import ArgumentType, Launch, pointer
-from bidispatch_backends.triton.params import RowParams, RowTile
-from bidispatch_backends.triton.rows import pairwise_sum, row_launch
+from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, pointer
+from bidispatch_backends.triton.params import RowParams, RowTile, row_width
+from bidispatch_backends.triton.rows import row_block, row_launch, tree_sum
 
-__all__ = ["bind_log_softmax", "bind_mean", "bind_softmax", "bind_sum", "launches", "softmax_kernel", "sum_kernel"]
-
-
-@triton.jit
-def softmax_kernel(
-    x_ptr,
-    out_ptr,
-    stride_x,
-    stride_out,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOG: tl.constexpr,
-):
-    """out[row] = softmax(x[row]), or its logarithm. `out` may be `x`. A maximum is exact in any order."""
-    index = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + index * stride_x
-    out_row = out_ptr + index * stride_out
-    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    for start in range(0, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(x_row + columns, mask=columns < N, other=float("-inf")).to(tl.float32)
-        highest = tl.maximum(highest, x)
-    peak = tl.max(highest, axis=0)
-    weights = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(x_row + columns, mask=columns < N, other=float("-inf")).to(tl.float32)
-        weights += tl.exp(x - peak)
-    total = pairwise_sum(weights)
-    if LOG:
-        total = tl.log(total)
-    tl.debug_barrier()  # every thread has read the row before one of them overwrites it
-    for start in range(0, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(x_row + columns, mask=columns < N, other=float("-inf")).to(tl.float32)
-        value = x - peak - total if LOG else tl.exp(x - peak) / total
-        tl.store(out_row + columns, value.to(out_ptr.dtype.element_ty), mask=columns < N)
+__all__ = ["bind_mean", "bind_sum", "launches", "mean_kernel", "sum_kernel"]
 
 
 @triton.jit
-def sum_kernel(x_ptr, out_ptr, stride_x, N: tl.constexpr, BLOCK: tl.constexpr, MEAN: tl.constexpr):
-    """out[row] = sum(x[row]), or its mean."""
-    index = tl.program_id(0).to(tl.int64)
-    lanes = tl.zeros((BLOCK,), dtype=tl.float32)
+def _row_sums(x_rows, live, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of each row at pointers `x_rows` [ROWS, 1], where `live`: [ROWS]."""
+    lanes = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        lanes += tl.load(x_ptr + index * stride_x + columns, mask=columns < N, other=0.0).to(tl.float32)
-    total = pairwise_sum(lanes)
-    if MEAN:
-        total = total / N
-    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty))
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        x = tl.load(x_rows + columns, mask=live & (columns < N), other=0.0, eviction_policy="evict_first")
+        lanes += x.to(tl.float32)
+    return tree_sum(lanes)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def mean_kernel(x_ptr, out_ptr, stride_x, rows, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """out[row] = mean(x[row]), `ROWS` rows a program."""
+    row, live = row_block(ROWS, rows)
+    mean = _row_sums(x_ptr + row * stride_x, live, N, BLOCK, ROWS) / N
+    tl.store(out_ptr + row, mean[:, None].to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sum_kernel(x_ptr, out_ptr, stride_x, rows, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """out[row] = sum(x[row]), `ROWS` rows a program, in the order of the mean's."""
+    row, live = row_block(ROWS, rows)
+    total = _row_sums(x_ptr + row * stride_x, live, N, BLOCK, ROWS)
+    tl.store(out_ptr + row, total[:, None].to(out_ptr.dtype.element_ty), mask=live)
 
 
 def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> tuple[Launch, ...]:
@@ -77,35 +54,23 @@ def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> 
         "x_ptr": pointer(problem.dtype),
         "out_ptr": pointer(str(problem["out_dtype"])),
         "stride_x": n,
+        "rows": "i32",
     }
-    if problem.op in ("mean", "sum"):
-        return (row_launch(sum_kernel, arguments, problem, params, tile, arch, MEAN=problem.op == "mean"),)
-    arguments["stride_out"] = n
-    log = problem.op == "log_softmax"
-    return (row_launch(softmax_kernel, arguments, problem, params, tile, arch, LOG=log),)
-
-
-def bind_softmax(context: BindContext) -> Kernel:
-    """`softmax` or, by the problem's op, `log_softmax`: x and out [m, n]."""
-    (launch,) = launches(context.problem, context.params, context.tile, context.device.arch)
-
-    def softmax(x: torch.Tensor, out: torch.Tensor) -> None:
-        launch((x.shape[0],), x, out, x.stride(0), out.stride(0))
-
-    return softmax
-
-
-bind_log_softmax = bind_softmax
+    shape = {"N": n, "BLOCK": row_width(n, params.block), "ROWS": tile.rows}
+    kernel = mean_kernel if problem.op == "mean" else sum_kernel
+    return (row_launch(kernel, arguments, arch, tile.num_warps, **shape),)
 
 
 def bind_mean(context: BindContext) -> Kernel:
-    """`mean` or, by the problem's op, `sum`: x [m, n], out [m]."""
+    """`mean` or, by the op of the problem, `sum`: x [m, n], out [m]."""
     (launch,) = launches(context.problem, context.params, context.tile, context.device.arch)
+    per_program = context.tile.rows
 
-    def row_sum(x: torch.Tensor, out: torch.Tensor) -> None:
-        launch((x.shape[0],), x, out, x.stride(0))
+    def reduce(x: torch.Tensor, out: torch.Tensor) -> None:
+        rows = x.shape[0]
+        launch((ceil_div(rows, per_program),), x, out, x.stride(0), rows)
 
-    return row_sum
+    return reduce
 
 
 bind_sum = bind_mean

@@ -95,9 +95,7 @@ def _direct(*tensors: torch.Tensor | None) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        tensor is None or (type(tensor) in _PLAIN and not (grad and tensor.requires_grad)) for tensor in tensors
-    )
+    return all(tensor is None or (type(tensor) in _PLAIN and not (grad and tensor.requires_grad)) for tensor in tensors)
 
 
 def _define(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any], backward: Any) -> None:

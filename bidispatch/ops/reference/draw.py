@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["DISTRIBUTIONS", "draw"]
+__all__ = ["DISTRIBUTIONS", "draw", "draw_indices"]
 
 DISTRIBUTIONS = ("normal", "positive", "scaled")
 """`normal`: N(0, 1). `positive`: its absolute value, so that sums grow and round at every step. `scaled`: normal times
@@ -36,8 +36,7 @@ def draw(
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"unknown distribution {distribution!r}; known: {', '.join(DISTRIBUTIONS)}")
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))
+    generator = _generator(key, device)
     values = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
     if distribution == "positive":
         values = values.abs()
@@ -46,3 +45,13 @@ def draw(
         exponents = torch.randint(-limit, limit + 1, tuple(shape), generator=generator, device=device)
         values = torch.ldexp(values, exponents)
     return (values * scale).to(getattr(torch, dtype))
+
+
+def draw_indices(shape: Sequence[int], key: object, below: int, *, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Return random int64 from 0 to `below` - 1 that follow from the arguments alone; `key` as in `draw`."""
+    return torch.randint(below, tuple(shape), generator=_generator(key, device), device=device)
+
+
+def _generator(key: object, device: str | torch.device) -> torch.Generator:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))

@@ -1,0 +1,1 @@
+"""Kernels like those of other projects, written anew, to be measured beside ours."""

@@ -1,0 +1,113 @@
+"""The matrix products of a model, from its Hugging Face `config.json` and a tensor-parallel size. Imports no torch.
+
+Names and fusions are those of serving engines: q, k and v in one weight, gate and up in one, DeepSeek's q_a with kv_a.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bidispatch.errors import UsageError
+from bidispatch.ops.schema import DimValue
+from bidispatch.ops.shapes import Shape
+
+__all__ = ["model_shapes"]
+
+_VOCABULARY_MULTIPLE = 64
+"""Serving engines pad the vocabulary to this before they shard it."""
+
+_Named = tuple[str, Mapping[str, DimValue]]
+
+
+def model_shapes(path: Path, tensor_parallel: int = 1) -> list[Shape]:
+    """The distinct products of one rank: n, k and, for a router, its role and fp32 result; each with its layers' names.
+
+    path: a `config.json` or the folder it is in. Raises `UsageError` for a file that is no such config, a model whose
+    layers are not known here, and a tensor-parallel size that does not divide it.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is not a readable config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} is not a mapping; --model wants a model's config.json, or its folder")
+    reader = _Reader(file, {**config, **(config.get("text_config") or {})}, tensor_parallel)
+    names: dict[str, tuple[list[str], Mapping[str, DimValue]]] = {}
+    for name, dims in reader.products():
+        names.setdefault(json.dumps(dims, sort_keys=True), ([], dims))[0].append(f"{reader.model} {name}")
+    return [Shape(tuple(found), dims) for found, dims in names.values()]
+
+
+class _Reader:
+    """One config, asked for what it must hold."""
+
+    def __init__(self, file: Path, config: Mapping[str, Any], ranks: int) -> None:
+        if ranks < 1:
+            raise UsageError(f"a tensor-parallel size is at least 1, not {ranks}")
+        self._file, self._config, self._ranks = file, config, ranks
+        self.model = str(config.get("model_type", "model"))
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        value = self._config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(
+                f"{self._file}: {key} is {value!r}; a decoder's config.json has a positive number there. "
+                "--shapes FILE takes any shapes"
+            )
+        return value
+
+    def _share(self, size: int, of: str) -> int:
+        if size % self._ranks:
+            raise UsageError(f"{self._file}: {of}={size} is not divided by a tensor-parallel size of {self._ranks}")
+        return size // self._ranks
+
+    def products(self) -> Iterator[_Named]:
+        """Every product of one rank, with its name."""
+        hidden = self._size("hidden_size")
+        yield from self._latent_attention(hidden) if "kv_lora_rank" in self._config else self._attention(hidden)
+        experts = self._config.get("n_routed_experts") or self._config.get("num_local_experts")
+        experts = experts or self._config.get("num_experts")
+        if experts:
+            yield "router", {"n": int(experts), "k": hidden, "role": "router", "out_dtype": "float32"}
+            shared = self._config.get("n_shared_experts")
+            if shared:
+                yield from self._mlp(hidden, self._size("moe_intermediate_size") * int(shared), "shared_")
+        if not experts or self._config.get("first_k_dense_replace") or self._config.get("mlp_only_layers"):
+            yield from self._mlp(hidden, self._size("intermediate_size"), "")
+        vocabulary = -(-self._size("vocab_size") // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        yield "lm_head", {"n": self._share(vocabulary, "the padded vocab_size"), "k": hidden}
+
+    def _attention(self, hidden: int) -> Iterator[_Named]:
+        heads = self._size("num_attention_heads")
+        kv_heads = self._size("num_key_value_heads", heads)
+        width = self._size("head_dim", hidden // heads)
+        mine = self._share(heads, "num_attention_heads")
+        # With fewer key heads than ranks, each rank holds a copy of one.
+        kv_mine = self._share(kv_heads, "num_key_value_heads") if kv_heads >= self._ranks else 1
+        yield "qkv", {"n": (mine + 2 * kv_mine) * width, "k": hidden}
+        yield "o", {"n": hidden, "k": mine * width}
+
+    def _latent_attention(self, hidden: int) -> Iterator[_Named]:
+        """DeepSeek-V2 and V3."""
+        heads = self._share(self._size("num_attention_heads"), "num_attention_heads")
+        latent, rope = self._size("kv_lora_rank"), self._size("qk_rope_head_dim")
+        plain, value = self._size("qk_nope_head_dim"), self._size("v_head_dim")
+        if self._config.get("q_lora_rank"):
+            rank = self._size("q_lora_rank")
+            yield "qkv_a", {"n": rank + latent + rope, "k": hidden}
+            yield "q_b", {"n": heads * (plain + rope), "k": rank}
+        else:
+            yield "q", {"n": heads * (plain + rope), "k": hidden}
+            yield "kv_a", {"n": latent + rope, "k": hidden}
+        yield "kv_b", {"n": heads * (plain + value), "k": latent}
+        yield "o", {"n": hidden, "k": heads * value}
+
+    def _mlp(self, hidden: int, inner: int, prefix: str) -> Iterator[_Named]:
+        mine = self._share(inner, f"{prefix}intermediate size")
+        yield f"{prefix}gate_up", {"n": 2 * mine, "k": hidden}
+        yield f"{prefix}down", {"n": hidden, "k": mine}

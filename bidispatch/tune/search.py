@@ -1,0 +1,266 @@
+"""The search for one problem: every launch shape of every implementation of its class, timed at each M, winners proved.
+
+Imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bidispatch import ops
+from bidispatch.bench.timing import copies_beyond_cache, interleaved
+from bidispatch.device import Device
+from bidispatch.errors import SelectionError
+from bidispatch.ops.schema import Problem
+from bidispatch.planning.plan import Plan
+from bidispatch.profiles.tiles import TunedEntry
+from bidispatch.registry import Implementation, Params, Rung, Tile
+from bidispatch.runtime.bind import bind, load_attribute
+from bidispatch.runtime.bound import BoundKernel
+from bidispatch.runtime.context import Limits
+from bidispatch.tune.ladder import Choice, Step, winner
+from bidispatch.verify.compare import Tally
+from bidispatch.verify.report import Check
+from bidispatch.verify.subject import Subject
+
+__all__ = ["Found", "Timer", "contenders", "gpu_timer", "search"]
+
+_log = logging.getLogger(__name__)
+
+Timer = Callable[[Problem, int, Mapping[str, BoundKernel], bool], Mapping[str, float]]
+"""`timer(problem, m, kernels, brief)` gives the microseconds of a call of m rows for each kernel that runs; the others
+are left out. Brief: a first look."""
+
+_FINALISTS = 4
+_HOPELESS = 1.6
+"""Slower than the best by this factor at one M: not tried at larger ones."""
+_LARGE = 1024
+"""From here on only tiles of the tallest kind are tried of the kernels that have many."""
+_MOST_ELEMENTS = 1 << 28
+_DISTRIBUTIONS = ("normal", "positive", "scaled")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search ended with."""
+
+    numerics: str
+    steps: tuple[Step, ...]
+    comparisons: int
+    """Rows of winners compared with the reference, all equal."""
+    tried: int
+    refused: tuple[str, ...]
+    """Kernels that were fast and gave other bits, with the smallest difference."""
+
+
+def contenders(
+    plan: Plan, problem: Problem, only: Sequence[str] = ()
+) -> tuple[str, list[tuple[Implementation, Params]]]:
+    """The class that a plan gives a problem, and what the profile lists for it in that class, in its order.
+
+    Raises `SelectionError` where nothing is.
+    """
+    rules = [rule for rule in plan.profile.rules.get(problem.op, ()) if rule.mismatch(problem) is None]
+    numerics = (rules[0].numerics if rules else None) or plan.select_problem(problem).numerics
+    found: dict[str, tuple[Implementation, Params]] = {}
+    for listed in rules[0].candidates if rules else ():
+        if listed.impl not in plan.registry or (only and listed.impl not in only):
+            continue
+        implementation = plan.registry.get(listed.impl)
+        if implementation.unmet(plan.device, problem) or listed.impl in plan.profile.disable:
+            continue
+        params = implementation.params.model_validate(dict(listed.params))
+        if implementation.numerics(params, problem) == numerics:
+            found.setdefault(Choice(implementation, params, None).key, (implementation, params))
+    if not found:
+        raise SelectionError(f"nothing that can be tuned is in class {numerics} for {problem} on {plan.device.name}")
+    return numerics, list(found.values())
+
+
+def gpu_timer(device: Device) -> Timer:
+    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, x and out one set."""
+    place = torch.device(device.torch_device)
+    held: dict[str, list[torch.Tensor]] = {}
+
+    def weights_of(problem: Problem) -> list[torch.Tensor]:
+        if problem.key not in held:
+            held.clear()
+            torch.cuda.empty_cache()
+            n, k = problem.size("n"), problem.size("k")
+            dtype = getattr(torch, problem.dtype)
+            copies = copies_beyond_cache(n * k * dtype.itemsize, place)
+            held[problem.key] = [(torch.randn(n, k, device=place) * k**-0.5).to(dtype) for _ in range(copies)]
+        return held[problem.key]
+
+    def timer(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
+        weights = weights_of(problem)
+        n, k = problem.size("n"), problem.size("k")
+        x = torch.randn(m, k, device=place).to(getattr(torch, problem.dtype))
+        out = torch.empty(m, n, device=place, dtype=getattr(torch, str(problem["out_dtype"])))
+        bytes_us = (weights[0].nbytes + x.nbytes + out.nbytes) / 3e6
+        estimate = max(bytes_us, 2 * m * n * k / (6e8 if problem.dtype != "float32" else 4e7))
+
+        def launch_of(kernel: BoundKernel) -> Callable[[int], None]:
+            return lambda i: kernel.launch(x, weights[i % len(weights)], None, out)
+
+        launches = {}
+        for key, kernel in kernels.items():
+            try:
+                launch_of(kernel)(0)
+                torch.cuda.synchronize()
+                launches[key] = launch_of(kernel)
+            except Exception as error:  # noqa: BLE001, PERF203 - a backend's code; what does not run does not win
+                _log.debug("%s: %s", key, error)
+        if not launches:
+            return {}
+        timed = interleaved(launches, operand_sets=len(weights), estimate_us=estimate, replays=2 if brief else None)
+        return {key: timing.median_us for key, timing in timed.items()}
+
+    return timer
+
+
+def search(
+    plan: Plan,
+    problem: Problem,
+    rows: Sequence[int],
+    timer: Timer,
+    only: Sequence[str] = (),
+    like: TunedEntry | None = None,
+) -> Found:
+    """Find the fastest kernel of each M, and prove each winner. Raises `SelectionError` where nothing can serve.
+
+    like: the ladder of a dtype that runs alike: its kernel for an M is tried, and each implementation's own choice.
+    """
+    numerics, known = contenders(plan, problem, only)
+    prover = _Prover(plan.device, problem, known, max(rows))
+    hopeless: set[str] = set()
+    own = {choice.key for m in rows for choice in _own(plan.device, problem, known, m)}
+    steps: list[Step] = []
+    refused: dict[str, str] = {}
+    tried: set[str] = set()
+    for m in rows:
+        choices = {choice.key: choice for choice in _choices(plan.device, problem, known, m, like)}
+        # What an implementation takes by itself is never given up: it serves where all that is faster is refused.
+        given_up = (hopeless - own) | set(refused)
+        choices = {key: choice for key, choice in choices.items() if key not in given_up}
+        if steps:
+            choices.setdefault(steps[-1].choice.key, steps[-1].choice)
+        kernels = _bound(plan.device, problem, choices, m)
+        tried |= set(kernels)
+        looks = dict(timer(problem, m, kernels, True))
+        while looks:
+            finalists = sorted(looks, key=lambda key: looks[key])[:_FINALISTS]
+            times = timer(problem, m, {key: kernels[key] for key in finalists}, False)
+            before = steps[-1].choice.key if steps else None
+            key = winner(times, [key for key in choices if key in times], before)
+            low = steps[-1].m + 1 if steps else 1
+            check = prover.check(choices[key], low, m)
+            if check.passed:
+                steps.append(Step(m, choices[key], times[key]))
+                hopeless |= {other for other, us in looks.items() if us > _HOPELESS * looks[key]}
+                break
+            refused[key] = str(check)
+            _log.warning("%s is refused for %s: %s", choices[key], problem, check)
+            del looks[key]
+        else:
+            raise SelectionError(f"nothing in class {numerics} runs {m} rows of {problem} on {plan.device.name}")
+    return Found(numerics, tuple(steps), prover.comparisons, len(tried), tuple(refused.values()))
+
+
+def _choices(
+    device: Device,
+    problem: Problem,
+    known: Sequence[tuple[Implementation, Params]],
+    m: int,
+    like: TunedEntry | None,
+) -> Iterable[Choice]:
+    yield from _own(device, problem, known, m)
+    for implementation, params in known if like is None else ():
+        if implementation.search:
+            for tile in _tiles(device, problem, implementation, params, m):
+                yield Choice(implementation, params, tile)
+    if like is not None:
+        rung = next(rung for rung in like.rungs if rung.max_m is None or m <= rung.max_m)
+        for implementation, params in known:
+            same = implementation.name == rung.impl and params == implementation.params.model_validate(rung.params)
+            if same and implementation.tile is not None and rung.tile is not None:
+                yield Choice(implementation, params, implementation.tile.model_validate(rung.tile))
+
+
+def _own(device: Device, problem: Problem, known: Sequence[tuple[Implementation, Params]], m: int) -> Iterable[Choice]:
+    """What each implementation takes for m rows by itself."""
+    for implementation, params in known:
+        shapes = implementation.tiles(device, problem, params)
+        yield Choice(implementation, params, next(t for max_m, t in shapes if max_m is None or m <= max_m))
+
+
+def _tiles(device: Device, problem: Problem, implementation: Implementation, params: Params, m: int) -> list[Tile]:
+    found: list[Tile] = list(load_attribute(implementation.search)(device, problem, params, m))
+    return found[-2:] if m >= _LARGE and not implementation.chooses_inside else found
+
+
+def _bound(device: Device, problem: Problem, choices: Mapping[str, Choice], m: int) -> dict[str, BoundKernel]:
+    """Those that can be bound for calls of m rows."""
+    kernels = {}
+    for key, choice in choices.items():
+        rung = Rung(choice.implementation, choice.params, choice.tile)
+        try:
+            kernels[key] = bind(problem, device, (rung,), Limits(m, min_tokens=m))
+        except Exception as error:  # noqa: BLE001 - a backend's code; what cannot be bound does not win
+            _log.debug("%s: %s", key, error)
+    return kernels
+
+
+class _Prover:
+    """Compares winners with one reference: the first listed whose launch shapes are our own, at its own ladder."""
+
+    def __init__(
+        self, device: Device, problem: Problem, known: Sequence[tuple[Implementation, Params]], most: int
+    ) -> None:
+        self._device, self._place = device, torch.device(device.torch_device)
+        self._problem, self._most = problem, most
+        plain = [pair for pair in known if not pair[0].chooses_inside]
+        self._reference = (plain or list(known))[0]
+        self._wide = ops.get(problem.op).problem(problem.dtype, {**problem.dims, "out_dtype": "float32"})
+        self._expected: dict[tuple[str, str], tuple[list[torch.Tensor | None], torch.Tensor]] = {}
+        self.comparisons = 0
+
+    def check(self, choice: Choice, low: int, high: int) -> Check:
+        """The winner of M from `low` to `high` at both ends and one beyond, and at 1; every output dtype it gives."""
+        n = self._problem.size("n")
+        rows = sorted({m for m in (1, low - 1, low, high - 1, high, high + 1) if m >= 1 and m * n <= _MOST_ELEMENTS})
+        tally = Tally(str(choice), ("out",))
+        for problem in dict.fromkeys((self._problem, self._wide)):
+            if choice.implementation.unmet(self._device, problem) or self._reference[0].unmet(self._device, problem):
+                continue
+            rung = Rung(choice.implementation, choice.params, choice.tile)
+            kernel = bind(problem, self._device, (rung,), Limits(max(rows)))
+            for distribution in _DISTRIBUTIONS:
+                arguments, expected = self._known(problem, distribution)
+                mine = Subject(problem, self._place, kernel.launch)
+                x, *others = arguments
+                for m in rows if distribution == "normal" else rows[-1:]:
+                    if m > len(expected) or x is None:
+                        continue
+                    tally.add(m, mine.alone([x[:m], *others]), (expected[:m],))
+        check = tally.check()
+        if not check.rows:
+            return replace(check, differing=1, note="nothing could be compared")
+        self.comparisons += check.rows if check.passed else 0
+        return check
+
+    def _known(self, problem: Problem, distribution: str) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+        key = (problem.key, distribution)
+        if key not in self._expected:
+            implementation, params = self._reference
+            rows = min(self._most + 1, _MOST_ELEMENTS // problem.size("n"))
+            shapes = implementation.tiles(self._device, problem, params)
+            rungs = tuple(Rung(implementation, params, tile, max_m) for max_m, tile in shapes)
+            subject = Subject(problem, self._place, bind(problem, self._device, rungs, Limits(rows)).launch)
+            arguments = subject.inputs(rows, distribution=distribution, seed=6)
+            self._expected[key] = arguments, subject.alone(arguments)[0]
+        return self._expected[key]
