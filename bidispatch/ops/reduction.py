@@ -1,4 +1,4 @@
-"""Reductions over the last axis: softmax, log_softmax, token_logprob, mean."""
+"""Reductions over the last axis: softmax, log_softmax, token_logprob, mean, sum."""
 
 from __future__ import annotations
 
@@ -45,4 +45,5 @@ OPS = (
     _over_rows("log_softmax", "x - max - log(sum(exp(x - max))) of each row", ("m", "n")),
     TOKEN_LOGPROB,
     _over_rows("mean", "the mean of each row", ("m",)),
+    _over_rows("sum", "the sum of each row", ("m",)),
 )

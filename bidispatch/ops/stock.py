@@ -23,6 +23,7 @@ __all__ = [
     "rms_norm",
     "silu_and_mul",
     "softmax",
+    "sum",
     "token_logprob",
 ]
 
@@ -106,6 +107,12 @@ def mean(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`Tensor.mean`: [m]."""
     compute, out = _dtypes(problem)
     return (x.mean(-1, dtype=compute).to(out),)
+
+
+def sum(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: A001  the op's name
+    """`Tensor.sum`: [m]."""
+    compute, out = _dtypes(problem)
+    return (x.sum(-1, dtype=compute).to(out),)
 
 
 def attention(

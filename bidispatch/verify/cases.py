@@ -39,6 +39,7 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
     "log_softmax": ({"n": 9001, "out_dtype": "float32"},),
     "token_logprob": ({"n": 9001}, {"n": 40}),
     "mean": ({"n": 1003},),
+    "sum": ({"n": 1003}, {"n": 40, "out_dtype": "float32"}),
     "attention": (
         {**_HEADS, "window": 100},
         {**_HEADS, "softcap": 20.0, "sinks": True},

@@ -25,7 +25,7 @@ from bidispatch_backends.triton.compile import Variant, compile_variant, target_
 from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, SplitParams, VectorParams
 
 COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
-SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean")
+SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean", "sum")
 ROW_OPS = (*SUMMING_OPS, "silu_and_mul", "gelu_tanh_and_mul")
 HEADS = {"num_heads": 32, "num_kv_heads": 8}
 DTYPES = ("bfloat16", "float16", "float32")

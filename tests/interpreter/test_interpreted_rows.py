@@ -46,6 +46,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("token_logprob", {}),
     ("mean", {}),
     ("mean", {"out_dtype": "float32"}),
+    ("sum", {}),
+    ("sum", {"out_dtype": "float32"}),
 ]
 CASE_IDS = ["-".join([op, *dims]) for op, dims in CASES]
 # Wide enough for what a test does with it: several blocks, several chunks.

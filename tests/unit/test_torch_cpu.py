@@ -56,6 +56,8 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_logprob-long": ("token_logprob", {"n": 40001}),
     "mean": ("mean", {"n": 1000}),
     "mean-long": ("mean", {"n": 40001}),
+    "sum": ("sum", {"n": 1000}),
+    "sum-long": ("sum", {"n": 40001}),
 }
 
 HEADS = {"head_dim": 32, "num_heads": 8, "num_kv_heads": 2}

@@ -36,6 +36,7 @@ SMALL = {
     "log_softmax": {"n": 70},
     "token_logprob": {"n": 70},
     "mean": {"n": 70},
+    "sum": {"n": 70},
     "attention": SMALL_ATTENTION,
 }
 

@@ -53,6 +53,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
         "F.log_softmax in fp32 on padded blocks of rows, then one value of each",
     ),
     ("mean", "rows:bind_mean", RowParams, _row_class, "fp32, on padded blocks of rows"),
+    ("sum", "rows:bind_sum", RowParams, _row_class, "fp32, on padded blocks of rows"),
     (
         "attention",
         "attention:bind_paged_attention",

@@ -34,6 +34,7 @@ __all__ = [
     "bind_rms_norm",
     "bind_silu_and_mul",
     "bind_softmax",
+    "bind_sum",
     "bind_token_logprob",
 ]
 
@@ -222,11 +223,20 @@ def bind_token_logprob(context: BindContext) -> Kernel:
 
 def bind_mean(context: BindContext) -> Kernel:
     """Return `kernel(x, out)`; see the op `mean`."""
+    return _bind_sum(context, divisor=context.problem.size("n"))
+
+
+def bind_sum(context: BindContext) -> Kernel:
+    """Return `kernel(x, out)`; see the op `sum`."""
+    return _bind_sum(context, divisor=1)
+
+
+def _bind_sum(context: BindContext, divisor: int) -> Kernel:
     blocks = _Blocks(context.problem.size("n"), context.params.block)
     buffer = blocks.buffer()
 
-    def mean(x: torch.Tensor, out: torch.Tensor) -> None:
+    def row_sum(x: torch.Tensor, out: torch.Tensor) -> None:
         for rows in row_blocks(len(x), blocks.rows):
-            out[rows] = (blocks.sums(blocks.fill(buffer, x[rows])) / blocks.n)[: rows.stop - rows.start]
+            out[rows] = (blocks.sums(blocks.fill(buffer, x[rows])) / divisor)[: rows.stop - rows.start]
 
-    return mean
+    return row_sum

@@ -67,7 +67,7 @@ def register(registry: Registry) -> None:
             summary="the same with a column a thread, for few rows of fp32: products by FMA in the order of K",
         )
     )
-    for op in ("rms_norm", "fused_add_rms_norm", "qk_norm", "mean"):
+    for op in ("rms_norm", "fused_add_rms_norm", "qk_norm", "mean", "sum"):
         module = "norm" if op.endswith("norm") else "reduction"
         registry.register(
             Implementation(

@@ -31,6 +31,7 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.log_softmax": softmax.launches,
     "triton.token_logprob": softmax.launches,
     "triton.mean": reduction.launches,
+    "triton.sum": reduction.launches,
     "triton.silu_and_mul": activation.launches,
     "triton.gelu_tanh_and_mul": activation.launches,
     "triton.paged_attention": attention.launches,

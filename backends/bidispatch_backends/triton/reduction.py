@@ -1,4 +1,4 @@
-"""Sums over the last axis: `mean`."""
+"""Sums over the last axis: `mean` and `sum`."""
 
 # Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -17,7 +17,7 @@ from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, po
 from bidispatch_backends.triton.params import RowParams, RowTile, row_width
 from bidispatch_backends.triton.rows import row_block, row_launch, tree_sum
 
-__all__ = ["bind_mean", "launches", "mean_kernel"]
+__all__ = ["bind_mean", "bind_sum", "launches", "mean_kernel", "sum_kernel"]
 
 
 @triton.jit
@@ -39,6 +39,14 @@ def mean_kernel(x_ptr, out_ptr, stride_x, rows, N: tl.constexpr, BLOCK: tl.const
     tl.store(out_ptr + row, mean[:, None].to(out_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def sum_kernel(x_ptr, out_ptr, stride_x, rows, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """out[row] = sum(x[row]), `ROWS` rows a program, in the order of the mean's."""
+    row, live = row_block(ROWS, rows)
+    total = _row_sums(x_ptr + row * stride_x, live, N, BLOCK, ROWS)
+    tl.store(out_ptr + row, total[:, None].to(out_ptr.dtype.element_ty), mask=live)
+
+
 def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> tuple[Launch, ...]:
     """The one launch of a reduction."""
     n = problem.size("n")
@@ -49,16 +57,20 @@ def launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch) -> 
         "rows": "i32",
     }
     shape = {"N": n, "BLOCK": row_width(n, params.block), "ROWS": tile.rows}
-    return (row_launch(mean_kernel, arguments, arch, tile.num_warps, **shape),)
+    kernel = mean_kernel if problem.op == "mean" else sum_kernel
+    return (row_launch(kernel, arguments, arch, tile.num_warps, **shape),)
 
 
 def bind_mean(context: BindContext) -> Kernel:
-    """x [m, n], out [m]."""
+    """`mean` or, by the op of the problem, `sum`: x [m, n], out [m]."""
     (launch,) = launches(context.problem, context.params, context.tile, context.device.arch)
     per_program = context.tile.rows
 
-    def mean(x: torch.Tensor, out: torch.Tensor) -> None:
+    def reduce(x: torch.Tensor, out: torch.Tensor) -> None:
         rows = x.shape[0]
         launch((ceil_div(rows, per_program),), x, out, x.stride(0), rows)
 
-    return mean
+    return reduce
+
+
+bind_sum = bind_mean

@@ -7,7 +7,7 @@ import torch
 from bidispatch.ops.reference.draw import draw, draw_indices
 from bidispatch.ops.schema import Problem
 
-__all__ = ["log_softmax", "mean", "row_inputs", "softmax", "token_logprob", "token_logprob_inputs"]
+__all__ = ["log_softmax", "mean", "row_inputs", "softmax", "sum", "token_logprob", "token_logprob_inputs"]
 
 
 def softmax(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -33,6 +33,11 @@ def token_logprob(problem: Problem, x: torch.Tensor, token_ids: torch.Tensor) ->
 def mean(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The mean of each row of x [m, n]: [m] in float64."""
     return (x.double().sum(-1) / problem.size("n"),)
+
+
+def sum(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: A001  the op's name
+    """The sum of each row of x [m, n]: [m] in float64."""
+    return (x.double().sum(-1),)
 
 
 def row_inputs(

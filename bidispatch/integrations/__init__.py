@@ -1,0 +1,1 @@
+"""Where bidispatch meets frameworks: one package each."""
