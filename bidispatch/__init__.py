@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SelectionError,
         UsageError,
     )
+    from bidispatch.integrations.aten.mode import aten_overrides
     from bidispatch.invariance import Invariance
     from bidispatch.ops.schema import Op, Problem
     from bidispatch.planning.overrides import override
@@ -54,6 +55,7 @@ _HOMES = {
         "SelectionError",
         "UsageError",
     ),
+    "bidispatch.integrations.aten.mode": ("aten_overrides",),
     "bidispatch.invariance": ("Invariance",),
     "bidispatch.ops.schema": ("Op", "Problem"),
     "bidispatch.planning.overrides": ("override",),
@@ -92,6 +94,7 @@ __all__ = [
     "Tile",
     "UsageError",
     "__version__",
+    "aten_overrides",
     "override",
     "plan",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from bidispatch.demo.scheduler import EngineLimits, Request
 from bidispatch.demo.workload import PAGE_SIZE
 from bidispatch.device import Device
 from bidispatch.errors import DeviceError, UsageError
+from bidispatch.integrations.aten import aten_overrides
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.plan import Plan
 from bidispatch.runtime.context import Limits
@@ -95,8 +97,8 @@ def _describe(activity: Activity) -> str:
     )
 
 
-def audit_transformers(folder: Path, device: Device, *, dtype: str) -> Audit:
-    """Run a prefill of two prompts and a decode step of a transformers model, as it is: nothing of a plan is in it.
+def audit_transformers(folder: Path, device: Device, *, dtype: str, overrides: Plan | None = None) -> Audit:
+    """Run a prefill of two prompts and a decode step of a transformers model: as it is, or under a plan's overrides.
 
     It is built from the folder's config, with random weights. Layers repeat, so only as many of the first ones are
     built as hold every kind there is. Raises `DeviceError` where transformers is not installed, `UsageError` for a
@@ -130,7 +132,8 @@ def audit_transformers(folder: Path, device: Device, *, dtype: str) -> Audit:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"transformers cannot make a causal model of {folder}: {_first_line(error)}") from error
     tokens = torch.arange(12, device=device.torch_device).view(2, 6) % config.get_text_config().vocab_size
-    with torch.inference_mode(), Trace() as trace:
+    context = aten_overrides(overrides) if overrides else contextlib.nullcontext()
+    with torch.inference_mode(), Trace() as trace, context:
         prefill = model(input_ids=tokens, use_cache=True)
         model(input_ids=tokens[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
     return Audit(f"{config.model_type} (transformers)", "a prefill of 2 x 6 tokens and a decode", tuple(trace.entries))

@@ -41,6 +41,9 @@ def command(
         Framework,
         typer.Option("--framework", help="builtin: the demo's decoder under the plan. transformers: as it is."),
     ] = Framework.BUILTIN,
+    overrides: Annotated[
+        bool, typer.Option("--overrides", help="Of transformers: run it under `aten_overrides`, by the plan's kernels.")
+    ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
@@ -55,11 +58,12 @@ def command(
     machine.require_torch("audit")
     plan = make_plan(device)
     machine.require_device(plan.device)
-    audit = _run(plan, model, framework)
+    audit = _run(plan, model, framework, overrides)
     if as_json:
         render.json_document(
             {
                 "framework": framework.value,
+                "overrides": overrides,
                 "model": str(model) if model else None,
                 "device": plan.device.name,
                 "steps": audit.steps,
@@ -78,13 +82,15 @@ def command(
     return 0 if audit.passed else failures.FINDING
 
 
-def _run(plan: Plan, model: Path | None, framework: Framework) -> Audit:
+def _run(plan: Plan, model: Path | None, framework: Framework, overrides: bool) -> Audit:
     from bidispatch.audit.models import audit_builtin, audit_transformers
 
     dtype = dtype_for(plan.device)
     if framework is Framework.TRANSFORMERS:
         if model is None:
             raise UsageError("--framework transformers needs --model DIR, a folder with a config.json")
-        return audit_transformers(model, plan.device, dtype=dtype)
+        return audit_transformers(model, plan.device, dtype=dtype, overrides=plan if overrides else None)
+    if overrides:
+        raise UsageError("--overrides is for --framework transformers: the built-in decoder runs by the plan as it is")
     config = ModelConfig.read(model) if model else built_in(plan.device)
     return audit_builtin(plan, config, dtype=dtype)

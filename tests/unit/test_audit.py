@@ -207,6 +207,22 @@ def test_a_stock_transformers_model_is_uncovered(folder, capsys, recwarn):
     assert not any(entry["verdict"] == COVERED for entry in document["ops"])
 
 
+def test_under_the_overrides_nothing_that_sums_is_uncovered(folder, capsys, recwarn):
+    """What is left are elementwise functions, which only a processor's vector tails make depend on their place."""
+    pytest.importorskip("transformers")
+    words = ["--model", str(folder), "--framework", "transformers", "--overrides", "--device", "cpu", "--json"]
+    main(["audit", *words])
+    entries = json.loads(capsys.readouterr().out)["ops"]
+    assert {e["op"] for e in entries if e["verdict"] == "covered"} >= {
+        "bidispatch.aten_bmm.default",
+        "bidispatch.aten_linear.default",
+        "bidispatch.aten_reduce.default",
+        "bidispatch.aten_softmax.default",
+    }
+    assert all(e["reason"].startswith("elementwise") for e in entries if e["verdict"] == "uncovered")
+    assert main(["audit", "--overrides", "--device", "cpu"]) == 2
+
+
 def test_a_folder_transformers_cannot_read_is_a_usage_error(tmp_path, capsys, recwarn):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "nobody"}')

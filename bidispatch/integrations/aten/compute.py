@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bidispatch.errors import ArgumentError
 from bidispatch.integrations.aten.kernels import Kernels
 
-__all__ = ["bmm", "linear", "mm", "reduce", "reduced_shape", "softmax"]
+__all__ = ["bmm", "linear", "mm", "padded_length", "reduce", "reduced_shape", "softmax"]
 
 _BUCKET = 128
 
@@ -96,10 +96,10 @@ def softmax(kernels: Kernels, x: torch.Tensor, dim: int, out_dtype: torch.dtype,
     moved = (x.view(1) if x.dim() == 0 else x).movedim(dim, -1)
     n = moved.shape[-1]
     rows = moved.reshape(-1, n)
-    padded = _padded(n)
+    padded = padded_length(n)
     rows = F.pad(rows, (0, padded - n), value=-math.inf) if padded > n else _last_contiguous(rows)
     kernel = kernels.over_rows("log_softmax" if log else "softmax", rows.shape[0], padded, x.dtype, out_dtype)
-    out = kernel(rows)[:, :n]
+    out: torch.Tensor = kernel(rows)[:, :n]
     return out.reshape(moved.shape).movedim(-1, dim).contiguous().view(x.shape)
 
 
@@ -118,10 +118,11 @@ def reduce(
     if not (m and n):
         return x.new_full(shape, math.nan if mean else 0.0, dtype=out_dtype)
     rows = x.permute(*kept, *reduced).reshape(m, n)
-    padded = _padded(n)
+    padded = padded_length(n)
     if padded == n:
         kernel = kernels.over_rows("mean" if mean else "sum", m, n, x.dtype, out_dtype)
-        return kernel(_last_contiguous(rows)).view(shape)
+        whole: torch.Tensor = kernel(_last_contiguous(rows))
+        return whole.view(shape)
     total: torch.Tensor = kernels.over_rows("sum", m, padded, x.dtype, torch.float32)(F.pad(rows, (0, padded - n)))
     return (total / n if mean else total).to(out_dtype).view(shape)
 
@@ -129,11 +130,10 @@ def reduce(
 def reduced_shape(x: torch.Tensor, dims: Sequence[int], keepdim: bool) -> list[int]:
     """The shape of a sum of x over `dims` (all, when there are none)."""
     reduced = {dim % max(1, x.dim()) for dim in dims} or set(range(x.dim()))
-    sizes = [1 if dim in reduced else size for dim, size in enumerate(x.shape) if keepdim or dim not in reduced]
-    return sizes
+    return [1 if dim in reduced else size for dim, size in enumerate(x.shape) if keepdim or dim not in reduced]
 
 
-def _padded(n: int) -> int:
+def padded_length(n: int) -> int:
     """The length that rows of n are padded to, with what adds nothing to their sums.
 
     A kernel is made for each length of a row, and the scores of attention have another one at every step.
