@@ -138,10 +138,12 @@ def search(
     timer: Timer,
     only: Sequence[str] = (),
     like: TunedEntry | None = None,
+    distrusted: Mapping[str, str] | None = None,
 ) -> Found:
     """Find the fastest kernel of each M, and prove each winner. Raises `SelectionError` where nothing can serve.
 
     like: the ladder of a dtype that runs alike: its kernel for an M is tried, and each implementation's own choice.
+    distrusted: keys of kernels that take no part, and why: they gave other bits at some M.
     """
     numerics, known = contenders(plan, problem, only)
     # The class is what all of the profile's kernels agree on: one named alone is not its own reference.
@@ -150,7 +152,7 @@ def search(
     hopeless: set[str] = set()
     own = {choice.key for m in rows for choice in _own(plan.device, problem, known, m)}
     steps: list[Step] = []
-    refused: dict[str, str] = {}
+    refused: dict[str, str] = dict(distrusted or {})
     tried: set[str] = set()
     skipped: set[str] = set()
     for m in rows:
@@ -158,7 +160,7 @@ def search(
         # What an implementation takes by itself is never given up: it serves where all that is faster is refused.
         given_up = (hopeless - own) | set(refused)
         choices = {key: choice for key, choice in choices.items() if key not in given_up}
-        if steps:
+        if steps and steps[-1].choice.key not in refused:
             choices.setdefault(steps[-1].choice.key, steps[-1].choice)
         kernels = _bound(plan.device, problem, choices, m)
         tried |= set(kernels)
@@ -189,6 +191,9 @@ def search(
                 f"{len(refused)} kernels were refused for other bits, {len(skipped)} could not be bound or run"
                 + "".join(f"; {why}" for why in list(refused.values())[:1])
             )
+    if any(step.choice.key in refused for step in steps):
+        # It won at an M where its bits agreed and differed at another: it is of no class, and serves nowhere.
+        return search(plan, problem, rows, timer, only, like, refused)
     return Found(numerics, tuple(steps), prover.comparisons, len(tried), len(skipped), tuple(refused.values()))
 
 

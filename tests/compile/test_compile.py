@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import bidispatch
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.ops.schema import Problem
+from bidispatch.profiles.load import builtin_folder
+from bidispatch.profiles.tiles import read_tuned
 from bidispatch.registry import Registry, Rung
 from bidispatch.runtime.bind import load_attribute
 from bidispatch_backends.triton import register
@@ -85,7 +88,7 @@ def plan_for(arch: str) -> bidispatch.Plan:
 def triton_rungs(arch: str, problem: Problem) -> tuple[Rung, ...]:
     """The Triton rungs that a plan for this arch selects, or would without the libraries it prefers."""
     rungs = plan_for(arch).select_problem(problem).rungs
-    if all(rung.implementation.backend != "triton" for rung in rungs):
+    if any(rung.implementation.backend != "triton" for rung in rungs):
         with bidispatch.override(f"{problem.op}=triton.{problem.op}"):
             rungs = plan_for(arch).select_problem(problem).rungs
     return tuple(rung for rung in rungs if rung.implementation.backend == "triton")
@@ -308,3 +311,21 @@ def test_fp32_products_do_not_use_tf32() -> None:
     for op in ("gemm", "bmm", "attention"):
         for name, text in assembly("sm90", ops.get(op).typical("float32")):
             assert "tf32" not in text, name
+
+
+@pytest.mark.parametrize("file", sorted(builtin_folder().glob("tiles/*/*.json")), ids=lambda file: file.parent.name)
+def test_every_tuned_tile_compiles_and_fits(file: Path) -> None:
+    tuned = read_tuned(file)
+    registry = Registry()
+    register(registry)
+    found: dict[str, Variant] = {}
+    for entry in tuned.entries:
+        problem = ops.get(entry.op).problem(entry.dtype, dict(entry.dims))
+        for rung in entry.rungs:
+            if rung.impl in registry and rung.tile is not None:
+                kernel = registry.get(rung.impl)
+                assert kernel.tile is not None
+                params, tile = kernel.params.model_validate(rung.params), kernel.tile.model_validate(rung.tile)
+                found |= {v.key: v for v in variants(rung.impl, problem, params, tile, ARCHS[tuned.arch])}
+    assert found
+    assert shared_memory_faults(tuned.arch, found) == []
