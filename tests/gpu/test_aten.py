@@ -1,4 +1,4 @@
-"""`aten_overrides` on this GPU: eager, compiled by Inductor, captured in a CUDA graph; a row's bits are its own in each."""
+"""`aten_overrides` on this GPU: eager, compiled by Inductor, captured in a CUDA graph; rows free of the batch."""
 
 from __future__ import annotations
 
