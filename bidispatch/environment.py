@@ -67,7 +67,8 @@ def hard_part(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _package(implementation: Implementation) -> str:
-    return implementation.load.partition(":")[0].rpartition(".")[0] or implementation.load.partition(":")[0]
+    """The outermost package of a kernel: a backend may use code of those beside it, as ours do for labels and folds."""
+    return implementation.load.partition(":")[0].partition(".")[0]
 
 
 @lru_cache(maxsize=64)

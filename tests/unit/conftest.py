@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cli_door import as_json, cli, extra_backend, install, own_profile  # noqa: F401 - fixtures of any test here
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

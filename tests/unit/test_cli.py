@@ -18,8 +18,6 @@ from bidispatch.device import ARCHS
 from bidispatch.profiles.load import builtin_folder, lint_file
 from bidispatch.registry import Registry, default_registry
 
-pytest_plugins = ["cli_door"]
-
 
 def table_rows(out: str, first: str) -> list[list[str]]:
     """The rows of the table whose first column is called `first`, split at two spaces."""

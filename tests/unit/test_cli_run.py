@@ -15,8 +15,6 @@ from bidispatch.demo.workload import make_workload  # noqa: E402
 from bidispatch.device import Device  # noqa: E402
 from bidispatch.records import RecordStore  # noqa: E402
 
-pytest_plugins = ["cli_door"]
-
 MEAN = ("verify", "mean", "--device", "cpu", "--dtype", "fp32", "--dim", "n=40")
 SMALL = {
     "model_type": "qwen3",

@@ -10,7 +10,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from cli_door import as_json, cli  # noqa: F401 - fixtures
 from fake_cublaslt import BROKEN, FakeCublasLt, sequential
 from fakes import H200
 from hypothesis import given
@@ -533,7 +532,7 @@ def test_chunks_run_at_once_by_default_as_far_as_memory_allows_and_triton_is_the
     assert rows(problem_of("float32", n=4096, k=4096), 1024, H200) == 0
 
 
-def test_explain_shows_it_for_an_arch_that_is_elsewhere(monkeypatch, as_json):  # noqa: F811
+def test_explain_shows_it_for_an_arch_that_is_elsewhere(monkeypatch, as_json):
     monkeypatch.setenv("BIDISPATCH_IMPL", "gemm=cublaslt.pinned")
     words = ("explain", "gemm", "--device", "sm90", "--dtype", "bf16", "--dim", "n=6144", "--dim", "k=4096")
     code, document = as_json(*words)

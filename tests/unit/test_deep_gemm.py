@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from cli_door import as_json, cli  # noqa: F401 - fixtures
 from fakes import H200
 
 from bidispatch import ops
@@ -193,7 +192,7 @@ def test_another_version_is_named(monkeypatch):
     assert "needs sgl-deep-gemm==0.1.5, 0.2.5 is installed" in reason
 
 
-def test_explain_shows_it_for_an_arch_that_is_elsewhere(monkeypatch, as_json):  # noqa: F811
+def test_explain_shows_it_for_an_arch_that_is_elsewhere(monkeypatch, as_json):
     monkeypatch.setenv("BIDISPATCH_IMPL", "gemm=deep_gemm.bf16")
     words = ("explain", "gemm", "--device", "sm100", "--dtype", "bf16", "--dim", "n=6144", "--dim", "k=4096")
     code, document = as_json(*words)

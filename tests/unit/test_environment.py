@@ -47,6 +47,17 @@ def test_every_package_of_a_backend_is_covered(package, tmp_path):
     assert set(describe(H200, used)["code"]) == {"acme_kernels", "acme_attention"}
 
 
+def test_code_that_backends_share_is_covered(package, tmp_path):
+    """A fold or a label in a package beside the kernel's own is part of what a record was made with."""
+    (tmp_path / "acme_kernels" / "blas").mkdir()
+    (tmp_path / "acme_kernels" / "blas" / "gemm.py").write_text("x = 1\n")
+    used = [fake("acme.gemm", load="acme_kernels.blas.gemm:bind")]
+    before = describe(H200, used)["code"]
+    package("fold = 2\n", "fold.py")
+    assert set(before) == {"acme_kernels"}
+    assert describe(H200, used)["code"] != before
+
+
 def test_it_imports_no_kernel(package):
     package("raise RuntimeError('imported')\n")
     assert describe(H200, [fake("acme.gemm", load="acme_kernels.gemm:bind")])["code"]["acme_kernels"] != "unknown"

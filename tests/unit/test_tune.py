@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cli_door import cli  # noqa: F401 - a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -297,7 +296,7 @@ def test_a_config_that_cannot_be_read_says_what_is_missing(changes, ranks, says,
         (("gemm", "--model", "CONFIG", "--device", "cpu"), 3, "needs a GPU"),
     ],
 )
-def test_the_command_says_what_is_wrong(cli, tmp_path, words, code, says):  # noqa: F811
+def test_the_command_says_what_is_wrong(cli, tmp_path, words, code, says):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(QWEN3_8B))
     found, _, err = cli("tune", *(str(path) if word == "CONFIG" else word for word in words))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from cli_door import as_json, cli  # noqa: F401 - fixtures
 from test_tune import ROWS, bind_sound, fake, plan, problem, timer_of  # noqa: F401 - with a fixture
 
 from bidispatch import ops
@@ -158,14 +157,14 @@ def gpu(plan, monkeypatch, tmp_path):  # noqa: F811
     return make
 
 
-def test_the_command_shows_ladders_and_lines_to_paste(cli, gpu):  # noqa: F811
+def test_the_command_shows_ladders_and_lines_to_paste(cli, gpu):
     code, out, _ = cli(*gpu(FAST_B, fake("a.gemm"), fake("b.gemm")))
     assert code == 0
     for words in ("n=5 k=16", "b.gemm", "2 shapes in", "tuned: [", "candidates:"):
         assert words in out
 
 
-def test_the_commands_document_is_one_and_says_what_was_refused(as_json, gpu):  # noqa: F811
+def test_the_commands_document_is_one_and_says_what_was_refused(as_json, gpu):
     code, document = as_json(*gpu(FAST_B, fake("a.gemm"), other()))
     assert (code, document["passed"]) == (1, False)
     assert [len(outcome["refused"]) for outcome in document["outcomes"]] == [3, 3]
@@ -173,7 +172,7 @@ def test_the_commands_document_is_one_and_says_what_was_refused(as_json, gpu):  
     assert document["yaml"][0] == "ops:"
 
 
-def test_the_command_interrupted_says_how_to_go_on_and_goes_on(cli, gpu):  # noqa: F811
+def test_the_command_interrupted_says_how_to_go_on_and_goes_on(cli, gpu):
     calm = [False]
 
     def timer(asked, m, kernels, brief):
@@ -189,12 +188,12 @@ def test_the_command_interrupted_says_how_to_go_on_and_goes_on(cli, gpu):  # noq
     assert (code, "2 shapes in" in out, "1 of them from before" in out) == (0, True, True)
 
 
-def test_the_command_with_a_budget_ends_well(cli, gpu):  # noqa: F811
+def test_the_command_with_a_budget_ends_well(cli, gpu):
     code, out, _ = cli(*gpu(FAST_B, fake("a.gemm")), "--budget", "0s")
     assert (code, "the budget is over: 2 shapes are left" in out) == (0, True)
 
 
-def test_ranks_without_a_model_are_refused(cli, tmp_path):  # noqa: F811
+def test_ranks_without_a_model_are_refused(cli, tmp_path):
     (tmp_path / "shapes.yaml").write_text(json.dumps([{"name": "one", "n": 5, "k": 16}]))
     code, _, err = cli("tune", "gemm", "--shapes", str(tmp_path / "shapes.yaml"), "--tp", "2")
     assert (code, "--tp divides the layers of --model" in err) == (2, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from cli_door import cli  # noqa: F401 - a fixture
 
 import bidispatch as bid
 from bidispatch import ops
@@ -143,7 +142,7 @@ def test_what_is_written_is_read_again_and_stays_whole(tmp_path):
     assert [other.name for other in tmp_path.iterdir()] == ["gemm.json"]
 
 
-def test_the_plan_shows_a_tuned_ladder_by_implementation(tuned, cli, tmp_path):  # noqa: F811
+def test_the_plan_shows_a_tuned_ladder_by_implementation(tuned, cli, tmp_path):
     typical = ops.get("gemm").typical("bfloat16")
     same = [TunedRung(impl="triton.gemm", max_m=m, tile=SMALL) for m in (1, 2, 4, 8)]
     tuned(entry(n=typical.size("n"), k=typical.size("k"), rungs=[*same, TunedRung(impl="cublaslt.pinned")]))
