@@ -207,19 +207,24 @@ def test_a_stock_transformers_model_is_uncovered(folder, capsys, recwarn):
     assert not any(entry["verdict"] == COVERED for entry in document["ops"])
 
 
-def test_under_the_overrides_nothing_that_sums_is_uncovered(folder, capsys, recwarn):
-    """What is left are elementwise functions, which only a processor's vector tails make depend on their place."""
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_under_the_overrides_nothing_is_uncovered(tmp_path, capsys, recwarn, kind):
     pytest.importorskip("transformers")
-    words = ["--model", str(folder), "--framework", "transformers", "--overrides", "--device", "cpu", "--json"]
-    main(["audit", *words])
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"model_type": kind, "architectures": None}))
+    words = ["--model", str(tmp_path), "--framework", "transformers", "--overrides", "--device", "cpu", "--json"]
+    assert main(["audit", *words]) == 0
     entries = json.loads(capsys.readouterr().out)["ops"]
-    assert {e["op"] for e in entries if e["verdict"] == "covered"} >= {
+    assert {e["op"] for e in entries if e["verdict"] == "covered"} == {
         "bidispatch.aten_bmm.default",
         "bidispatch.aten_linear.default",
         "bidispatch.aten_reduce.default",
         "bidispatch.aten_softmax.default",
+        "bidispatch.elementwise.default",
     }
-    assert all(e["reason"].startswith("elementwise") for e in entries if e["verdict"] == "uncovered")
+    assert {e["verdict"] for e in entries} == {COVERED, ROW_LOCAL}
+
+
+def test_the_built_in_decoder_takes_no_overrides():
     assert main(["audit", "--overrides", "--device", "cpu"]) == 2
 
 

@@ -54,9 +54,9 @@ def scaled_dot_product_attention(
     scores = scores * (1 / math.sqrt(d) if scale is None else scale)
     mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril() if is_causal else attn_mask
     if mask is not None and mask.dtype is torch.bool:
-        scores = scores.masked_fill(~_widened(mask, padded, False), -math.inf)
+        scores = scores.masked_fill(~_widened(mask, n, padded, False), -math.inf)
     elif mask is not None:
-        scores = scores + _widened(mask.float(), padded, -math.inf)
+        scores = scores + _widened(mask.float(), n, padded, -math.inf)
     elif padded > n:
         seen = torch.arange(padded, device=query.device) < n
         scores = scores.masked_fill(~seen, -math.inf)
@@ -79,6 +79,6 @@ def _padded(x: torch.Tensor, batch: torch.Size, heads: int, length: int) -> torc
     return x.reshape(batch.numel() * heads, length, x.shape[-1])
 
 
-def _widened(mask: torch.Tensor, length: int, value: float) -> torch.Tensor:
-    """A mask over `length` keys."""
-    return F.pad(mask.expand(*mask.shape[:-1], mask.shape[-1]), (0, length - mask.shape[-1]), value=value)
+def _widened(mask: torch.Tensor, n: int, length: int, value: float) -> torch.Tensor:
+    """A mask of n keys, or of one for all, over `length` keys."""
+    return F.pad(mask.expand(*mask.shape[:-1], n), (0, length - n), value=value)

@@ -64,8 +64,7 @@ def mm(
         )
     else:
         wanted = out_dtype if addend is None else torch.float32
-        kernel = kernels.product("bmm", m, n, k, a.dtype, wanted)
-        out = kernel(_last_contiguous(a)[None], _last_contiguous(b)[None])[0]
+        out = _matrices(kernels, a[None], b[None], wanted)[0]
     return _finish(out, addend, beta, alpha, out_dtype)
 
 
@@ -85,8 +84,19 @@ def bmm(
     if not (matrices and m and n and k):
         out = a.new_zeros((matrices, m, n), dtype=wanted)
     else:
-        out = kernels.product("bmm", m, n, k, a.dtype, wanted)(_last_contiguous(a), b)
+        out = _matrices(kernels, a, b, wanted)
     return _finish(out, addend, beta, alpha, out_dtype)
+
+
+def _matrices(kernels: Kernels, a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """a [z, m, k] @ b [z, k, n]: contiguous. Sizes that the scores of attention change at every step are padded."""
+    (_, m, k), n = a.shape, b.shape[2]
+    wide, long = padded_length(n), padded_length(k)
+    if wide > n or long > k:
+        a = F.pad(a, (0, long - k))
+        b = F.pad(b, (0, wide - n, 0, long - k))
+    out: torch.Tensor = kernels.product("bmm", m, wide, long, a.dtype, out_dtype)(_last_contiguous(a), b)
+    return out[:, :, :n].contiguous() if wide > n else out
 
 
 def softmax(kernels: Kernels, x: torch.Tensor, dim: int, out_dtype: torch.dtype, log: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ from bidispatch.integrations.aten import compute
 from bidispatch.integrations.aten.kernels import kernels_of
 from bidispatch.runtime.torch_ops import NAMESPACE
 
-__all__ = ["bmm", "linear", "mm", "reduce", "softmax"]
+__all__ = ["bmm", "direct", "linear", "mm", "reduce", "softmax"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -25,7 +25,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyp
 
 def linear(handle: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., k] @ weight [n, k].T + bias [n]."""
-    if _direct(x, weight, bias):
+    if direct(x, weight, bias):
         with torch._C.DisableTorchFunction():
             return compute.linear(kernels_of(handle), x, weight, bias)
     result: torch.Tensor = torch.ops.bidispatch.aten_linear(handle, x, weight, bias)
@@ -43,7 +43,7 @@ def mm(
 ) -> torch.Tensor:
     """alpha · a @ b + beta · addend, of matrices."""
     out_dtype = out_dtype or a.dtype
-    if _direct(a, b, addend):
+    if direct(a, b, addend):
         with torch._C.DisableTorchFunction():
             return compute.mm(kernels_of(handle), a, b, addend, beta, alpha, out_dtype)
     result: torch.Tensor = torch.ops.bidispatch.aten_mm(handle, a, b, addend, beta, alpha, out_dtype)
@@ -61,7 +61,7 @@ def bmm(
 ) -> torch.Tensor:
     """alpha · a @ b + beta · addend, of batches of matrices."""
     out_dtype = out_dtype or a.dtype
-    if _direct(a, b, addend):
+    if direct(a, b, addend):
         with torch._C.DisableTorchFunction():
             return compute.bmm(kernels_of(handle), a, b, addend, beta, alpha, out_dtype)
     result: torch.Tensor = torch.ops.bidispatch.aten_bmm(handle, a, b, addend, beta, alpha, out_dtype)
@@ -70,7 +70,7 @@ def bmm(
 
 def softmax(handle: int, x: torch.Tensor, dim: int, out_dtype: torch.dtype, log: bool) -> torch.Tensor:
     """Softmax over one axis, or its logarithm."""
-    if _direct(x):
+    if direct(x):
         with torch._C.DisableTorchFunction():
             return compute.softmax(kernels_of(handle), x, dim, out_dtype, log)
     result: torch.Tensor = torch.ops.bidispatch.aten_softmax(handle, x, dim, out_dtype, log)
@@ -81,14 +81,14 @@ def reduce(
     handle: int, x: torch.Tensor, dims: Sequence[int], keepdim: bool, out_dtype: torch.dtype, mean: bool
 ) -> torch.Tensor:
     """The sum or mean over some axes, or over all when there are none."""
-    if _direct(x):
+    if direct(x):
         with torch._C.DisableTorchFunction():
             return compute.reduce(kernels_of(handle), x, dims, keepdim, out_dtype, mean)
     result: torch.Tensor = torch.ops.bidispatch.aten_reduce(handle, x, dims, keepdim, out_dtype, mean)
     return result
 
 
-def _direct(*tensors: torch.Tensor | None) -> bool:
+def direct(*tensors: torch.Tensor | None) -> bool:
     """Whether nobody is there to see the call: no tracer, no mode, no transform, no gradient."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
