@@ -1,4 +1,4 @@
-"""`aten_overrides`: any module by the plan's kernels; torch's semantics, rows free of the batch."""
+"""`aten_overrides`: torch's functions by the plan's kernels; torch's semantics, rows free of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch: `with aten_overrides(plan):` gives any module the plan's kernels.
+"""Plain PyTorch: `with aten_overrides(plan):` makes torch's products, softmaxes and sums the plan's kernels.
 
 mode: the context, and the one table of what is overridden. functions: torch's functions by their signatures, and what
 is ours of them. attention: scaled_dot_product_attention taken apart. elementwise: functions on a processor. torch_ops:

@@ -86,14 +86,17 @@ class _Overrides(TorchFunctionMode):
 
 
 def aten_overrides(plan: Plan, *, max_tokens: int = 8192) -> TorchFunctionMode:
-    """A context in which torch's products, softmaxes, means and sums are the plan's kernels, for any module.
+    """A context in which the torch functions of `OVERRIDDEN` are the plan's kernels.
+
+    All others run as they are: a row of `einsum` or `rms_norm`, say, may follow the batch. `bidispatch audit` lists
+    what a model runs.
 
     ``with aten_overrides(plan): model(x)``. Serves bfloat16, float16 and float32; tensors of other dtypes stay with
     torch. Gradients flow; only the bits of the forward are promised. A kernel is bound at its first use, for
     `max_tokens` rows, and again for the next power of two of more. Contexts nest, the inner one serves; leaving one,
     by an exception too, restores what was there. It holds for the thread that entered it.
 
-    Inside it, what the plan cannot serve raises `SelectionError`; binding during CUDA graph capture `ArgumentError`.
+    What the plan cannot serve of these raises `SelectionError`; binding during CUDA graph capture `ArgumentError`.
     Raises `DeviceError` for a plan made for a device that is not here, `ArgumentError` for max_tokens below 1.
     """
     return _Overrides(plan, max_tokens)
