@@ -367,7 +367,7 @@ def main(words: Sequence[str] | None = None) -> int:
     rows = tuple(arguments.m or (QUICK_ROWS if arguments.quick else ROWS))
     whole = not (arguments.quick or arguments.m or arguments.shape or arguments.dtype)
     plan = bid.plan("cuda")
-    slug = re.sub(r"[^a-z0-9]+", "-", plan.device.name.lower()).strip("-")
+    slug = plan.device.slug
     to = arguments.out or (HERE / "results" / slug / "gemm.json" if whole else None)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them if none is named")
     parser.add_argument("--out", type=Path, help="folder for the results; by the device's name if not given")
     arguments = parser.parse_args()
-    slug = re.sub(r"[^a-z0-9]+", "-", Device.detect().name.lower()).strip("-")
+    slug = Device.detect().slug
     folder = arguments.out or ROOT / "benchmarks" / "results" / slug
     folder.mkdir(parents=True, exist_ok=True)
     bidispatch = (sys.executable, "-m", "bidispatch")

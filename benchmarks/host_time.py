@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -152,7 +151,7 @@ def rows() -> list[Row]:
 
 def main() -> int:
     device = Device.detect()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+    slug = device.slug
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / slug / "host_time.json")
     arguments = parser.parse_args()

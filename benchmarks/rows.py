@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -310,7 +309,7 @@ def try_shapes(plan: bid.Plan, chosen: Sequence[str], say: Callable[[str], None]
 
 def main() -> int:
     plan = bid.plan("auto")
-    slug = re.sub(r"[^a-z0-9]+", "-", plan.device.name.lower()).strip("-")
+    slug = plan.device.slug
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / slug / "rows.json")
     parser.add_argument("--ops", nargs="*", default=[], help="only these")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bidispatch.device import Device
 from bidispatch.environment import describe, hard_part
 from bidispatch.errors import RecordError, UsageError
+from bidispatch.files import prepare_folder, write_whole
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.selection import Selection
@@ -164,8 +164,7 @@ class RecordStore:
         """Make the folder. Raises `RecordError` where records cannot be written, best known before the work."""
         folder = self.path.parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            prepare_folder(folder)
         except OSError as error:
             raise RecordError(f"records cannot be written to {folder}: {error}; set BIDISPATCH_RECORDS_DIR") from error
 
@@ -190,7 +189,7 @@ class RecordStore:
                 "records": [asdict(record) for record in [*kept, *records]],
                 "refuted": [asdict(refutation) for refutation in [*still, *refuted]],
             }
-            _write_whole(self.path, json.dumps(content, indent=1) + "\n")
+            write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def _whatever_n(problem: str) -> str:
@@ -206,15 +205,3 @@ def _whatever_n(problem: str) -> str:
 def _identity(entry: Record | Refutation) -> str:
     about = [entry.ladder, entry.level] if isinstance(entry, Record) else [entry.rung]
     return json.dumps([entry.problem, *about, hard_part(dict(entry.environment))], sort_keys=True)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the file and move over it, so that a reader never sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

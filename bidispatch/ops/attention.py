@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bidispatch.ops.heads import heads_conflict
 from bidispatch.ops.schema import Argument, Dim, DimValue, Op, Scalar
 
 __all__ = ["OPS"]
 
 
-def _heads_conflict(dims: Mapping[str, DimValue]) -> str | None:
-    heads, kv_heads = int(dims["num_heads"]), int(dims["num_kv_heads"])
-    if heads % kv_heads:
-        return f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
+def _conflict(dims: Mapping[str, DimValue]) -> str | None:
+    if why := heads_conflict(dims):
+        return why
     if dims["window"] and not dims["causal"]:
         return "a sliding window needs causal=true: it counts positions back from the query's own"
     return None
@@ -52,7 +52,7 @@ ATTENTION = Op(
     reference="bidispatch.ops.reference.attention:attention",
     inputs="bidispatch.ops.reference.attention:attention_inputs",
     stock="bidispatch.ops.stock:attention",
-    conflict=_heads_conflict,
+    conflict=_conflict,
 )
 
 ATTENTION_MLA = Op(

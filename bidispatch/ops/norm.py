@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from bidispatch.ops.schema import Argument, Dim, DimValue, Op, Scalar
+from bidispatch.ops.heads import heads_conflict
+from bidispatch.ops.schema import Argument, Dim, Op, Scalar
 
 __all__ = ["OPS"]
 
@@ -37,13 +36,6 @@ FUSED_ADD_RMS_NORM = Op(
 )
 
 
-def _conflict(dims: Mapping[str, DimValue]) -> str | None:
-    heads, kv_heads = dims["num_heads"], dims["num_kv_heads"]
-    if int(heads) % int(kv_heads):
-        return f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
-    return None
-
-
 QK_NORM = Op(
     name="qk_norm",
     summary="rms_norm of each head of q and of k, both in one launch",
@@ -68,7 +60,7 @@ QK_NORM = Op(
     reference="bidispatch.ops.reference.norm:qk_norm",
     inputs="bidispatch.ops.reference.norm:qk_norm_inputs",
     stock="bidispatch.ops.stock:qk_norm",
-    conflict=_conflict,
+    conflict=heads_conflict,
 )
 
 OPS = (RMS_NORM, FUSED_ADD_RMS_NORM, QK_NORM)

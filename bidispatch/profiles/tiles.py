@@ -7,8 +7,6 @@ never change bits.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bidispatch.errors import Fault, ProfileError
+from bidispatch.files import write_whole
 from bidispatch.ops.schema import Problem
 
 __all__ = ["TunedEntry", "TunedFile", "TunedRung", "read_tuned", "write_tuned"]
@@ -105,15 +104,7 @@ def write_tuned(path: Path, file: TunedFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps(file.model_dump(mode="json", exclude={"entries"}), indent=1).removesuffix("\n}")
     text = f'{head},\n "entries": [{",".join(_entry_text(entry) for entry in file.entries)}\n ]\n}}\n'
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).chmod(0o644)  # data for every user, which a temporary file is not
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, text, 0o644)  # data for every user
 
 
 def _entry_text(entry: TunedEntry) -> str:

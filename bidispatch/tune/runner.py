@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import datetime
 import logging
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bidispatch.environment import describe, hard_part
 from bidispatch.errors import BidispatchError, UsageError
-from bidispatch.ops.schema import SAME_DTYPE, Problem
+from bidispatch.files import prepare_folder
+from bidispatch.ops.schema import Problem
 from bidispatch.planning.plan import Plan
 from bidispatch.profiles.tiles import TunedEntry, TunedFile, read_tuned, write_tuned
 from bidispatch.tune.ladder import merged
@@ -127,8 +127,7 @@ def tune(
 def _prepare(path: Path, arch: str) -> None:
     """Whatever speaks against the file is best known before the work."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        prepare_folder(path.parent)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; name another file with --out") from error
     if path.exists() and (found := read_tuned(path).arch) != arch:
@@ -170,13 +169,10 @@ def _twin(problem: Problem) -> Problem:
 
 def _entry(problem: Problem, found: Found) -> TunedEntry:
     """A bias changes no choice: the entry does not name it."""
-    dims: Mapping[str, Any] = {name: value for name, value in problem.dims.items() if name != "bias"}
-    if dims.get("out_dtype") == SAME_DTYPE:
-        dims = {**dims, "out_dtype": problem.dtype}
     return TunedEntry(
         op=problem.op,
         dtype=problem.dtype,
-        dims=dict(dims),
+        dims={name: value for name, value in problem.dims.items() if name != "bias"},
         numerics=found.numerics,
         rungs=merged(found.steps),
         comparisons=found.comparisons,

@@ -63,14 +63,12 @@ _SHAPES_SPLIT: tuple[Shape, ...] = (
 
 def gemm_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[GemmTile]:
     """Tiles of `gemm` that are not mostly empty at m rows."""
-    single = problem.dtype == "float32" and params.input_precision == "ieee"
-    yield from _fitting(device, problem, params, m, _SHAPES_FP32 if single else _SHAPES)
+    return _fitting(device, problem, params, m, _SHAPES)
 
 
 def split_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[GemmTile]:
     """The same for `gemm_split_k`."""
-    single = problem.dtype == "float32" and params.input_precision == "ieee"
-    yield from _fitting(device, problem, params, m, _SHAPES_FP32 if single else _SHAPES_SPLIT)
+    return _fitting(device, problem, params, m, _SHAPES_SPLIT)
 
 
 def vector_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[VectorTile]:
@@ -83,7 +81,12 @@ def vector_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> I
 
 
 def _fitting(device: Device, problem: Problem, params: Any, m: int, shapes: tuple[Shape, ...]) -> Iterator[GemmTile]:
-    """From an eighth of the largest tile's rows to the smallest that holds m; the largest for any more."""
+    """From a quarter of the rows of the smallest tile that holds m to all of them; more than any holds, the largest.
+
+    Those for fp32 where its products are IEEE: they fit no tensor core.
+    """
+    if problem.dtype == "float32" and params.input_precision == "ieee":
+        shapes = _SHAPES_FP32
     tallest = max(shape[0] for shape in shapes)
     enough = min(tallest, max(16, 1 << (m - 1).bit_length()))
     for shape in shapes:
