@@ -148,7 +148,6 @@ def test_a_result_is_plotted_one_line_a_model(gemm, tmp_path):
         for m in (8, 1)
     ]
     assert plot_gemm.lines_of(rows, "bfloat16") == {"A": [(1, 2.0), (8, 2.0)], "B TP8": [(1, 2.0), (8, 2.0)]}
-    pytest.importorskip("matplotlib")
     path = tmp_path / "gemm.json"
     path.write_text(json.dumps({"environment": {"device": "NVIDIA H200"}, "rows": rows}))
     assert [written.suffix for written in plot_gemm.plot(path) if written.stat().st_size] == [".svg", ".png"]
