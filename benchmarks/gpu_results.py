@@ -1,10 +1,10 @@
 """Everything that is measured on a GPU, in one run: the JSON files under benchmarks/results/<device>/.
 
-    python benchmarks/gpu_results.py [--out FOLDER] [verify demo tests host-time gemm rows sanitizer]
+    python benchmarks/gpu_results.py [--out FOLDER] [host-time gemm rows verify verify-gemm demo tests sanitizer]
 
-Runs `bidispatch verify --all --cuda-graph`, `bidispatch demo`, tests/gpu, host_time.py, gemm.py, rows.py, and
-compute-sanitizer (memcheck and racecheck) over every kernel on small shapes, or only the parts named. Exits 1 if any of
-them does; the others still run.
+Runs host_time.py, gemm.py, rows.py, `bidispatch verify --all --cuda-graph`, the same over the shapes of
+sweeps/gemm.yaml, `bidispatch demo`, tests/gpu, and compute-sanitizer (memcheck and racecheck) over every kernel on
+small shapes, or only the parts named. Exits 1 if any of them does; the others still run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 from bidispatch.device import Device
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
+SHAPES = ROOT / "benchmarks" / "sweeps" / "gemm.yaml"
 
-
-PARTS = ("verify", "demo", "tests", "host-time", "gemm", "rows", "sanitizer")
+# What is timed comes first, alone on the machine.
+PARTS = ("host-time", "gemm", "rows", "verify", "verify-gemm", "demo", "tests", "sanitizer")
 WORKERS = 6
-"""Processes that share the tests: most of their time is Triton's compiler's."""
+"""Processes that share the tests, or a verification: most of their time is the host's."""
+BIDISPATCH = (sys.executable, "-m", "bidispatch")
 
 
 def main() -> int:
@@ -36,15 +40,16 @@ def main() -> int:
     slug = Device.detect().slug
     folder = arguments.out or ROOT / "benchmarks" / "results" / slug
     folder.mkdir(parents=True, exist_ok=True)
-    bidispatch = (sys.executable, "-m", "bidispatch")
-    tests = (sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "tests/gpu", "--results")
+    # The `verify` part compares what test_verify would, with the numbers kept.
+    tests = (sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "tests/gpu", "-k", "not no_bit_differs")
     measure: dict[str, Callable[[], int]] = {
-        "verify": lambda: run((*bidispatch, "verify", "--all", "--cuda-graph", "--json"), folder / "verify.json"),
-        "demo": lambda: run((*bidispatch, "demo", "--json"), folder / "demo.json"),
-        "tests": lambda: run((*tests, str(folder / "gpu_tests.json"))),
         "host-time": lambda: script("host_time", folder),
         "gemm": lambda: script("gemm", folder),
         "rows": lambda: script("rows", folder),
+        "verify": lambda: verify(("--all",), folder / "verify.json"),
+        "verify-gemm": lambda: verify(("gemm", "--shapes", str(SHAPES)), folder / "verify_gemm.json"),
+        "demo": lambda: run((*BIDISPATCH, "demo", "--json"), folder / "demo.json"),
+        "tests": lambda: run((*tests, "--results", str(folder / "gpu_tests.json"))),
         "sanitizer": lambda: sanitize(folder / "sanitizer.json"),
     }
     codes = []
@@ -66,6 +71,40 @@ def run(command: Sequence[str], to: Path | None = None) -> int:
 def script(name: str, folder: Path) -> int:
     """One of the scripts beside this one, with its result in the folder."""
     return run((sys.executable, f"benchmarks/{name}.py", "--out", str(folder / f"{name}.json")))
+
+
+def verify(what: Sequence[str], to: Path) -> int:
+    """A verification shared by several processes, as one document."""
+    command = (*BIDISPATCH, "verify", *what, "--cuda-graph", "--json", "--part")
+    started = [
+        subprocess.Popen((*command, f"{number}/{WORKERS}"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for number in range(1, WORKERS + 1)
+    ]
+    printed = [process.communicate()[0] for process in started]
+    codes = [process.returncode for process in started]
+    if all(printed):
+        document = merged([json.loads(text) for text in printed])
+        to.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{' '.join(what)}: {document['comparisons']} rows compared, {document['differing']} differ", flush=True)
+    return max(codes)
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of the parts of a verification, with the problems in their order."""
+    in_turn = {
+        key: [each for each in chain(*zip_longest(*(part[key] for part in parts))) if each is not None]
+        for key in ("problems", "skipped")
+    }
+    return {
+        **parts[0],
+        "passed": all(part["passed"] for part in parts),
+        "seconds": max(part["seconds"] for part in parts),
+        **{key: sum(part[key] for part in parts) for key in ("comparisons", "differing")},
+        # A part runs the controls of what it verifies.
+        "controls": list({control["name"]: control for part in parts for control in part["controls"]}.values()),
+        "faults": list(dict.fromkeys(fault for part in parts for fault in part["faults"])),
+        **in_turn,
+    }
 
 
 def sanitize(to: Path) -> int:

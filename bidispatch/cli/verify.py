@@ -48,6 +48,9 @@ def command(
         bool, typer.Option("--classes/--no-classes", help="Compare the rungs of each ladder with one another.")
     ] = True,
     full: Annotated[bool, typer.Option("--full", help="Take every M up to 512 (128 on a CPU).")] = False,
+    part: Annotated[
+        str, typer.Option("--part", help="Only every N-th problem from the I-th on, to share a run.", metavar="I/N")
+    ] = "1/1",
     record: Annotated[bool, typer.Option("--record", help="Keep what passed, as evidence for plans.")] = False,
     retry: Annotated[
         bool, typer.Option("--retry", help="Also use rungs whose bits were recorded to differ, to prove them anew.")
@@ -73,6 +76,7 @@ def command(
     problems = _problems(op or [], dtype or [], parse_dims(dim))
     extra = _problems_of_file(op or [], dtype or [], shapes)
     wanted = Invariance.parse(level) if level else None
+    share = _parse_part(part)
     machine.require_torch("verify")
     plan = _plan_to_prove(make_plan(device, profile=profile), retry)
     machine.require_device(plan.device)
@@ -81,7 +85,7 @@ def command(
         # What cannot be added to is better known before the work than after it.
         store.prepare()
         store.load()
-    report = _run(plan, op or None, dtype or None, problems, extra, wanted, cuda_graph, classes, full)
+    report = _run(plan, op or None, dtype or None, problems, extra, wanted, cuda_graph, classes, full, share)
     proofs = report.records() if record else []
     refuted, held = report.refutations() if record else ([], [])
     if proofs or refuted or held:
@@ -96,6 +100,14 @@ def command(
         if refuted:
             render.line(f"recorded {len(refuted)} rungs as refuted: plans on this device no longer use them there")
     return 0 if report.passed else failures.FINDING
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    """`2/6` as (2, 6)."""
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal()):
+        raise UsageError(f"--part {text!r} is not I/N, for example --part 2/6")
+    return int(number), int(parts)
 
 
 def _problems(op: Sequence[str], dtypes: Sequence[str], dims: dict[str, str]) -> list[Problem] | None:
@@ -135,6 +147,7 @@ def _run(
     cuda_graph: bool,
     classes: bool,
     full: bool,
+    part: tuple[int, int],
 ) -> Report:
     from bidispatch.verify.runner import verify_plan
 
@@ -150,6 +163,7 @@ def _run(
             cuda_graph=cuda_graph,
             classes=classes,
             effort="full" if full else "quick",
+            part=part,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )
 

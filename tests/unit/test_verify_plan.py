@@ -292,6 +292,13 @@ def test_progress_is_told_each_step():
     assert [what for _, _, what in told] == [*map(str, problems), "controls", ""]
 
 
+def test_parts_of_a_run_share_its_problems():
+    problems = [ops.get("mean").problem("float32", {"n": n}) for n in (5, 6, 7)]
+    parts = [verify_plan(bid.plan("cpu"), problems=problems, part=(number, 2)) for number in (1, 2)]
+    assert [[result.problem for result in part.results] for part in parts] == [problems[::2], problems[1::2]]
+    assert all(part.passed and part.controls for part in parts)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -301,6 +308,7 @@ def test_progress_is_told_each_step():
         ({"level": "topology"}, UsageError, "level topology cannot be verified"),
         ({"level": "bach"}, UsageError, "did you mean 'batch'"),
         ({"effort": "quik", "ops": ["mean"]}, UsageError, "did you mean 'quick'"),
+        ({"part": (3, 2)}, UsageError, "no part 3 of 2"),
         ({"cuda_graph": True}, DeviceError, "the plan is for the processor"),
     ],
 )
