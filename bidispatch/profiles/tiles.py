@@ -90,6 +90,16 @@ class TunedFile(_Part):
         """The arch they were found on."""
         return str(self.environment.get("arch", ""))
 
+    @property
+    def device(self) -> str:
+        """The device they were found on."""
+        return str(self.environment.get("device", ""))
+
+    @property
+    def place(self) -> str:
+        """Device and arch, for people."""
+        return f"{self.device} ({self.arch})" if self.device else self.arch
+
     def find(self, problem: Problem) -> TunedEntry | None:
         """The first ladder that is for a problem."""
         return next((entry for entry in self.entries if entry.serves(problem)), None)

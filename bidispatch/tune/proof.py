@@ -62,7 +62,9 @@ class Prover:
         )
 
     def check_bias(self, choice: Choice, low: int, high: int) -> Check:
-        """The same with a bias, which a ladder serves too. Passes, with no rows, what takes none: no plan uses it."""
+        """The same with a bias, which a ladder serves too. What takes none, or is of another class with
+        one, passes with no rows: no plan uses it there.
+        """
         return self._check(choice, self._biased, low, high)
 
     def _check(self, choice: Choice, problems: Sequence[Problem], low: int, high: int) -> Check:
@@ -70,7 +72,7 @@ class Prover:
         rows = sorted({m for m in (1, low - 1, low, high - 1, high, high + 1) if m >= 1})
         tally = Tally(str(choice), ("out",))
         for problem in problems:
-            if choice.implementation.unmet(self._device, problem) or not self._referred(problem):
+            if not self._takes((choice.implementation, choice.params), problem) or not self._referred(problem):
                 continue
             self._expected(problem, "normal", 0, 1)  # what fails here is no fault of the winner's
             try:
@@ -131,7 +133,17 @@ class Prover:
 
     def _referred(self, problem: Problem) -> tuple[Implementation, Params] | None:
         """What the others are compared with; None where nothing of the class takes the problem."""
-        return next((pair for pair in self._known if not pair[0].unmet(self._device, problem)), None)
+        return next((pair for pair in self._known if self._takes(pair, problem)), None)
+
+    def _takes(self, pair: tuple[Implementation, Params], problem: Problem) -> bool:
+        """Whether it runs the problem; one with a bias, in the class it has without."""
+        implementation, params = pair
+        if implementation.unmet(self._device, problem):
+            return False
+        if problem not in self._biased:
+            return True
+        without = self._plain[self._biased.index(problem)]
+        return implementation.numerics(params, problem) == implementation.numerics(params, without)
 
     def _reference(self, problem: Problem) -> Subject:
         if problem.key not in self._references:

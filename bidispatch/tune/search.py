@@ -33,8 +33,11 @@ Timer = Callable[[Problem, int, Mapping[str, BoundKernel], bool], Mapping[str, f
 are left out. Brief: a first look."""
 
 _FINALISTS = 4
+# What is slow for few rows may be the fastest for many. So it is not given up: it is left out of the next two M, then
+# tried again: a third of the looks that trying it always would take.
 _HOPELESS = 1.6
-"""Slower than the best by this factor at one M: not tried at larger ones."""
+"""Slower than the winner by this factor: left out of the next `_REST` M."""
+_REST = 2
 _LARGE = 1024
 """From here on only tiles of the tallest kind are tried of the kernels that have many."""
 
@@ -178,16 +181,16 @@ def _attempt(
     """Find and prove a winner of each M. refused: keys of kernels that take no part, and why; gets those found now."""
     known = rivals.tried
     prover = Prover(device, problem, rivals.everyone, max(rows))
-    hopeless: set[str] = set()
+    resting: dict[str, int] = {}  # until the M of which index
     own = {choice.key for m in rows for choice in _own(device, problem, known, m)}
     steps: list[Step] = []
     tried: set[str] = set()
     skipped: set[str] = set()
-    for m in rows:
+    for index, m in enumerate(rows):
         choices = {choice.key: choice for choice in _choices(device, problem, known, m, like)}
-        # What an implementation takes by itself is never given up: it serves where all that is faster is refused.
-        given_up = (hopeless - own) | set(refused)
-        choices = {key: choice for key, choice in choices.items() if key not in given_up}
+        # What an implementation takes by itself never rests: it serves where all that is faster is refused.
+        left_out = ({key for key, until in resting.items() if index < until} - own) | set(refused)
+        choices = {key: choice for key, choice in choices.items() if key not in left_out}
         if steps and steps[-1].choice.key not in refused:
             choices.setdefault(steps[-1].choice.key, steps[-1].choice)
         kernels = _bound(device, problem, choices, m)
@@ -208,7 +211,8 @@ def _attempt(
             check = prover.check(choices[key], low, m)
             if check.passed:
                 steps.append(Step(m, choices[key], times[key]))
-                hopeless |= {other for other, us in looks.items() if us > _HOPELESS * looks[key]}
+                slow = [other for other, us in looks.items() if us > _HOPELESS * looks[key]]
+                resting |= dict.fromkeys(slow, index + 1 + _REST)
                 break
             refused[key] = str(check)
             _log.warning("%s is refused for %s: %s", choices[key], problem, check)

@@ -15,11 +15,13 @@ from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import SelectionError, UsageError
 from bidispatch.invariance import Invariance
+from bidispatch.ops.shapes import Shape
 from bidispatch.planning.plan import Plan
 from bidispatch.profiles.load import ProfileStore
 from bidispatch.profiles.tiles import read_tuned, write_tuned
 from bidispatch.records import RecordStore
 from bidispatch.registry import Implementation, Params, Registry, Tile
+from bidispatch.tune import runner
 from bidispatch.tune import search as searching
 from bidispatch.tune.ladder import Choice, Step, merged, winner
 from bidispatch.tune.models import model_shapes
@@ -131,6 +133,24 @@ def test_each_m_gets_its_fastest_and_neighbours_become_one_rung(plan):
     assert found.comparisons > 0
 
 
+def test_what_was_slow_for_few_rows_is_tried_again_for_more_but_not_for_each(plan):
+    """Never again would miss the fastest of many rows; at every M would take as long as the others together."""
+    rows, looks = tuple(2**i for i in range(10)), []
+
+    def us(name, block, m):
+        return {1: 1.0, 2: 9.0 if m < 32 else 0.5, 4: 9.0}[block]
+
+    def timer(problem, m, kernels, brief):
+        found = timer_of(us)(problem, m, kernels, brief)
+        looks.extend((m, json.loads(key)[2]["block"]) for key in kernels if brief)
+        return found
+
+    rungs = merged(search(plan(fake("a.gemm")), problem(n=1, k=1), rows, timer).steps)
+    assert [(rung.max_m, rung.tile) for rung in rungs] == [(32, {}), (None, {"block": 2})]
+    assert [rows.index(m) for m, block in looks if block == 4] == [0, 3, 6, 9]
+    assert [rows.index(m) for m, block in looks if block == 2] == [0, 3, *range(6, 10)]
+
+
 def test_a_fast_kernel_that_gives_other_bits_is_refused_and_the_next_one_serves(plan):
     """Negative control: without the proof it would win everywhere. Calls of up to 4 rows it gets right, and loses."""
     timer = timer_of(lambda name, block, m: 1.0 if name == "b.gemm" else 2.0 + block)
@@ -148,6 +168,15 @@ def test_another_class_and_what_does_not_fit_take_no_part(plan):
     assert (rivals.names, [i.name for i, _ in rivals.everyone]) == (("c.gemm",), ["b.gemm", "c.gemm"])
     with pytest.raises(SelectionError, match="nothing that can be tuned"):
         contenders(made, problem(), ["a.gemm"])
+
+
+def test_who_may_serve_is_asked_once_for_a_shape(plan, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "contenders", lambda *words: asked.append(words) or contenders(*words))
+    monkeypatch.setattr(searching, "contenders", runner.contenders)
+    timer = timer_of(lambda name, block, m: float(block))
+    tune(plan(fake("a.gemm")), [problem()], tmp_path / "gemm.json", timer, rows=ROWS)
+    assert len(asked) == 1
 
 
 def test_what_nothing_runs_is_an_error(plan):
@@ -373,3 +402,36 @@ def test_the_lines_to_paste_make_a_profile_that_uses_the_file(plan, tmp_path):
     again = Plan(CPU, profile, made.registry, RecordStore(CPU, tmp_path), Invariance.BATCH)
     assert made.select_problem(problem()).implementations == ("a.gemm",)
     assert again.select_problem(problem()).implementations == ("b.gemm",)
+
+
+def test_the_lines_to_paste_hold_in_the_users_folder_for_a_file_beside_the_built_in_profiles(
+    plan, tmp_path, monkeypatch
+):
+    """And name a file once that the rule named already, by another path."""
+    from bidispatch.cli import tune as command
+
+    made, path = plan(fake("a.gemm"), fake("b.gemm")), tmp_path / "tiles" / "gpu" / "gemm.json"
+    monkeypatch.setattr(command, "builtin_folder", lambda: tmp_path)
+    timer = timer_of(lambda name, block, m: float(block) if name == "b.gemm" else 9.0)
+    report = tune(made, [problem()], path, timer, rows=ROWS)
+    builtin = tmp_path / "cpu.yaml"
+    builtin.write_text(
+        builtin.read_text().replace("candidates:", "tuned: [tiles/../tiles/gpu/gemm.json]\n      candidates:")
+    )
+    user = tmp_path / "user"
+    user.mkdir()
+    store = ProfileStore(made.registry, builtin=tmp_path, user=user)
+    named = Plan(CPU, store.for_device(CPU), made.registry, RecordStore(CPU, tmp_path), Invariance.BATCH)
+    lines = command.paste(named, report)
+    (user / "cpu.yaml").write_text("\n".join(["schema_version: 1", "extends: cpu", *lines]))
+    profile = ProfileStore(made.registry, builtin=tmp_path, user=user).for_device(CPU)
+    assert [tuned.path for tuned in profile.rules["gemm"][0].tuned] == [path]
+    again = Plan(CPU, profile, made.registry, RecordStore(CPU, tmp_path), Invariance.BATCH)
+    assert again.select_problem(problem()).implementations == ("b.gemm",)
+
+
+def test_shapes_that_differ_in_a_bias_are_tuned_once():
+    from bidispatch.cli.tune import _problems
+
+    shapes = [Shape(("a",), {"n": 5, "k": 16, "bias": True}), Shape(("b",), {"n": 5, "k": 16})]
+    assert _problems("gemm", shapes, ["fp32"]) == [problem()]

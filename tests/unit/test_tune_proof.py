@@ -105,8 +105,10 @@ def test_a_winner_is_compared_with_a_bias_at_the_edges_of_its_rung(plan):  # noq
 def test_what_takes_no_bias_is_not_compared_with_one(plan):  # noqa: F811
     """The plan does not use it there."""
     plain = replace(other(load="bind_biased"), requires=(DimIn("bias", (False,)),))
-    found = search(plan(fake("a.gemm"), plain), problem(), ROWS, FAST_B)
-    assert (winners(found), found.refused) == ({"b.gemm"}, ())
+    apart = replace(other(load="bind_biased"), numerics=lambda params, problem: "d" if problem.flag("bias") else "c")
+    for made in (plan(fake("a.gemm"), plain), plan(fake("a.gemm"), apart), plan(plain)):
+        found = search(made, problem(), ROWS, FAST_B)
+        assert (winners(found), found.refused) == ({"b.gemm"}, ())
 
 
 def test_a_result_there_is_no_room_for_is_not_taken_for_equal(plan, monkeypatch):  # noqa: F811
