@@ -17,6 +17,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.plan import plan as make_plan
+from bidispatch.planning.select import tuned_elsewhere
 from bidispatch.planning.selection import Selection, rung_ranges, verify_command
 
 __all__ = ["command"]
@@ -65,6 +66,8 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
     if isinstance(result, Selection):
         render.line(f"{'class':<13}{result.numerics}")
         render.line(f"{'claims':<13}{result.level.label}, {_evidence(result)}")
+    for note in tuned_elsewhere(problem, plan.profile, plan.device):
+        render.line(f"{'tuned':<13}{note}")
     render.line()
     if result.decisions:
         rows = [
@@ -115,6 +118,7 @@ def _document(plan: Plan, problem: Problem, result: Selection | SelectionError) 
         "device": {"name": plan.device.name, "arch": plan.device.arch.name, "predicted": plan.device.predicted},
         "profile": {"name": plan.profile.name, "chain": list(plan.profile.chain), "note": plan.profile.note},
         "selection": result.as_json() if isinstance(result, Selection) else None,
+        "tuned_elsewhere": tuned_elsewhere(problem, plan.profile, plan.device),
         "decisions": [{**asdict(decision), "serves": decision.serves} for decision in decisions],
         **({} if served else {"error": failures.as_json_error(result)}),  # type: ignore[arg-type]
     }

@@ -117,7 +117,9 @@ def default_path(device: Device, op: str) -> Path:
 
 
 def _problems(op: str, shapes: Sequence[Shape], dtypes: Sequence[str]) -> list[Problem]:
-    found = [ops.get(op).problem(dtype, dict(shape.dims)) for dtype in dtypes for shape in shapes]
+    """One ladder serves with a bias and without: shapes that differ in nothing else are one problem, without."""
+    dims = [{name: value for name, value in shape.dims.items() if name != "bias"} for shape in shapes]
+    found = [ops.get(op).problem(dtype, each) for dtype in dtypes for each in dims]
     return list(dict.fromkeys(found))
 
 
@@ -189,7 +191,7 @@ def _print(plan: Plan, report: Report) -> None:
     lines = paste(plan, report)
     if lines:
         render.line()
-        render.line("in a profile that extends this one:")
+        render.line(f"in a profile that extends this one, such as {user_folder() / plan.device.arch.name}.yaml:")
         render.line()
         for text in lines:
             render.line(text)
@@ -213,18 +215,19 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 
 
 def paste(plan: Plan, report: Report) -> list[str]:
-    """The rules of an op, whole, since a profile replaces them whole, with the file in those it has ladders for."""
+    """The rules of an op, whole, since a profile replaces them whole, with the file in those it has ladders for.
+
+    With its whole path: a relative one would hold for profiles in one folder only.
+    """
     tuned = [outcome.problem for outcome in report.outcomes if outcome.entry is not None]
     if not tuned:
         return []
-    folder = next((f for f in (builtin_folder(), user_folder()) if f in report.path.absolute().parents), None)
-    name = report.path.absolute().relative_to(folder).as_posix() if folder else str(report.path.absolute())
     lines = ["ops:"]
     for op in dict.fromkeys(problem.op for problem in tuned):
         lines.append(f"  {op}:")
         for rule in plan.profile.rules[op]:
             served = [p for p in tuned if p.op == op and _first_rule(plan, p) is rule]
-            lines += rule_lines(rule, [name] if served else [])
+            lines += rule_lines(rule, [report.path] if served else [])
     return lines
 
 

@@ -25,7 +25,7 @@ from bidispatch.profiles.tiles import read_tuned
 from bidispatch.records import Record, Refutation
 from bidispatch.registry import Implementation, Params, Registry, Rung, Tile
 
-__all__ = ["FindRecord", "FindRefutations", "select"]
+__all__ = ["FindRecord", "FindRefutations", "select", "tuned_elsewhere"]
 
 _NO_ROWS: tuple[int, int | None] | None = None
 
@@ -171,6 +171,27 @@ def _tuned(problem: Problem, rule: ProfileRule, device: Device) -> list[ProfileC
             source = Source(f"{tuned.shown} ({sizes})")
             return [ProfileCandidate(r.impl, source, r.max_m, r.params, r.tile) for r in entry.rungs]
     return []
+
+
+def tuned_elsewhere(problem: Problem, profile: Profile, device: Device) -> list[str]:
+    """A line for each file of tuned ladders in the rule in use that was made on another arch, and so is not used, or
+    that serves this problem from another device of this arch.
+    """
+    rule = next((rule for rule in profile.rules.get(problem.op, ()) if rule.mismatch(problem) is None), None)
+    if rule is None or forced_choice(problem.op):
+        return []
+    lines = []
+    served = False
+    for tuned in rule.tuned:
+        file = read_tuned(tuned.path)
+        places = f"{tuned.shown}: made on {file.place}, here {device.name} ({device.arch.name})"
+        if file.arch != device.arch.name:
+            lines.append(f"{places}, not used")
+        elif not served and file.find(problem) is not None:
+            served = True
+            if file.device != device.name and not device.predicted:
+                lines.append(f"{places}, used: launch shapes never change bits, but others may be faster here")
+    return lines
 
 
 def _examine(

@@ -103,11 +103,14 @@ def as_yaml(profile: Profile) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rule_lines(rule: ProfileRule, tuned: Sequence[str] = ()) -> list[str]:
-    """A rule as lines of YAML under its op, each with its source. tuned: files to put before those it names."""
+def rule_lines(rule: ProfileRule, tuned: Sequence[Path] = ()) -> list[str]:
+    """A rule as lines of YAML under its op, each with its source. tuned: files to put before those it names; one that
+    it names already is there once.
+    """
     head = _rule_head(rule)
     if tuned:
-        head["tuned"] = list(dict.fromkeys([*tuned, *head.get("tuned", ())]))
+        files = [*tuned, *(named.path for named in rule.tuned)]
+        head["tuned"] = list(dict.fromkeys(str(file.resolve()) for file in files))
     first, *others = (f"{key}: {_flow(value)}" for key, value in head.items())
     lines = [_noted(f"    - {first}", rule.source), *(f"      {other}" for other in others), "      candidates:"]
     return lines + [_noted(f"        - {_flow(_candidate(c))}", c.source) for c in rule.candidates]

@@ -214,14 +214,23 @@ def _names_device(parsed: _Parsed) -> bool:
 
 
 def _tuned_faults(document: Document, path: Path) -> Iterator[Fault]:
-    """Files of tuned ladders that are not there. Data of any shape; what is in them is read when it is needed."""
+    """Files of tuned ladders that are not there, or that a rule names twice. Data of any shape; what is in them is read
+    when it is needed.
+    """
     for op, rules in _mapping(_mapping(document.data).get("ops")).items():
         for i, rule in enumerate(rules if isinstance(rules, list) else ()):
             names = _mapping(rule).get("tuned")
+            seen: dict[Path, str] = {}
             for j, name in enumerate(names if isinstance(names, list) else ()):
-                if isinstance(name, str) and not (path.parent / name).is_file():
+                if not isinstance(name, str):
+                    continue
+                file, where = (path.parent / name).resolve(), ("ops", op, i, "tuned", j)
+                if not file.is_file():
                     message = f"{name!r} is not there, beside {path.name}; `bidispatch tune` writes such files"
-                    yield document.fault(("ops", op, i, "tuned", j), message)
+                    yield document.fault(where, message)
+                elif file in seen:
+                    yield document.fault(where, f"{name!r} is the file {seen[file]!r} again; take one of them out")
+                seen.setdefault(file, name)
 
 
 def _shown(path: Path) -> str:

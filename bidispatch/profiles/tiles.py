@@ -11,13 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from bidispatch.errors import Fault, ProfileError
 from bidispatch.files import write_whole
 from bidispatch.ops.schema import Problem
 
-__all__ = ["TunedEntry", "TunedFile", "TunedRung", "read_tuned", "write_tuned"]
+__all__ = ["Searched", "TunedEntry", "TunedFile", "TunedRung", "read_tuned", "write_tuned"]
 
 Scalar = bool | int | float | str
 
@@ -36,6 +36,26 @@ class TunedRung(_Part):
     us: float | None = None
 
 
+class Searched(_Part):
+    """What a ladder is the best of."""
+
+    rows: tuple[PositiveInt, ...] = Field(min_length=1)
+    """The M that were timed, rising."""
+    implementations: tuple[str, ...] = Field(min_length=1)
+    """Those of the class that were tried, each once."""
+
+    @field_validator("rows")
+    @classmethod
+    def _rise(cls, rows: tuple[int, ...]) -> tuple[int, ...]:
+        if list(rows) != sorted(set(rows)):
+            raise ValueError(f"rows must rise: {list(rows)}")
+        return rows
+
+    def covers(self, other: Searched) -> bool:
+        """Whether all that the other names was searched."""
+        return set(other.rows) <= set(self.rows) and set(other.implementations) <= set(self.implementations)
+
+
 class TunedEntry(_Part):
     """The ladder of one problem, by rising M, all of one class, compared bit by bit where it was found."""
 
@@ -48,6 +68,8 @@ class TunedEntry(_Part):
     comparisons: int = Field(ge=0)
     """Rows compared with the class's reference before it was written, all equal."""
     made: str
+    searched: Searched | None = None
+    """None in files that are older than this was noted: such a ladder serves, and is found again when asked for."""
 
     def serves(self, problem: Problem) -> bool:
         """Whether the ladder is for this problem."""
@@ -67,6 +89,16 @@ class TunedFile(_Part):
     def arch(self) -> str:
         """The arch they were found on."""
         return str(self.environment.get("arch", ""))
+
+    @property
+    def device(self) -> str:
+        """The device they were found on."""
+        return str(self.environment.get("device", ""))
+
+    @property
+    def place(self) -> str:
+        """Device and arch, for people."""
+        return f"{self.device} ({self.arch})" if self.device else self.arch
 
     def find(self, problem: Problem) -> TunedEntry | None:
         """The first ladder that is for a problem."""

@@ -1,5 +1,5 @@
 """Tuning: the fastest rungs of one numerics class for a shape on this GPU, each compared bit by bit before it is kept.
 
-models: a model's shapes. ladder: winners become rungs. search: what is tried, timed and proved for one shape. runner:
-all shapes, with a budget, into a file that a profile rule names under `tuned`.
+models: a model's shapes. ladder: winners become rungs. search: what is tried and timed for one shape. proof: how
+winners are compared. runner: all shapes, with a budget, into a file that a profile rule names under `tuned`.
 """

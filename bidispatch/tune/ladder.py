@@ -10,7 +10,7 @@ from functools import cached_property
 from bidispatch.profiles.tiles import TunedRung
 from bidispatch.registry import Implementation, Params, Tile
 
-__all__ = ["EVEN", "Choice", "Step", "merged", "winner"]
+__all__ = ["EVEN", "Choice", "Step", "merged", "served", "winner"]
 
 EVEN = 0.015
 """Times closer than this are one time: then what served the M before stays, or what the profile lists first."""
@@ -48,6 +48,18 @@ def winner(times: Mapping[str, float], order: Sequence[str], before: str | None)
     best = min(times.values())
     even = [key for key in order if key in times and times[key] <= best * (1 + EVEN)]
     return before if before in even else even[0]
+
+
+def served(steps: Sequence[Step]) -> list[tuple[Choice, int, int]]:
+    """Each winner with the first and the last M of a range it serves: from where the one before ended."""
+    ranges: list[tuple[Choice, int, int]] = []
+    low = 1
+    for step in steps:
+        if ranges and ranges[-1][0].key == step.choice.key:
+            low = ranges.pop()[1]
+        ranges.append((step.choice, low, step.m))
+        low = step.m + 1
+    return ranges
 
 
 def merged(steps: Sequence[Step]) -> list[TunedRung]:

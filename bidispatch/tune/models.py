@@ -79,7 +79,12 @@ class _Reader:
             if self._config.get("n_shared_experts"):
                 inner = self._size("moe_intermediate_size") * self._size("n_shared_experts")
                 yield from self._mlp(hidden, inner, "shared_")
-        if not experts or self._config.get("first_k_dense_replace") or self._config.get("mlp_only_layers"):
+            elif self._config.get("shared_expert_intermediate_size"):  # Qwen2-MoE: one, which a gate of its own scales
+                yield from self._mlp(hidden, self._size("shared_expert_intermediate_size"), "shared_")
+                yield "shared_expert_gate", {"n": 1, "k": hidden}  # every rank has it whole
+        some_dense = ("first_k_dense_replace", "mlp_only_layers")
+        every_nth = (self._config.get("decoder_sparse_step") or 1) != 1
+        if not experts or every_nth or any(self._config.get(key) for key in some_dense):
             yield from self._mlp(hidden, self._size("intermediate_size"), "")
         vocabulary = -(-self._size("vocab_size") // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         yield "lm_head", {"n": self._share(vocabulary, "the padded vocab_size"), "k": hidden}

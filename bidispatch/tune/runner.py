@@ -15,9 +15,9 @@ from bidispatch.errors import BidispatchError, UsageError
 from bidispatch.files import prepare_folder
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.plan import Plan
-from bidispatch.profiles.tiles import TunedEntry, TunedFile, read_tuned, write_tuned
+from bidispatch.profiles.tiles import Searched, TunedEntry, TunedFile, read_tuned, write_tuned
 from bidispatch.tune.ladder import merged
-from bidispatch.tune.search import Found, Timer, search
+from bidispatch.tune.search import Found, Timer, contenders, search
 
 __all__ = ["ROWS", "Outcome", "Report", "tune"]
 
@@ -100,7 +100,9 @@ def tune(
     """Find and prove a ladder for each problem, and write `path` whole after each.
 
     only: implementations to try; by default all that the profile lists. budget: seconds after which no problem is
-    begun. again: also those that the file has, found in this environment. An interrupt ends the run, not the file.
+    begun. A ladder that the file has is kept where it was found in this environment, among all that is asked for; one
+    found among less is found again among both, so that nothing is lost. again: finds all anew, among what is asked for.
+    An interrupt ends the run, not the file.
 
     Raises `UsageError` where `path` cannot be written or holds ladders of another arch, `ProfileError` for a file that
     `tune` did not write.
@@ -140,16 +142,24 @@ def _one(
     file = read_tuned(path) if path.exists() else None
     environment = describe(plan.device, list(plan.registry))
     same = file is not None and hard_part(dict(file.environment)) == hard_part(environment)
-    known = file.find(problem) if file is not None else None
-    if known is not None and known.comparisons and same and not again:
-        return Outcome(problem, known, kept=True)
-    like = file.find(_twin(problem)) if file is not None and same and not again else None
+    known = file.find(problem) if file is not None and not again else None
+    twin = file.find(_twin(problem)) if file is not None and same and not again else None
     began = time.monotonic()
     try:
-        found = search(plan, problem, sorted(set(rows)), timer, only, like)
+        rivals = contenders(plan, problem, only)
+        asked = Searched(rows=tuple(sorted(set(rows))), implementations=rivals.names)
+        if known is not None and known.searched is not None:
+            if known.comparisons and same and known.searched.covers(asked):
+                return Outcome(problem, known, kept=True)
+            if only:
+                rivals = contenders(plan, problem, (*only, *known.searched.implementations))
+            every_m = tuple(sorted({*asked.rows, *known.searched.rows}))
+            asked = Searched(rows=every_m, implementations=rivals.names)
+        like = twin if twin is not None and twin.searched is not None and twin.searched.covers(asked) else None
+        found = search(plan.device, problem, rivals, asked.rows, timer, like)
     except (BidispatchError, RuntimeError) as error:  # nothing serves, or torch has no room: others may be had
         return Outcome(problem, error=str(error), seconds=time.monotonic() - began)
-    entry = _entry(problem, found)
+    entry = _entry(problem, found, asked)
     others = [other for other in file.entries if not other.serves(problem)] if file is not None else []
     if not same:
         # Launch shapes serve on, but nothing was compared in the environment that the file will name.
@@ -167,7 +177,7 @@ def _twin(problem: Problem) -> Problem:
     return Problem(problem.op, "bfloat16", dims)
 
 
-def _entry(problem: Problem, found: Found) -> TunedEntry:
+def _entry(problem: Problem, found: Found, searched: Searched) -> TunedEntry:
     """A bias changes no choice: the entry does not name it."""
     return TunedEntry(
         op=problem.op,
@@ -176,5 +186,6 @@ def _entry(problem: Problem, found: Found) -> TunedEntry:
         numerics=found.numerics,
         rungs=merged(found.steps),
         comparisons=found.comparisons,
+        searched=searched,
         made=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from bidispatch import ops
 from bidispatch.bench.timing import copies_beyond_cache, interleaved
 from bidispatch.device import Device
 from bidispatch.errors import SelectionError
@@ -22,12 +21,10 @@ from bidispatch.registry import Implementation, Params, Rung, Tile
 from bidispatch.runtime.bind import bind, load_attribute
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import Limits
-from bidispatch.tune.ladder import Choice, Step, winner
-from bidispatch.verify.compare import Tally
-from bidispatch.verify.report import Check
-from bidispatch.verify.subject import Subject
+from bidispatch.tune.ladder import Choice, Step, served, winner
+from bidispatch.tune.proof import Prover
 
-__all__ = ["Found", "Timer", "contenders", "gpu_timer", "search"]
+__all__ = ["Contenders", "Found", "Timer", "contenders", "gpu_timer", "search"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +33,32 @@ Timer = Callable[[Problem, int, Mapping[str, BoundKernel], bool], Mapping[str, f
 are left out. Brief: a first look."""
 
 _FINALISTS = 4
+# What is slow for few rows may be the fastest for many. So it is not given up: it is left out of the next two M, then
+# tried again: a third of the looks that trying it always would take.
 _HOPELESS = 1.6
-"""Slower than the best by this factor at one M: not tried at larger ones."""
+"""Slower than the winner by this factor: left out of the next `_REST` M."""
+_REST = 2
 _LARGE = 1024
 """From here on only tiles of the tallest kind are tried of the kernels that have many."""
-_MOST_ELEMENTS = 1 << 28
-_DISTRIBUTIONS = ("normal", "positive", "scaled")
+
+
+_Pair = tuple[Implementation, Params]
+
+
+@dataclass(frozen=True, slots=True)
+class Contenders:
+    """Who may serve a problem."""
+
+    numerics: str
+    everyone: tuple[_Pair, ...]
+    """What the profile lists in the class, in its order: what a winner's bits are compared with comes from these."""
+    tried: tuple[_Pair, ...]
+    """Those of them that were asked for."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The implementations that are tried, each once."""
+        return tuple(dict.fromkeys(implementation.name for implementation, _ in self.tried))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +76,16 @@ class Found:
     """Kernels that were fast and gave other bits, with the smallest difference."""
 
 
-def contenders(
-    plan: Plan, problem: Problem, only: Sequence[str] = ()
-) -> tuple[str, list[tuple[Implementation, Params]]]:
-    """The class that a plan gives a problem, and what the profile lists for it in that class, in its order.
+def contenders(plan: Plan, problem: Problem, only: Sequence[str] = ()) -> Contenders:
+    """The class that a plan gives a problem, and what the profile lists for it in that class.
 
-    Raises `SelectionError` where nothing is.
+    only: implementations to try; by default all. Raises `SelectionError` where nothing is to be tried.
     """
     rules = [rule for rule in plan.profile.rules.get(problem.op, ()) if rule.mismatch(problem) is None]
     numerics = (rules[0].numerics if rules else None) or plan.select_problem(problem).numerics
-    found: dict[str, tuple[Implementation, Params]] = {}
+    found: dict[str, _Pair] = {}
     for listed in rules[0].candidates if rules else ():
-        if listed.impl not in plan.registry or (only and listed.impl not in only):
+        if listed.impl not in plan.registry:
             continue
         implementation = plan.registry.get(listed.impl)
         if implementation.unmet(plan.device, problem) or listed.impl in plan.profile.disable:
@@ -80,9 +95,11 @@ def contenders(
         params = implementation.params.model_validate(dict(listed.params))
         if implementation.numerics(params, problem) == numerics:
             found.setdefault(Choice(implementation, params, None).key, (implementation, params))
-    if not found:
+    everyone = tuple(found.values())
+    tried = tuple(pair for pair in everyone if not only or pair[0].name in only)
+    if not tried:
         raise SelectionError(f"nothing that can be tuned is in class {numerics} for {problem} on {plan.device.name}")
-    return numerics, list(found.values())
+    return Contenders(numerics, everyone, tried)
 
 
 def gpu_timer(device: Device) -> Timer:
@@ -132,37 +149,51 @@ def gpu_timer(device: Device) -> Timer:
 
 
 def search(
-    plan: Plan,
+    device: Device,
     problem: Problem,
+    rivals: Contenders,
     rows: Sequence[int],
     timer: Timer,
-    only: Sequence[str] = (),
     like: TunedEntry | None = None,
-    distrusted: Mapping[str, str] | None = None,
 ) -> Found:
     """Find the fastest kernel of each M, and prove each winner. Raises `SelectionError` where nothing can serve.
 
     like: the ladder of a dtype that runs alike: its kernel for an M is tried, and each implementation's own choice.
-    distrusted: keys of kernels that take no part, and why: they gave other bits at some M.
     """
-    numerics, known = contenders(plan, problem, only)
-    # The class is what all of the profile's kernels agree on: one named alone is not its own reference.
-    _, everything = contenders(plan, problem)
-    prover = _Prover(plan.device, problem, everything, max(rows))
-    hopeless: set[str] = set()
-    own = {choice.key for m in rows for choice in _own(plan.device, problem, known, m)}
+    refused: dict[str, str] = {}
+    while True:
+        found = _attempt(device, problem, rivals, rows, timer, like, refused)
+        # One that won at an M where its bits agreed and differed at another, or with a bias, is of no class and serves
+        # nowhere: without it, all is found anew.
+        if not any(step.choice.key in refused for step in found.steps):
+            return found
+
+
+def _attempt(
+    device: Device,
+    problem: Problem,
+    rivals: Contenders,
+    rows: Sequence[int],
+    timer: Timer,
+    like: TunedEntry | None,
+    refused: dict[str, str],
+) -> Found:
+    """Find and prove a winner of each M. refused: keys of kernels that take no part, and why; gets those found now."""
+    known = rivals.tried
+    prover = Prover(device, problem, rivals.everyone, max(rows))
+    resting: dict[str, int] = {}  # until the M of which index
+    own = {choice.key for m in rows for choice in _own(device, problem, known, m)}
     steps: list[Step] = []
-    refused: dict[str, str] = dict(distrusted or {})
     tried: set[str] = set()
     skipped: set[str] = set()
-    for m in rows:
-        choices = {choice.key: choice for choice in _choices(plan.device, problem, known, m, like)}
-        # What an implementation takes by itself is never given up: it serves where all that is faster is refused.
-        given_up = (hopeless - own) | set(refused)
-        choices = {key: choice for key, choice in choices.items() if key not in given_up}
+    for index, m in enumerate(rows):
+        choices = {choice.key: choice for choice in _choices(device, problem, known, m, like)}
+        # What an implementation takes by itself never rests: it serves where all that is faster is refused.
+        left_out = ({key for key, until in resting.items() if index < until} - own) | set(refused)
+        choices = {key: choice for key, choice in choices.items() if key not in left_out}
         if steps and steps[-1].choice.key not in refused:
             choices.setdefault(steps[-1].choice.key, steps[-1].choice)
-        kernels = _bound(plan.device, problem, choices, m)
+        kernels = _bound(device, problem, choices, m)
         tried |= set(kernels)
         looks = dict(timer(problem, m, kernels, True)) if kernels else {}
         skipped |= choices.keys() - looks.keys()
@@ -180,27 +211,29 @@ def search(
             check = prover.check(choices[key], low, m)
             if check.passed:
                 steps.append(Step(m, choices[key], times[key]))
-                hopeless |= {other for other, us in looks.items() if us > _HOPELESS * looks[key]}
+                slow = [other for other, us in looks.items() if us > _HOPELESS * looks[key]]
+                resting |= dict.fromkeys(slow, index + 1 + _REST)
                 break
             refused[key] = str(check)
             _log.warning("%s is refused for %s: %s", choices[key], problem, check)
             del looks[key]
         else:
             raise SelectionError(
-                f"nothing in class {numerics} runs {m} rows of {problem} on {plan.device.name}; "
+                f"nothing in class {rivals.numerics} runs {m} rows of {problem} on {device.name}; "
                 f"{len(refused)} kernels were refused for other bits, {len(skipped)} could not be bound or run"
                 + "".join(f"; {why}" for why in list(refused.values())[:1])
             )
-    if any(step.choice.key in refused for step in steps):
-        # It won at an M where its bits agreed and differed at another: it is of no class, and serves nowhere.
-        return search(plan, problem, rows, timer, only, like, refused)
-    return Found(numerics, tuple(steps), prover.comparisons, len(tried), len(skipped), tuple(refused.values()))
+    for choice, low, high in served(steps):
+        if choice.key not in refused and not (check := prover.check_bias(choice, low, high)).passed:
+            refused[choice.key] = f"with a bias: {check}"
+            _log.warning("%s is refused for %s with a bias: %s", choice, problem, check)
+    return Found(rivals.numerics, tuple(steps), prover.comparisons, len(tried), len(skipped), tuple(refused.values()))
 
 
 def _choices(
     device: Device,
     problem: Problem,
-    known: Sequence[tuple[Implementation, Params]],
+    known: Sequence[_Pair],
     m: int,
     like: TunedEntry | None,
 ) -> Iterable[Choice]:
@@ -217,7 +250,7 @@ def _choices(
                 yield Choice(implementation, params, implementation.tile.model_validate(rung.tile))
 
 
-def _own(device: Device, problem: Problem, known: Sequence[tuple[Implementation, Params]], m: int) -> Iterable[Choice]:
+def _own(device: Device, problem: Problem, known: Sequence[_Pair], m: int) -> Iterable[Choice]:
     """What each implementation takes for m rows by itself."""
     for implementation, params in known:
         shapes = implementation.tiles(device, problem, params)
@@ -239,72 +272,3 @@ def _bound(device: Device, problem: Problem, choices: Mapping[str, Choice], m: i
         except Exception as error:  # noqa: BLE001 - a backend's code; what cannot be bound does not win
             _log.debug("%s: %s", key, error)
     return kernels
-
-
-def _most_rows(problem: Problem) -> int:
-    return max(1, _MOST_ELEMENTS // problem.size("n"))
-
-
-_Known = tuple[list[torch.Tensor | None], torch.Tensor]
-"""Arguments of a call, and what the reference gives for them."""
-
-
-class _Prover:
-    """Compares winners with one reference: the first listed that makes no choice inside, at its own ladder."""
-
-    def __init__(
-        self, device: Device, problem: Problem, known: Sequence[tuple[Implementation, Params]], most: int
-    ) -> None:
-        self._device, self._place = device, torch.device(device.torch_device)
-        self._problem, self._most = problem, most
-        plain = [pair for pair in known if not pair[0].chooses_inside]
-        self._reference = (plain or list(known))[0]
-        self._wide = ops.get(problem.op).problem(problem.dtype, {**problem.dims, "out_dtype": "float32"})
-        self._expected: dict[tuple[str, str], _Known] = {}
-        self.comparisons = 0
-
-    def check(self, choice: Choice, low: int, high: int) -> Check:
-        """The winner of M from `low` to `high` at both ends and one beyond, and at 1; every output dtype it gives.
-
-        Calls that would be too large are made as large as they may be.
-        """
-        edges = (1, low - 1, low, high - 1, high, high + 1)
-        rows = sorted({min(m, _most_rows(self._problem)) for m in edges if m >= 1})
-        tally = Tally(str(choice), ("out",))
-        for problem in dict.fromkeys((self._problem, self._wide)):
-            if choice.implementation.unmet(self._device, problem) or self._reference[0].unmet(self._device, problem):
-                continue
-            known = {distribution: self._known(problem, distribution) for distribution in _DISTRIBUTIONS}
-            try:
-                self._compare(choice, problem, rows, known, tally)
-            except Exception as error:  # noqa: BLE001 - a backend's code; what cannot be compared does not win
-                if problem == self._problem:
-                    return Check(str(choice), differing=1, note=f"{type(error).__name__}: {error}")
-                # A tile with room for 16-bit results only. Those were compared.
-                _log.debug("%s gives no fp32: %s", choice, error)
-        check = tally.check()
-        if not check.rows:
-            return replace(check, differing=1, note="nothing could be compared")
-        self.comparisons += check.rows if check.passed else 0
-        return check
-
-    def _compare(
-        self, choice: Choice, problem: Problem, rows: Sequence[int], known: Mapping[str, _Known], tally: Tally
-    ) -> None:
-        rung = Rung(choice.implementation, choice.params, choice.tile)
-        mine = Subject(problem, self._place, bind(problem, self._device, (rung,), Limits(max(rows))).launch)
-        for distribution, ((x, *others), expected) in known.items():
-            for m in rows if distribution == "normal" else rows[-1:]:
-                tally.add(m, mine.alone([x if x is None else x[:m], *others]), (expected[:m],))
-
-    def _known(self, problem: Problem, distribution: str) -> _Known:
-        key = (problem.key, distribution)
-        if key not in self._expected:
-            implementation, params = self._reference
-            rows = min(self._most + 1, _most_rows(problem))
-            shapes = implementation.tiles(self._device, problem, params)
-            rungs = tuple(Rung(implementation, params, tile, max_m) for max_m, tile in shapes)
-            subject = Subject(problem, self._place, bind(problem, self._device, rungs, Limits(rows)).launch)
-            arguments = subject.inputs(rows, distribution=distribution, seed=6)
-            self._expected[key] = arguments, subject.alone(arguments)[0]
-        return self._expected[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,15 +15,18 @@ from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import SelectionError, UsageError
 from bidispatch.invariance import Invariance
+from bidispatch.ops.shapes import Shape
 from bidispatch.planning.plan import Plan
 from bidispatch.profiles.load import ProfileStore
-from bidispatch.profiles.tiles import read_tuned
+from bidispatch.profiles.tiles import read_tuned, write_tuned
 from bidispatch.records import RecordStore
 from bidispatch.registry import Implementation, Params, Registry, Tile
+from bidispatch.tune import runner
+from bidispatch.tune import search as searching
 from bidispatch.tune.ladder import Choice, Step, merged, winner
 from bidispatch.tune.models import model_shapes
 from bidispatch.tune.runner import tune
-from bidispatch.tune.search import contenders, search
+from bidispatch.tune.search import contenders
 
 CPU = Device(ARCHS["cpu"], "Some CPU")
 ROWS = (1, 8, 64)
@@ -33,11 +37,12 @@ class Size(Tile):
 
 
 def bind_sound(context):
-    """fp32 products of 8 columns at a time, each row alone: free of M."""
+    """Products in fp64, each row alone: free of M."""
 
     def kernel(x, weight, bias, out):
         for row in range(len(x)):
-            out[row] = (x[row] * weight).double().sum(-1).to(out.dtype)
+            total = (x[row] * weight).double().sum(-1)
+            out[row] = (total if bias is None else total + bias.double()).to(out.dtype)
 
     return kernel
 
@@ -83,7 +88,8 @@ def plan(tmp_path):
         for implementation in implementations:
             registry.register(implementation)
         listed = ", ".join(f"{{impl: {i.name}}}" for i in implementations)
-        rule = f"    - dtypes: [float32]\n      {f'numerics: {numerics}' if numerics else 'when: {}'}\n"
+        dtypes = ", ".join(implementations[0].dtypes)
+        rule = f"    - dtypes: [{dtypes}]\n      {f'numerics: {numerics}' if numerics else 'when: {}'}\n"
         (tmp_path / "cpu.yaml").write_text(
             f"schema_version: 1\nname: cpu\nops:\n  gemm:\n{rule}      candidates: [{listed}]\n"
         )
@@ -95,6 +101,11 @@ def plan(tmp_path):
 
 def problem(n=5, k=16):
     return ops.get("gemm").problem("float32", {"n": n, "k": k})
+
+
+def search(plan, problem, rows, timer, only=()):
+    """The search for what a plan gives a problem."""
+    return searching.search(plan.device, problem, contenders(plan, problem, only), rows, timer)
 
 
 def timer_of(rule):
@@ -122,6 +133,24 @@ def test_each_m_gets_its_fastest_and_neighbours_become_one_rung(plan):
     assert found.comparisons > 0
 
 
+def test_what_was_slow_for_few_rows_is_tried_again_for_more_but_not_for_each(plan):
+    """Never again would miss the fastest of many rows; at every M would take as long as the others together."""
+    rows, looks = tuple(2**i for i in range(10)), []
+
+    def us(name, block, m):
+        return {1: 1.0, 2: 9.0 if m < 32 else 0.5, 4: 9.0}[block]
+
+    def timer(problem, m, kernels, brief):
+        found = timer_of(us)(problem, m, kernels, brief)
+        looks.extend((m, json.loads(key)[2]["block"]) for key in kernels if brief)
+        return found
+
+    rungs = merged(search(plan(fake("a.gemm")), problem(n=1, k=1), rows, timer).steps)
+    assert [(rung.max_m, rung.tile) for rung in rungs] == [(32, {}), (None, {"block": 2})]
+    assert [rows.index(m) for m, block in looks if block == 4] == [0, 3, 6, 9]
+    assert [rows.index(m) for m, block in looks if block == 2] == [0, 3, *range(6, 10)]
+
+
 def test_a_fast_kernel_that_gives_other_bits_is_refused_and_the_next_one_serves(plan):
     """Negative control: without the proof it would win everywhere. Calls of up to 4 rows it gets right, and loses."""
     timer = timer_of(lambda name, block, m: 1.0 if name == "b.gemm" else 2.0 + block)
@@ -133,11 +162,21 @@ def test_a_fast_kernel_that_gives_other_bits_is_refused_and_the_next_one_serves(
 
 def test_another_class_and_what_does_not_fit_take_no_part(plan):
     made = plan(fake("a.gemm", label="d"), fake("b.gemm"), fake("c.gemm"), numerics="c")
-    numerics, known = contenders(made, problem())
-    assert (numerics, [implementation.name for implementation, _ in known]) == ("c", ["b.gemm", "c.gemm"])
-    assert [i.name for i, _ in contenders(made, problem(), ["c.gemm"])[1]] == ["c.gemm"]
+    rivals = contenders(made, problem())
+    assert (rivals.numerics, rivals.names) == ("c", ("b.gemm", "c.gemm"))
+    rivals = contenders(made, problem(), ["c.gemm"])
+    assert (rivals.names, [i.name for i, _ in rivals.everyone]) == (("c.gemm",), ["b.gemm", "c.gemm"])
     with pytest.raises(SelectionError, match="nothing that can be tuned"):
         contenders(made, problem(), ["a.gemm"])
+
+
+def test_who_may_serve_is_asked_once_for_a_shape(plan, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "contenders", lambda *words: asked.append(words) or contenders(*words))
+    monkeypatch.setattr(searching, "contenders", runner.contenders)
+    timer = timer_of(lambda name, block, m: float(block))
+    tune(plan(fake("a.gemm")), [problem()], tmp_path / "gemm.json", timer, rows=ROWS)
+    assert len(asked) == 1
 
 
 def test_what_nothing_runs_is_an_error(plan):
@@ -156,6 +195,54 @@ def test_a_rerun_keeps_what_is_there_and_again_does_not(plan, tmp_path):
     third = tune(made, problems, path, timer, rows=ROWS, again=True)
     assert [outcome.kept for outcome in third.outcomes] == [False, False]
     assert len(read_tuned(path).entries) == 2
+
+
+def test_a_ladder_is_kept_only_for_what_it_was_searched_for(plan, tmp_path):
+    """What was found among less is found again, and nothing that was searched before is left out of it."""
+    made, path = plan(fake("a.gemm"), fake("b.gemm")), tmp_path / "gemm.json"
+    timer = timer_of(lambda name, block, m: float(block) + (name == "b.gemm"))
+
+    def run(rows, only=(), **options):
+        (outcome,) = tune(made, [problem()], path, timer, rows=rows, only=only, **options).outcomes
+        return outcome.kept, outcome.entry.searched.rows, outcome.entry.searched.implementations
+
+    assert run((8, 1), ["a.gemm"]) == (False, (1, 8), ("a.gemm",))
+    assert run((8,), ["a.gemm"]) == (True, (1, 8), ("a.gemm",))
+    assert run((64,), ["a.gemm"]) == (False, (1, 8, 64), ("a.gemm",))
+    assert run((8,), ["b.gemm"]) == (False, (1, 8, 64), ("a.gemm", "b.gemm"))
+    assert run(ROWS) == (True, ROWS, ("a.gemm", "b.gemm"))
+    assert run((1,), ["b.gemm"], again=True) == (False, (1,), ("b.gemm",))
+    assert run(ROWS) == (False, ROWS, ("a.gemm", "b.gemm"))
+
+
+def test_a_ladder_of_before_that_was_noted_is_found_again(plan, tmp_path):
+    made, path = plan(fake("a.gemm")), tmp_path / "gemm.json"
+    timer = timer_of(lambda name, block, m: float(block))
+    tune(made, [problem()], path, timer, rows=ROWS)
+    file = read_tuned(path)
+    write_tuned(path, file.model_copy(update={"entries": [file.entries[0].model_copy(update={"searched": None})]}))
+    assert [outcome.kept for outcome in tune(made, [problem()], path, timer, rows=ROWS).outcomes] == [False]
+
+
+def test_a_half_precision_runs_like_the_other_only_where_that_was_searched_as_far(plan, tmp_path):
+    made, path, seen = plan(halves()), tmp_path / "gemm.json", []
+
+    def timer(problem, m, kernels, brief):
+        seen.append((problem.dtype, m, len(kernels)))
+        return dict.fromkeys(kernels, 1.0)
+
+    bf16, fp16 = (ops.get("gemm").problem(dtype, {"n": 5, "k": 16}) for dtype in ("bfloat16", "float16"))
+    tune(made, [bf16, fp16], path, timer, rows=(1,))
+    tune(made, [fp16], path, timer, rows=(1, 8))
+    tiles = {(dtype, m): count for dtype, m, count in seen}
+    assert tiles == {("bfloat16", 1): 3, ("float16", 1): 3, ("float16", 8): 3}
+    first = next(count for dtype, m, count in seen if (dtype, m) == ("float16", 1))
+    assert first == 1
+
+
+def halves():
+    """A fake that takes the 16-bit dtypes."""
+    return replace(fake("a.gemm"), dtypes=("bfloat16", "float16"))
 
 
 def test_an_interrupt_leaves_what_was_found(plan, tmp_path):
@@ -315,3 +402,36 @@ def test_the_lines_to_paste_make_a_profile_that_uses_the_file(plan, tmp_path):
     again = Plan(CPU, profile, made.registry, RecordStore(CPU, tmp_path), Invariance.BATCH)
     assert made.select_problem(problem()).implementations == ("a.gemm",)
     assert again.select_problem(problem()).implementations == ("b.gemm",)
+
+
+def test_the_lines_to_paste_hold_in_the_users_folder_for_a_file_beside_the_built_in_profiles(
+    plan, tmp_path, monkeypatch
+):
+    """And name a file once that the rule named already, by another path."""
+    from bidispatch.cli import tune as command
+
+    made, path = plan(fake("a.gemm"), fake("b.gemm")), tmp_path / "tiles" / "gpu" / "gemm.json"
+    monkeypatch.setattr(command, "builtin_folder", lambda: tmp_path)
+    timer = timer_of(lambda name, block, m: float(block) if name == "b.gemm" else 9.0)
+    report = tune(made, [problem()], path, timer, rows=ROWS)
+    builtin = tmp_path / "cpu.yaml"
+    builtin.write_text(
+        builtin.read_text().replace("candidates:", "tuned: [tiles/../tiles/gpu/gemm.json]\n      candidates:")
+    )
+    user = tmp_path / "user"
+    user.mkdir()
+    store = ProfileStore(made.registry, builtin=tmp_path, user=user)
+    named = Plan(CPU, store.for_device(CPU), made.registry, RecordStore(CPU, tmp_path), Invariance.BATCH)
+    lines = command.paste(named, report)
+    (user / "cpu.yaml").write_text("\n".join(["schema_version: 1", "extends: cpu", *lines]))
+    profile = ProfileStore(made.registry, builtin=tmp_path, user=user).for_device(CPU)
+    assert [tuned.path for tuned in profile.rules["gemm"][0].tuned] == [path]
+    again = Plan(CPU, profile, made.registry, RecordStore(CPU, tmp_path), Invariance.BATCH)
+    assert again.select_problem(problem()).implementations == ("b.gemm",)
+
+
+def test_shapes_that_differ_in_a_bias_are_tuned_once():
+    from bidispatch.cli.tune import _problems
+
+    shapes = [Shape(("a",), {"n": 5, "k": 16, "bias": True}), Shape(("b",), {"n": 5, "k": 16})]
+    assert _problems("gemm", shapes, ["fp32"]) == [problem()]

@@ -48,6 +48,21 @@ DEEPSEEK_V2_LITE = {
 }
 
 
+QWEN2_57B_A14B = {
+    "model_type": "qwen2_moe",
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "moe_intermediate_size": 2560,
+    "shared_expert_intermediate_size": 20480,
+    "num_experts": 64,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
+}
+
+
 @pytest.fixture
 def shapes(tmp_path):
     """The (n, k) of a config's products, by what the name says of the layer."""
@@ -71,6 +86,25 @@ def test_experts_leave_attention_the_router_and_the_vocabulary(shapes):
         "lm_head": (151936, 2048),
     }
     assert set(shapes(MIXTRAL)) == {"qkv", "o", "router", "lm_head"}
+
+
+def test_a_shared_expert_of_a_size_of_its_own_is_divided_and_its_gate_is_not(shapes):
+    assert shapes(QWEN2_57B_A14B, 4) == {
+        "qkv": ((7 + 2) * 128, 3584),
+        "o": (3584, 7 * 128),
+        "router": (64, 3584),
+        "shared_gate_up": (2 * 5120, 3584),
+        "shared_down": (3584, 5120),
+        "shared_expert_gate": (1, 3584),
+        "lm_head": (37984, 3584),
+    }
+    assert "shared_down" not in shapes({**QWEN2_57B_A14B, "shared_expert_intermediate_size": 0})
+    with pytest.raises(UsageError, match="shared_intermediate size=20480 is not divided"):
+        shapes({**QWEN2_57B_A14B, "num_attention_heads": 28, "num_key_value_heads": 7}, 7)
+
+
+def test_a_model_whose_every_second_layer_has_experts_has_dense_ones(shapes):
+    assert shapes({**QWEN2_57B_A14B, "decoder_sparse_step": 2})["gate_up"] == (37888, 3584)
 
 
 def test_without_latent_queries_q_and_the_latent_are_two_weights(shapes):

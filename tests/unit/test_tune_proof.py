@@ -7,16 +7,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_tune import ROWS, bind_sound, fake, plan, problem, timer_of  # noqa: F401 - with a fixture
+import torch
+from test_tune import ROWS, bind_sound, fake, plan, problem, search, timer_of  # noqa: F401 - with a fixture
 
 from bidispatch import ops
 from bidispatch.cli import tune as command
 from bidispatch.errors import SelectionError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.profiles.tiles import read_tuned, write_tuned
-from bidispatch.tune import search as searching
+from bidispatch.requirements import DimIn
+from bidispatch.tune import proof
 from bidispatch.tune.runner import tune
-from bidispatch.tune.search import contenders, search
+from bidispatch.tune.search import contenders
 
 
 def bind_other(context):
@@ -60,11 +62,69 @@ def test_a_kernel_named_alone_is_still_compared_with_its_class(plan):  # noqa: F
         search(made, problem(), ROWS, FAST_B, ["b.gemm"])
 
 
-def test_calls_too_large_to_compare_are_compared_as_large_as_may_be(plan, monkeypatch):  # noqa: F811
-    """A vocabulary's winners for many rows: never with one row alone."""
-    monkeypatch.setattr(searching, "_MOST_ELEMENTS", 5 * 16)
-    found = search(plan(fake("a.gemm"), fake("b.gemm", "bind_tampered")), problem(), (64,), FAST_B)
+def bind_late(context):
+    """One bit of the last row of calls of more than 40 rows."""
+    sound = bind_sound(context)
+
+    def kernel(x, weight, bias, out):
+        sound(x, weight, bias, out)
+        if len(x) > 40:
+            out[-1, 0] = torch.nextafter(out[-1, 0], torch.tensor(float("inf")))
+
+    return kernel
+
+
+def bind_biased(context):
+    """Sound, but that it rounds before it adds a bias."""
+    sound = bind_sound(context)
+
+    def kernel(x, weight, bias, out):
+        sound(x, weight, None, out)
+        if bias is not None:
+            out.copy_((out.bfloat16() + bias).to(out.dtype))
+
+    return kernel
+
+
+def test_a_result_too_large_to_compare_at_once_is_compared_in_pieces_of_rows(plan, monkeypatch):  # noqa: F811
+    """A vocabulary's winners for many rows: to the last row, each piece against rows that were called apart."""
+    whole = search(plan(fake("a.gemm")), problem(), (64,), FAST_B).comparisons
+    monkeypatch.setattr(proof, "_PIECE_ELEMENTS", 5 * 16)
+    assert search(plan(fake("a.gemm")), problem(), (64,), FAST_B).comparisons == whole
+    found = search(plan(fake("a.gemm"), other(load="bind_late")), problem(), (64,), FAST_B)
     assert (winners(found), len(found.refused)) == ({"a.gemm"}, 3)
+    assert "M=63 row 62 out[0]" in found.refused[0]
+
+
+def test_a_winner_is_compared_with_a_bias_at_the_edges_of_its_rung(plan):  # noqa: F811
+    found = search(plan(fake("a.gemm"), other(load="bind_biased")), problem(), ROWS, FAST_B)
+    assert (winners(found), len(found.refused)) == ({"a.gemm"}, 3)
+    assert all(text.startswith("with a bias: b.gemm") for text in found.refused)
+
+
+def test_what_takes_no_bias_is_not_compared_with_one(plan):  # noqa: F811
+    """The plan does not use it there."""
+    plain = replace(other(load="bind_biased"), requires=(DimIn("bias", (False,)),))
+    apart = replace(other(load="bind_biased"), numerics=lambda params, problem: "d" if problem.flag("bias") else "c")
+    for made in (plan(fake("a.gemm"), plain), plan(fake("a.gemm"), apart), plan(plain)):
+        found = search(made, problem(), ROWS, FAST_B)
+        assert (winners(found), found.refused) == ({"b.gemm"}, ())
+
+
+def test_a_result_there_is_no_room_for_is_not_taken_for_equal(plan, monkeypatch):  # noqa: F811
+    """Not even in fp32, which a kernel may have no room for in its tile: that was tried, this was not."""
+    narrow = ops.get("gemm").problem("float32", {"n": 5, "k": 16, "out_dtype": "bfloat16"})
+    call = proof.Subject.call
+
+    def no_room(subject, arguments, outputs):
+        if outputs[0].dtype == torch.float32 and len(outputs[0]) > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        call(subject, arguments, outputs)
+
+    monkeypatch.setattr(proof, "_PIECE_ELEMENTS", 5 * 16)
+    monkeypatch.setattr(proof.Subject, "call", no_room)
+    with pytest.raises(SelectionError, match="OutOfMemoryError"):
+        search(plan(fake("a.gemm")), narrow, ROWS, FAST_B)
 
 
 def test_what_cannot_be_bound_takes_no_part_and_is_counted(plan):  # noqa: F811
@@ -90,7 +150,7 @@ def test_a_kernel_without_room_for_fp32_results_is_compared_in_its_own(plan):  #
 
 def test_what_claims_less_than_the_plan_requires_takes_no_part(plan):  # noqa: F811
     made = plan(fake("a.gemm"), fake("b.gemm", claims=Invariance.RUN))
-    assert [implementation.name for implementation, _ in contenders(made, problem())[1]] == ["a.gemm"]
+    assert contenders(made, problem()).names == ("a.gemm",)
 
 
 def test_ladders_of_another_environment_serve_on_but_are_found_anew(plan, tmp_path):  # noqa: F811

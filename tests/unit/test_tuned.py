@@ -10,6 +10,7 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ProfileError, SelectionError
+from bidispatch.planning.select import tuned_elsewhere
 from bidispatch.profiles.load import lint_file
 from bidispatch.profiles.tiles import TunedEntry, TunedFile, TunedRung, read_tuned, write_tuned
 from bidispatch.registry import default_registry
@@ -50,8 +51,9 @@ def entry(n=6144, k=4096, **changes):
 def tuned(tmp_path):
     """Writes a profile and its tuned file; gives the plan."""
 
-    def make(*entries, arch="sm90", profile=PROFILE):
-        write_tuned(tmp_path / "tiles" / "gemm.json", TunedFile(environment={"arch": arch}, entries=list(entries)))
+    def make(*entries, arch="sm90", profile=PROFILE, device=""):
+        environment = {"arch": arch, "device": device}
+        write_tuned(tmp_path / "tiles" / "gemm.json", TunedFile(environment=environment, entries=list(entries)))
         path = tmp_path / "mine.yaml"
         path.write_text(profile)
         return bid.plan(SM90, profile=str(path))
@@ -109,6 +111,58 @@ def test_a_tuned_rung_of_another_class_is_refused(tuned):
 def test_a_file_of_another_arch_is_not_used(tuned):
     plan = tuned(entry(), arch="sm80")
     assert ladder(plan) == ladder(plan, n=6145)
+
+
+def test_explain_says_which_files_of_elsewhere_are_not_used(tuned, cli, as_json, tmp_path):
+    words = ("explain", "gemm", "--device", "sm90", "--profile", str(tmp_path / "mine.yaml"))
+    tuned(entry(), arch="sm80", device="NVIDIA A100")
+    code, out, _ = cli(*words)
+    said = "tiles/gemm.json: made on NVIDIA A100 (sm80), here sm90 (sm90), not used"
+    assert (code, said in " ".join(out.split())) == (0, True)
+    _, document = as_json(*words)
+    assert [line.endswith(said) for line in document["tuned_elsewhere"]] == [True]
+    tuned(entry(), device="NVIDIA H200")
+    assert "made on" not in cli(*words)[1]
+
+
+def test_a_file_of_another_device_of_the_arch_is_used_and_named(tuned):
+    plan = tuned(entry(), device="NVIDIA H200")
+    here = Device(ARCHS["sm90"], "NVIDIA H100")
+    asked = [ops.get("gemm").problem("bf16", {"n": n, "k": 4096}) for n in (6144, 6145)]
+    (line,) = tuned_elsewhere(asked[0], plan.profile, here)
+    assert "made on NVIDIA H200 (sm90), here NVIDIA H100 (sm90), used" in line
+    assert tuned_elsewhere(asked[1], plan.profile, here) == []
+    assert tuned_elsewhere(asked[0], plan.profile, Device(ARCHS["sm90"], "NVIDIA H200")) == []
+    with bid.override("gemm=triton.gemm"):
+        assert tuned_elsewhere(asked[0], plan.profile, here) == []
+
+
+def test_a_file_named_twice_is_a_fault_with_its_line(tuned, tmp_path):
+    tuned(entry())
+    (tmp_path / "mine.yaml").write_text(
+        PROFILE.replace("[tiles/gemm.json]", "[tiles/gemm.json, tiles/../tiles/gemm.json]")
+    )
+    (fault,) = lint_file(tmp_path / "mine.yaml", default_registry())
+    assert (fault.line, "the file 'tiles/gemm.json' again" in fault.message) == (7, True)
+
+
+@pytest.mark.parametrize(
+    "searched",
+    [
+        {"rows": [], "implementations": ["a.b"]},
+        {"rows": [8, 1], "implementations": ["a.b"]},
+        {"rows": [0], "implementations": ["a.b"]},
+        {"rows": [1], "implementations": []},
+        {"rows": [1], "implementations": ["a.b"], "more": 1},
+    ],
+)
+def test_what_was_searched_is_checked_when_it_is_read(tuned, tmp_path, searched):
+    plan, path = tuned(entry()), tmp_path / "tiles" / "gemm.json"
+    content = json.loads(path.read_text())
+    content["entries"][0]["searched"] = searched
+    path.write_text(json.dumps(content))
+    with pytest.raises(ProfileError, match=r"gemm\.json.*bidispatch tune"):
+        ladder(plan)
 
 
 def test_a_tile_the_kernel_does_not_have_is_rejected_with_the_reason(tuned):
