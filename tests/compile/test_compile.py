@@ -25,7 +25,7 @@ from bidispatch.registry import Registry, Rung
 from bidispatch.runtime.bind import load_attribute
 from bidispatch_backends.triton import register
 from bidispatch_backends.triton.compile import Variant, compile_variant, target_of, variants
-from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, SplitParams, VectorParams
+from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, SplitParams
 
 COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
 SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean", "sum")
@@ -189,8 +189,7 @@ SPLIT = (
         SplitParams(k_chunk=1792),
         2048,
     ),
-    ("triton.gemv", _problem("gemm", "float32", n=4096, k=4096, bias=True), VectorParams(), 8),
-    ("triton.gemv", _problem("gemm", "float32", n=61, k=4097), VectorParams(), 8),
+    ("triton.gemm_split_k", _problem("gemm", "float32", n=61, k=4097, bias=True), SplitParams(), 8),
 )
 
 
@@ -207,7 +206,7 @@ def test_kernels_with_chunks_in_parallel_compile_and_fit(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["triton.gemm", "triton.gemm_split_k", "triton.gemv"])
+@pytest.mark.parametrize("name", ["triton.gemm", "triton.gemm_split_k"])
 def test_every_tile_that_tune_tries_compiles_and_fits(name: str, dtype: str) -> None:
     registry = Registry()
     register(registry)

@@ -46,7 +46,6 @@ FORCED = (
     ("triton.gemm", "bfloat16", {"n": 67, "k": 93, "bias": True}),
     ("triton.gemm_split_k", "bfloat16", {"n": 67, "k": 2093, "out_dtype": "float32"}),
     ("triton.gemm_split_k", "float32", {"n": 67, "k": 2093, "bias": True}),
-    ("triton.gemv", "float32", {"n": 67, "k": 2093, "bias": True}),
 )
 
 

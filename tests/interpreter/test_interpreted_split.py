@@ -1,4 +1,4 @@
-"""Chunks of K in parallel give the bits of chunks walked in turn: `gemm_split_k`, `gemv` and the fold."""
+"""Chunks of K in parallel give the bits of chunks walked in turn: `gemm_split_k` and the fold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bidispatch import ops
 from bidispatch.device import ARCHS
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.triton.fold import bind_fold
-from bidispatch_backends.triton.gemm_params import GemmParams, SplitParams, VectorParams, gemm_numerics
+from bidispatch_backends.triton.gemm_params import GemmParams, SplitParams, gemm_numerics
 
 CHUNK = 256
 SPLIT = "triton.gemm_split_k"
@@ -38,27 +38,6 @@ def test_split_and_walked_chunks_give_the_same_bits(dtype: str, k: int) -> None:
             assert relative_error(parallel, reference(problem, arguments)[0]) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("k", [1, 300, 1000])
-@pytest.mark.parametrize("m", [1, 2, 3, 7])
-def test_a_column_a_thread_adds_in_the_order_of_k(m: int, k: int) -> None:
-    problem = gemm("float32", 70, k, bias=True)
-    arguments = draw_inputs(problem, m)
-    for tile in tiles(problem, VectorParams(k_chunk=CHUNK), "triton.gemv"):
-        (out,) = run(
-            problem, arguments, bind(problem, params=VectorParams(k_chunk=CHUNK), tile=tile, name="triton.gemv")
-        )
-        x, weight, bias = arguments
-        total = torch.zeros(m, 70)
-        for first in range(0, k, CHUNK):
-            partial = torch.zeros(m, 70)
-            for j in range(first, min(k, first + CHUNK)):
-                # fp64 holds the product exactly and rounds its sum once more than an FMA: a tie is very rare
-                exact = x[:, j, None].double() * weight[None, :, j].double() + partial.double()
-                partial = exact.float()
-            total = total + partial if first else partial
-        assert same_bits(out, total + bias)
-
-
 def test_the_fold_adds_in_ascending_order() -> None:
     partial = (
         torch.randn(5, 3, 1500, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(5)[:, None, None]
@@ -79,4 +58,4 @@ def test_k_within_a_chunk_is_the_sequential_class() -> None:
     assert gemm_numerics(SplitParams(k_chunk=1024), short) == gemm_numerics(GemmParams(), short) == "k_sequential"
     assert gemm_numerics(SplitParams(k_chunk=1024), long) == gemm_numerics(GemmParams(k_chunk=1024), long)
     assert gemm_numerics(GemmParams(k_chunk=1024), long) == "k_chunks.1024"
-    assert gemm_numerics(VectorParams(), gemm("float32", 8, 2048)) == "k_chunks.1024.ieee"
+    assert gemm_numerics(SplitParams(), gemm("float32", 8, 2048)) == "k_chunks.1024.ieee"

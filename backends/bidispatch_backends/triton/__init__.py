@@ -50,23 +50,6 @@ def register(registry: Registry) -> None:
             summary="chunks of K in parallel, added in ascending order by the program that comes last",
         )
     )
-    registry.register(
-        Implementation(
-            name="triton.gemv",
-            op="gemm",
-            load="bidispatch_backends.triton.split_gemm:bind_gemv",
-            archs=_ARCHS,
-            dtypes=("float32",),
-            requires=(_TRITON,),
-            numerics=gemm_params.gemm_numerics,
-            params=gemm_params.VectorParams,
-            tile=gemm_params.VectorTile,
-            tiles=gemm_params.vector_tiles,
-            search="bidispatch_backends.triton.search:vector_tiles_for",
-            libraries=("triton",),
-            summary="the same with a column a thread, for few rows of fp32: products by FMA in the order of K",
-        )
-    )
     for op in ("rms_norm", "fused_add_rms_norm", "qk_norm", "mean", "sum"):
         module = "norm" if op.endswith("norm") else "reduction"
         registry.register(

@@ -23,7 +23,6 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.gemm": gemm.launches,
     "triton.bmm": gemm.launches,
     "triton.gemm_split_k": split_gemm.launches,
-    "triton.gemv": split_gemm.vector_launches,
     "triton.rms_norm": norm.launches,
     "triton.fused_add_rms_norm": norm.launches,
     "triton.qk_norm": norm.launches,

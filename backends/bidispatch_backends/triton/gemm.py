@@ -17,7 +17,7 @@ import triton.language as tl
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile
+from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, runs_on_fma
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer
 
 __all__ = ["accumulate", "bind_bmm", "bind_gemm", "launches", "matmul_kernel", "tile_constants", "tile_of", "tile_ptrs"]
@@ -203,9 +203,13 @@ def matmul_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (columns < n)[None, :])
 
 
-def tile_constants(problem: Problem, params: GemmParams, tile: GemmTile) -> dict[str, Constant]:
-    """The constants of `accumulate` and `tile_of`. Raises ValueError where chunks are not whole steps of the tile."""
+def tile_constants(problem: Problem, params: GemmParams, tile: GemmTile, arch: Arch) -> dict[str, Constant]:
+    """The constants of `accumulate` and `tile_of`. Raises ValueError where chunks are not whole steps of the tile, and
+    for a tile that the matrix unit cannot fill: the compiler would take FMAs, which are of another class.
+    """
     k = problem.size("k")
+    if min(tile.block_m, tile.block_n) < 8 and not runs_on_fma(arch, problem, params):
+        raise ValueError(f"a tile of {tile.block_m}x{tile.block_n} is too small for the matrix unit, which takes 8")
     if params.k_chunk % tile.block_k:
         raise ValueError(f"k_chunk={params.k_chunk} is not a multiple of block_k={tile.block_k}")
     return {
@@ -244,7 +248,7 @@ def launches(problem: Problem, params: GemmParams, tile: GemmTile, arch: Arch) -
     }
     # The one product and sum outside of the matrix unit's are those of its fp32 form, which wants the fusion.
     compiler = options(arch, tile.num_warps, tile.num_stages, fp_fusion=True)
-    return (Launch(matmul_kernel, arguments, tile_constants(problem, params, tile), compiler),)
+    return (Launch(matmul_kernel, arguments, tile_constants(problem, params, tile, arch), compiler),)
 
 
 def bind_gemm(context: BindContext) -> Kernel:

@@ -20,13 +20,11 @@ __all__ = [
     "GemmTile",
     "Shape",
     "SplitParams",
-    "VectorParams",
-    "VectorTile",
     "gemm_numerics",
     "gemm_tiles",
+    "runs_on_fma",
     "split_tiles",
     "tile_for",
-    "vector_tiles",
 ]
 
 _KB = 1024
@@ -53,18 +51,11 @@ class SplitParams(GemmParams):
     k_chunk: int = Field(default=1024, ge=256, multiple_of=256)
 
 
-class VectorParams(Params):
-    """The same for products by FMA, which are IEEE's."""
-
-    input_precision: Literal["ieee"] = "ieee"
-    k_chunk: int = Field(default=1024, ge=256, multiple_of=256)
-
-
 class GemmTile(Tile):
     """Launch shape of a product; none of it enters the order of a sum."""
 
-    block_m: int = Field(ge=8)
-    """Rows of x."""
+    block_m: int = Field(ge=1)
+    """Rows of x; below 8 only where products run on the FMA units."""
     block_n: int = Field(ge=8)
     """Rows of the weight."""
     block_k: int = Field(ge=16)
@@ -75,17 +66,6 @@ class GemmTile(Tile):
     num_stages: int = Field(ge=1)
 
     _sizes = field_validator("block_m", "block_n", "block_k", "num_warps")(power_of_two_field)
-
-
-class VectorTile(Tile):
-    """Launch shape of the product that gives each thread a column: columns a program, elements of K read ahead."""
-
-    block_m: int = Field(ge=1, le=4)
-    block_n: int = Field(ge=32)
-    unroll: int = Field(default=16, ge=1, le=32)
-    """Groups of four elements of K that one thread has under way."""
-
-    _sizes = field_validator("block_m", "block_n", "unroll")(power_of_two_field)
 
 
 def gemm_numerics(params: Any, problem: Problem) -> str:
@@ -113,6 +93,15 @@ _SHAPES_FP32: tuple[tuple[int | None, tuple[Shape, ...]], ...] = (
     (64, ((64, 64, 32, False, 4, 4),)),
     (None, ((128, 64, 32, False, 8, 4),)),
 )
+# A few rows have tiles of their own there: a thread adds up whole columns, from rows of the weight that it finds in
+# shared memory. Measured on an H100, chunks of 1024 in parallel, as part of stock's time: 1.05 to 1.36 at M = 1, 0.66
+# to 1.05 at 2, 0.68 to 1.12 at 4, 0.58 to 0.81 at 8.
+_SHAPES_FP32_FEW: tuple[tuple[int | None, tuple[Shape, ...]], ...] = (
+    (1, ((1, 64, 64, True, 2, 4),)),
+    (2, ((2, 64, 64, True, 2, 4),)),
+    (4, ((4, 64, 64, True, 2, 4),)),
+    (8, ((8, 64, 32, True, 2, 6),)),
+)
 # A matrix instruction of 16x16 on AMD: both sides of a tile must hold two or more, and LDS one tile ahead.
 _SHAPES_AMD: tuple[tuple[int | None, tuple[Shape, ...]], ...] = (
     (16, ((16, 64, 128, False, 4, 2),)),
@@ -136,6 +125,11 @@ def gemm_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int
     return tuple(ladder)
 
 
+def runs_on_fma(arch: Arch, problem: Problem, params: Any) -> bool:
+    """Whether products are IEEE's fused multiply-adds, and not the matrix unit's."""
+    return problem.dtype == "float32" and params.input_precision == "ieee" and arch.vendor != "amd"
+
+
 def split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, GemmTile], ...]:
     """The same for chunks of K in parallel, which fill the device by themselves."""
     amd = device.arch.vendor == "amd"
@@ -145,17 +139,9 @@ def split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[in
         (64, (64, 64, 64, False, 4, 5)),
         (None, (64, 64, 64, False, 4, 4) if amd else (128, 64, 64, False, 4, 4)),
     )
-    shapes = [(m, ladder[0]) for m, ladder in _SHAPES_FP32] if problem.dtype == "float32" else narrow
+    single = [*(_SHAPES_FP32_FEW if runs_on_fma(device.arch, problem, params) else ()), *_SHAPES_FP32]
+    shapes = [(m, ladder[0]) for m, ladder in single] if problem.dtype == "float32" else narrow
     return tuple((max_m, _require(tile_for(device.arch, problem, params, shape))) for max_m, shape in shapes)
-
-
-def vector_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, VectorTile], ...]:
-    """As many rows of x as there are, up to 4: each weight element that is read serves all of them."""
-    return (
-        (1, VectorTile(block_m=1, block_n=64)),
-        (2, VectorTile(block_m=2, block_n=64)),
-        (None, VectorTile(block_m=4, block_n=64)),
-    )
 
 
 def _units(device: Device) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton.gemm_params import GemmTile, Shape, VectorTile, tile_for, vector_tiles
+from bidispatch_backends.triton.gemm_params import GemmTile, Shape, runs_on_fma, tile_for
 
-__all__ = ["gemm_tiles_for", "split_tiles_for", "vector_tiles_for"]
+__all__ = ["gemm_tiles_for", "split_tiles_for"]
 
 # Each was the fastest, or within 3 % of it, for some shape and M on an H100 (bf16, cold weights).
 _SHAPES: tuple[Shape, ...] = (
@@ -47,6 +47,17 @@ _SHAPES_FP32: tuple[Shape, ...] = (
     (128, 64, 32, False, 8, 3),
     (128, 128, 32, False, 8, 2),
 )
+_SHAPES_FP32_FEW: tuple[Shape, ...] = tuple(
+    (rows, *shape)
+    for rows in (1, 2, 4, 8)
+    for shape in (
+        (32, 16, True, 2, 6),
+        (32, 32, True, 1, 6),
+        (64, 32, True, 2, 6),
+        (64, 64, True, 2, 4),
+        (128, 32, True, 4, 6),
+    )
+)
 _SHAPES_SPLIT: tuple[Shape, ...] = (
     (16, 16, 256, False, 2, 4),
     (16, 32, 128, False, 4, 5),
@@ -71,24 +82,15 @@ def split_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> It
     return _fitting(device, problem, params, m, _SHAPES_SPLIT)
 
 
-def vector_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[VectorTile]:
-    """Tiles of `gemv` for few rows; none for more, where it reads the weight again for every four."""
-    if m > 8:
-        return
-    rows = next(tile.block_m for max_m, tile in vector_tiles(device, problem, params) if max_m is None or m <= max_m)
-    for block_n, unroll in ((32, 16), (32, 8), (64, 16), (64, 8), (128, 16)):
-        yield VectorTile(block_m=rows, block_n=block_n, unroll=unroll)
-
-
 def _fitting(device: Device, problem: Problem, params: Any, m: int, shapes: tuple[Shape, ...]) -> Iterator[GemmTile]:
     """From a quarter of the rows of the smallest tile that holds m to all of them; more than any holds, the largest.
 
-    Those for fp32 where its products are IEEE: they fit no tensor core.
+    Where products run on the FMA units, those for that.
     """
-    if problem.dtype == "float32" and params.input_precision == "ieee":
-        shapes = _SHAPES_FP32
+    if fma := runs_on_fma(device.arch, problem, params):
+        shapes = (*_SHAPES_FP32_FEW, *_SHAPES_FP32)
     tallest = max(shape[0] for shape in shapes)
-    enough = min(tallest, max(16, 1 << (m - 1).bit_length()))
+    enough = min(tallest, max(1 if fma else 16, 1 << (m - 1).bit_length()))
     for shape in shapes:
         if enough // 4 <= shape[0] <= enough and (tile := tile_for(device.arch, problem, params, shape)):
             yield tile

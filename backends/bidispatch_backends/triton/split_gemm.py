@@ -1,11 +1,11 @@
-"""Products that take chunks of K in parallel: `gemm_split_k` by the matrix unit, `gemv` with a column a thread.
+"""Products that take chunks of K in parallel: `gemm_split_k`.
 
 Each chunk's fp32 partial result goes to a workspace; the program that comes last to a tile adds its partials in
 ascending order. So the bits are those of the kernels that walk the same chunks one after another (`gemm`, k_chunk).
 """
 
 # Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
-# ruff: noqa: ANN001, ANN202, SIM108
+# ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.triton.gemm import accumulate, tile_constants, tile_of, tile_ptrs
-from bidispatch_backends.triton.gemm_params import GemmTile, SplitParams, VectorParams, VectorTile
+from bidispatch_backends.triton.gemm_params import GemmTile, SplitParams
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer
 
-__all__ = ["bind_gemm_split_k", "bind_gemv", "launches", "vector_launches"]
+__all__ = ["bind_gemm_split_k", "launches"]
 
 
 @triton.jit
@@ -107,114 +107,11 @@ def split_kernel(
         tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _four(ptrs, at, length, K_IS_EVEN: tl.constexpr):
-    """Elements at to at + 3 of each thread's row, one vector load, as four values a thread."""
-    four = tl.arange(0, 4)[None, :]
-    if K_IS_EVEN:
-        group = tl.load(ptrs + at + four)
-    else:
-        group = tl.load(ptrs + at + four, mask=at + four < length, other=0.0)
-    even, odd = tl.split(tl.reshape(group, (group.shape[0], 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _add_products(acc, w0, w1, w2, w3, x_ptrs, at, length, K_IS_EVEN: tl.constexpr):
-    """Four elements of K, in order."""
-    x0, x1, x2, x3 = _four(x_ptrs, at, length, K_IS_EVEN)
-    acc = tl.fma(w0, x0, acc)
-    acc = tl.fma(w1, x1, acc)
-    acc = tl.fma(w2, x2, acc)
-    return tl.fma(w3, x3, acc)
-
-
-@triton.jit
-def _finish_row(partial_ptrs, stride_chunk, bias_ptr, out_row, columns, inside):
-    """Fold a row's partials, add the bias, store."""
-    total = _fold(partial_ptrs, stride_chunk, tl.num_programs(1), inside)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_row + columns, total.to(out_row.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["m", "stride_chunk"])
-def vector_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    partial_ptr,
-    counter_ptr,
-    m,
-    n,
-    k,
-    stride_x_row,
-    stride_weight_n,
-    stride_out_row,
-    stride_chunk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
-    K_CHUNK: tl.constexpr,
-    K_IS_EVEN: tl.constexpr,
-):
-    """The same for fp32: each thread has a row of the weight, and adds products in the order of K by FMA.
-
-    One accumulator a row of x, spelled out: as a tensor they would be spread over threads, through shared memory.
-    """
-    chunk = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = columns < n
-    row = tl.program_id(2) * BLOCK_M
-    first = tl.program_id(1) * K_CHUNK
-    length = min(k - first, K_CHUNK)
-    weight_ptrs = weight_ptr + tl.where(inside, columns, 0).to(tl.int64)[:, None] * stride_weight_n + first
-    # Every thread reads the same elements of x: as vectors of four, like its own of the weight.
-    same = tl.zeros((BLOCK_N, 1), dtype=tl.int32)
-    # Rows past the end are the last one again: they store the same bits to the same place.
-    row0 = row.to(tl.int64)
-    row1 = min(row + 1, m - 1).to(tl.int64)
-    row2 = min(row + 2, m - 1).to(tl.int64)
-    row3 = min(row + 3, m - 1).to(tl.int64)
-    x0 = x_ptr + row0 * stride_x_row + first + same
-    x1 = x_ptr + row1 * stride_x_row + first + same
-    x2 = x_ptr + row2 * stride_x_row + first + same
-    x3 = x_ptr + row3 * stride_x_row + first + same
-    acc0 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    acc1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    acc2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    acc3 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, length, 4 * UNROLL):
-        for step in tl.static_range(UNROLL):
-            at = start + 4 * step
-            w0, w1, w2, w3 = _four(weight_ptrs, at, length, K_IS_EVEN)
-            acc0 = _add_products(acc0, w0, w1, w2, w3, x0, at, length, K_IS_EVEN)
-            if BLOCK_M > 1:
-                acc1 = _add_products(acc1, w0, w1, w2, w3, x1, at, length, K_IS_EVEN)
-            if BLOCK_M > 2:
-                acc2 = _add_products(acc2, w0, w1, w2, w3, x2, at, length, K_IS_EVEN)
-                acc3 = _add_products(acc3, w0, w1, w2, w3, x3, at, length, K_IS_EVEN)
-    partial_ptrs = partial_ptr + chunk * stride_chunk + columns
-    tl.store(partial_ptrs + row0 * n, acc0, mask=inside)
-    if BLOCK_M > 1:
-        tl.store(partial_ptrs + row1 * n, acc1, mask=inside)
-    if BLOCK_M > 2:
-        tl.store(partial_ptrs + row2 * n, acc2, mask=inside)
-        tl.store(partial_ptrs + row3 * n, acc3, mask=inside)
-    if _is_last(counter_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)):
-        for i in range(min(BLOCK_M, m - row)):
-            partial_row = partial_ptr + (row0 + i) * n + columns
-            _finish_row(partial_row, stride_chunk, bias_ptr, out_ptr + (row0 + i) * stride_out_row, columns, inside)
-
-
-def _arguments(problem: Problem) -> dict[str, ArgumentType]:
-    """What both split kernels are given."""
+def launches(problem: Problem, params: SplitParams, tile: GemmTile, arch: Arch) -> tuple[Launch, ...]:
+    """The one launch of `gemm_split_k`."""
     n, k = problem.size("n"), problem.size("k")
     pointer_in = pointer(problem.dtype)
-    return {
+    arguments: dict[str, ArgumentType] = {
         "x_ptr": pointer_in,
         "weight_ptr": pointer_in,
         "bias_ptr": pointer_in if problem.flag("bias") else None,
@@ -229,58 +126,25 @@ def _arguments(problem: Problem) -> dict[str, ArgumentType]:
         "stride_out_row": n,
         "stride_chunk": "i64",
     }
-
-
-def launches(problem: Problem, params: SplitParams, tile: GemmTile, arch: Arch) -> tuple[Launch, ...]:
-    """The one launch of `gemm_split_k`."""
-    constants = {**tile_constants(problem, params, tile), "K_CHUNK": params.k_chunk}
+    constants = {**tile_constants(problem, params, tile, arch), "K_CHUNK": params.k_chunk}
     compiler = options(arch, tile.num_warps, tile.num_stages, fp_fusion=True)
-    return (Launch(split_kernel, _arguments(problem), constants, compiler),)
-
-
-def vector_launches(problem: Problem, params: VectorParams, tile: VectorTile, arch: Arch) -> tuple[Launch, ...]:
-    """The one launch of `gemv`."""
-    step = 4 * tile.unroll
-    constants = {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "UNROLL": tile.unroll,
-        "K_CHUNK": params.k_chunk,
-        "K_IS_EVEN": problem.size("k") % step == 0 and params.k_chunk % step == 0,
-    }
-    num_warps = max(1, tile.block_n // (64 if arch.vendor == "amd" else 32))
-    # No product and sum but the spelled FMAs: the folds are plain sums.
-    return (
-        Launch(vector_kernel, _arguments(problem), constants, options(arch, num_warps, num_stages=1, fp_fusion=False)),
-    )
+    return (Launch(split_kernel, arguments, constants, compiler),)
 
 
 def bind_gemm_split_k(context: BindContext) -> Kernel:
     """x [m, k], weight [n, k], bias [n] or None, out [m, n]. Holds chunks · max_tokens · n fp32 of workspace."""
     (launch,) = launches(context.problem, context.params, context.tile, context.device.arch)
-    return _bind(context, launch, context.tile.block_m, context.tile.block_n, rows_last=False)
-
-
-def bind_gemv(context: BindContext) -> Kernel:
-    """The same."""
-    (launch,) = vector_launches(context.problem, context.params, context.tile, context.device.arch)
-    return _bind(context, launch, context.tile.block_m, context.tile.block_n, rows_last=True)
-
-
-def _bind(context: BindContext, launch: Launch, block_m: int, block_n: int, *, rows_last: bool) -> Kernel:
-    """`rows_last`: row tiles are the grid's third axis, instead of sharing the first with the column tiles."""
     n, k = context.problem.size("n"), context.problem.size("k")
-    most = context.limits.max_tokens
+    most, block_m = context.limits.max_tokens, context.tile.block_m
     chunks = ceil_div(k, context.params.k_chunk)
-    tiles_n = ceil_div(n, block_n)
+    tiles_n = ceil_div(n, context.tile.block_n)
     device = context.device.torch_device
     partial = torch.empty(chunks * most * n, dtype=torch.float32, device=device)
     counter = torch.zeros(ceil_div(most, block_m) * tiles_n, dtype=torch.int32, device=device)
 
     def split(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         m = x.shape[0]
-        tiles_m = -(-m // block_m)
-        grid = (tiles_n, chunks, tiles_m) if rows_last else (tiles_m * tiles_n, chunks)
+        grid = (-(-m // block_m) * tiles_n, chunks)
         launch(
             grid, x, weight, bias, out, partial, counter, m, n, k, x.stride(0), weight.stride(0), out.stride(0), m * n
         )
