@@ -2,9 +2,9 @@
 
     python benchmarks/gemm.py [--dtype bf16]... [--m 64]... [--shape "Qwen3-8B"]... [--quick] [--out FILE]
 
-Shapes come from sweeps/gemm.yaml. Every kernel is timed in CUDA graphs over weights that together exceed the L2,
-rivals in turns, medians; the host's time per eager call is taken too. Prints a summary last, and exits 1 if a figure
-is missed:
+Shapes come from sweeps/gemm.yaml, of fp32 from sweeps/gemm_fp32.yaml. Every kernel is timed in CUDA graphs over weights
+that together exceed the L2, rivals in turns, medians; the host's time per eager call is taken too. Prints a summary
+last, and exits 1 if a figure is missed:
 
 - bf16, fp16: geometric mean of ours / cuBLAS at most 1.00, no cell above 1.10, or, where cuBLAS takes less than 8 µs,
   none more than 0.7 µs over it; fp32: geometric mean at most 1.15, both without TF32;
@@ -44,15 +44,11 @@ from bidispatch.requirements import installed_version
 from bidispatch.runtime.bound import BoundKernel
 
 HERE = Path(__file__).parent
-SHAPES = HERE / "sweeps" / "gemm.yaml"
-MEASURED = ("bf16", "fp16", "fp32")
+SWEEPS = HERE / "sweeps"
+MEASURED = {"bf16": SWEEPS / "gemm.yaml", "fp16": SWEEPS / "gemm.yaml", "fp32": SWEEPS / "gemm_fp32.yaml"}
+"""The shapes of each dtype."""
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 QUICK_ROWS = (1, 16, 64, 512, 2048)
-FP32_SHAPES = (
-    *((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
-    *((2048, 2048), (5120, 25600), (2112, 7168), (256, 7168)),
-)
-"""(n, k) that fp32 is measured at: it is slow, and these stand for the others."""
 OURS, CUBLAS, ONE_TILE = "ours", "cublas", "one_tile_128"
 MOST_SETS = 64
 """Of weights: the smallest one would need 41 to exceed three times the L2."""
@@ -142,12 +138,10 @@ def floor_us(problem: Problem, m: int, flops: Mapping[str, float], bandwidth: fl
     return max(2 * m * n * k / flops[problem.dtype], moved / bandwidth) * 1e6
 
 
-def chosen(shapes: Sequence[Shape], words: Sequence[str], dtype: str) -> list[Shape]:
-    """The shapes with a name that holds one of these words (all without words); in fp32 those it is measured at."""
-    found = [shape for shape in shapes if not words or any(word in name for word in words for name in shape.names)]
-    if dtype != "float32":
-        return found
-    return [shape for shape in found if (shape.dims["n"], shape.dims["k"]) in FP32_SHAPES]
+def chosen(words: Sequence[str], dtype: str) -> list[Shape]:
+    """The shapes of a dtype (`MEASURED`) with a name that holds one of these words; all without words."""
+    shapes = read_shapes(MEASURED[dtype])
+    return [shape for shape in shapes if not words or any(word in name for word in words for name in shape.names)]
 
 
 def serving(rungs: Sequence[Rung], m: int) -> Rung:
@@ -358,11 +352,12 @@ def _host_rows_of(plan: bid.Plan, implementations: Sequence[str], dtype: str, n:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments, parser = _arguments(words)
-    dtypes = [parse_dtype(dtype) for dtype in arguments.dtype or MEASURED]
-    shapes = read_shapes(SHAPES)
-    todo = [(dtype, shape) for dtype in dtypes for shape in chosen(shapes, arguments.shape, dtype)]
+    dtypes = arguments.dtype or list(MEASURED)
+    todo = [(parse_dtype(dtype), shape) for dtype in dtypes for shape in chosen(arguments.shape, dtype)]
     if not todo:
-        known = ", ".join(name for shape in shapes for name in shape.names)
+        known = ", ".join(
+            dict.fromkeys(name for dtype in dtypes for shape in chosen([], dtype) for name in shape.names)
+        )
         parser.error(f"no shape to measure is named like {', '.join(arguments.shape)}; the names are {known}")
     rows = tuple(arguments.m or (QUICK_ROWS if arguments.quick else ROWS))
     whole = not (arguments.quick or arguments.m or arguments.shape or arguments.dtype)
@@ -427,7 +422,7 @@ def environment(
 
 def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", action="append", choices=MEASURED, help="all three if not given")
+    parser.add_argument("--dtype", action="append", choices=list(MEASURED), help="all three if not given")
     parser.add_argument("--m", action="append", type=int, help="rows; 19 sizes from 1 to 8192 if not given")
     parser.add_argument("--shape", action="append", default=[], help="shapes whose name holds this text")
     parser.add_argument("--quick", action="store_true", help=f"M = {', '.join(map(str, QUICK_ROWS))}")

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [host-time gemm rows verify verify-gemm demo tests sanitizer]
 
-Runs host_time.py, gemm.py, rows.py, `bidispatch verify --all --cuda-graph`, the same over the shapes of
-sweeps/gemm.yaml, `bidispatch demo`, tests/gpu, and compute-sanitizer (memcheck and racecheck) over every kernel on
-small shapes, or only the parts named. Exits 1 if any of them does; the others still run.
+Runs host_time.py, gemm.py, rows.py, `bidispatch verify --all --cuda-graph`, the same over the shapes of sweeps/,
+`bidispatch demo`, tests/gpu, and compute-sanitizer (memcheck and racecheck) over every kernel on small shapes, or only
+the parts named. Exits 1 if any of them does; the others still run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bidispatch.device import Device
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
-SHAPES = ROOT / "benchmarks" / "sweeps" / "gemm.yaml"
+SWEEPS = ROOT / "benchmarks" / "sweeps"
 
 # What is timed comes first, alone on the machine.
 PARTS = ("host-time", "gemm", "rows", "verify", "verify-gemm", "demo", "tests", "sanitizer")
@@ -47,7 +47,10 @@ def main() -> int:
         "gemm": lambda: script("gemm", folder),
         "rows": lambda: script("rows", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),
-        "verify-gemm": lambda: verify(("gemm", "--shapes", str(SHAPES)), folder / "verify_gemm.json"),
+        "verify-gemm": lambda: max(
+            verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")
+            for name, dtypes in (("gemm", ("--dtype", "bf16", "--dtype", "fp16")), ("gemm_fp32", ("--dtype", "fp32")))
+        ),
         "demo": lambda: run((*BIDISPATCH, "demo", "--json"), folder / "demo.json"),
         "tests": lambda: run((*tests, "--results", str(folder / "gpu_tests.json"))),
         "sanitizer": lambda: sanitize(folder / "sanitizer.json"),

@@ -14,7 +14,6 @@ import torch
 import bidispatch as bid
 from bidispatch import ops
 from bidispatch.bench.timing import Timing, launches_for
-from bidispatch.ops.shapes import read_shapes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -129,12 +128,9 @@ def test_one_tile_is_not_asked_to_be_halved_where_it_is_near_the_bound_or_large(
 
 
 def test_shapes_are_chosen_by_name_and_fp32_takes_its_own(gemm):
-    shapes = read_shapes(gemm.SHAPES)
-    assert len(gemm.chosen(shapes, [], "bfloat16")) == len(shapes)
-    assert len(gemm.chosen(shapes, [], "float32")) == len(gemm.FP32_SHAPES)
-    assert {"Qwen3-8B qkv", "Llama-3.1-8B qkv"} <= {
-        n for s in gemm.chosen(shapes, ["Qwen3-8B"], "bfloat16") for n in s.names
-    }
+    whole, single = gemm.chosen([], "bf16"), gemm.chosen([], "fp32")
+    assert {(s.dims["n"], s.dims["k"]) for s in single} < {(s.dims["n"], s.dims["k"]) for s in whole}
+    assert {"Qwen3-8B qkv", "Llama-3.1-8B qkv"} <= {n for s in gemm.chosen(["Qwen3-8B"], "bf16") for n in s.names}
 
 
 def test_an_unknown_shape_or_dtype_is_a_usage_error(gemm, capsys):
@@ -208,7 +204,7 @@ def test_a_run_writes_its_rows_and_exits_1_where_a_figure_is_missed(
 ):
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text("- {name: A qkv, n: 64, k: 32}\n- {name: A router, n: 8, k: 32, role: router, out_dtype: fp32}\n")
-    monkeypatch.setattr(gemm, "SHAPES", shapes)
+    monkeypatch.setitem(gemm.MEASURED, "bf16", shapes)
     out = tmp_path / "gemm.json"
     code = gemm.main(["--dtype", "bf16", "--m", "1", "--m", "16", "--out", str(out)])
     content = json.loads(out.read_text())
