@@ -110,7 +110,7 @@ def _contract(handle: int, a: torch.Tensor, a_labels: str, b: torch.Tensor, b_la
     for x, labels in ((a, a_labels), (b, b_labels)):
         for label, length in zip(labels, x.shape, strict=True):
             known = size.get(label, 1)
-            if known != 1 and length not in (1, known):
+            if known != 1 and length != 1 and length != known:
                 return NotImplemented
             size[label] = known if known != 1 else length
     a = _arranged(a, a_labels, shared + rows + inner, size)

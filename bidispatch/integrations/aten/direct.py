@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bidispatch.rowlocal import ADDING_ARGUMENTS, RANDOM, REASON_OF, has_floats, is_pointwise, names
 from bidispatch.runtime.torch_ops import NAMESPACE
 
-__all__ = ["ROW_LOCAL", "only_integers", "runs_as_it_is", "tensors_in"]
+__all__ = ["ROW_LOCAL", "is_ours", "only_integers", "runs_as_it_is", "tensors_in"]
 
 _OPERATORS = {
     "and": "bitwise_and",
@@ -45,8 +45,9 @@ _OTHERS = names(
     "storage_type tensor to tolist type untyped_storage _set_grad_enabled _cast_Float _cast_Half nested_size"
 )
 
+# Backward passes, which `torch.autograd` and `Tensor.backward` run, are not promised.
 _IN_PYTHON = {
-    # Backward passes are not promised.
+    torch.autograd: "backward grad",
     torch.Tensor: "__array__ __array_wrap__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __floordiv__ "
     "__format__ __iter__ __len__ __rdiv__ __reduce_ex__ __repr__ __reversed__ __rfloordiv__ __rsub__ __rtruediv__ "
     "__setstate__ _clear_non_serializable_cached_data backward detach detach_ dim_order is_shared module_load "
@@ -63,6 +64,10 @@ _POINTWISE_IN_PYTHON = {
     torch: "pow",
     F: "celu elu glu hardsigmoid hardswish leaky_relu mish selu silu softsign tanhshrink",
 }
+
+
+# Where torch says that an op of ours, or one overload of it, is from.
+_OURS = f"torch._ops.{NAMESPACE}"
 
 
 def _functions() -> Iterator[Any]:
@@ -155,4 +160,4 @@ def tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> list[
 
 def is_ours(func: Any) -> bool:
     """Whether a function is an op of ours: it holds a plan's kernels."""
-    return getattr(func, "namespace", None) == NAMESPACE
+    return getattr(func, "__module__", None) == _OURS

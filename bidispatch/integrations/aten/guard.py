@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from bidispatch.integrations.aten import blocks
@@ -30,6 +30,11 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handle = handle
         self._function = function
         self._refuses = refuses
+
+    @staticmethod
+    def is_active() -> bool:
+        """Whether a call is guarded already, by a context inside this one."""
+        return any(isinstance(mode, Guard) for mode in _get_current_dispatch_mode_stack())
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

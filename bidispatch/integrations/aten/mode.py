@@ -146,8 +146,8 @@ class _Overrides(TorchFunctionMode):
     def _run_guarded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return self._trace(func, args, kwargs)
-        if type(func) is python_types.MethodWrapperType or torch._C._current_graph_task_id() != -1:
-            # An attribute, or a backward pass, which is not promised.
+        # An attribute; a backward pass, which is not promised; or a call that an inner context guards.
+        if type(func) is python_types.MethodWrapperType or torch._C._current_graph_task_id() != -1 or Guard.is_active():
             return func(*args, **kwargs)
         with Guard(self.handle, func, self.refuses):
             return func(*args, **kwargs)
