@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import bidispatch as bid
 from bidispatch.audit.trace import UNCOVERED, Trace
 from bidispatch.errors import SelectionError, UsageError
+from bidispatch.integrations.aten import elementwise
+from bidispatch.integrations.aten.mode import OVERRIDDEN
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).abs() + 0.5
 SQUARE = X[:, :6].contiguous()
@@ -167,6 +170,14 @@ def test_integers_random_numbers_empty_tensors_and_torchs_own_errors(plan):
             torch.mm(X, X)
         with pytest.raises(IndexError, match="Dimension out of range"):
             X.cumsum(5)
+
+
+def test_the_page_names_every_function_that_is_served():
+    page = (Path(__file__).parents[2] / "docs" / "pytorch.md").read_text()
+    names = {function.__name__.strip("_") for function in OVERRIDDEN if function not in elementwise.OVERRIDDEN}
+    names = {name.removeprefix("linalg_").removeprefix("special_") for name in names} - {"rmatmul"}
+    assert len(names) > 40
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 def test_another_word_for_uncovered_is_a_usage_error(plan):
