@@ -132,7 +132,7 @@ def audit_transformers(folder: Path, device: Device, *, dtype: str, overrides: P
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"transformers cannot make a causal model of {folder}: {_first_line(error)}") from error
     tokens = torch.arange(12, device=device.torch_device).view(2, 6) % config.get_text_config().vocab_size
-    context = aten_overrides(overrides) if overrides else contextlib.nullcontext()
+    context = aten_overrides(overrides, uncovered="torch") if overrides else contextlib.nullcontext()
     with torch.inference_mode(), Trace() as trace, context:
         prefill = model(input_ids=tokens, use_cache=True)
         model(input_ids=tokens[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)

@@ -1,8 +1,8 @@
 """Seeing every torch op that a run executes, and its verdict: covered, row-local, or uncovered.
 
 Covered ops are `torch.ops.bidispatch.*`, which hold a plan's kernels and are opaque here. Row-local ones are listed
-in `rowlocal`, with reasons. All others are uncovered, those nobody has heard of included. Kernels that are launched
-without being a torch op cannot be seen.
+in `bidispatch.rowlocal`, with reasons. All others are uncovered, those nobody has heard of included. Kernels that are
+launched without being a torch op cannot be seen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bidispatch.audit.rowlocal import ADDING_OVERLOADS, INTEGER_SUMS, REASON_OF
+from bidispatch.rowlocal import Kind, classify
 from bidispatch.runtime.torch_ops import NAMESPACE
 
 __all__ = ["COVERED", "ROW_LOCAL", "UNCOVERED", "Entry", "Trace"]
@@ -24,11 +24,9 @@ COVERED = "covered"
 ROW_LOCAL = "row-local"
 UNCOVERED = "uncovered"
 
-_POINTWISE_ON_GPU = "elementwise: on a GPU every element runs the same instructions"
 # Measured with torch 2.13 on x86, one element alone against the same in a vector of 4099: silu, gelu, sigmoid,
 # softplus, exp2 and pow in fp32, rsqrt and add with alpha in bf16 differ, since the tail of a vector runs other code.
 _POINTWISE_ON_CPU = "elementwise, but on a processor the tail of a vector may run other code than its body"
-_UNKNOWN = "nothing says that its result for a row is free of the other rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **named)
         tensors = [leaf for leaf in tree_leaves((args, named, result)) if isinstance(leaf, torch.Tensor)]
         device = next((tensor.device.type for tensor in tensors), "cpu")
-        verdict, reason = _classify(func, args, named, tensors, device)
+        verdict, reason = _verdict(func, args, named, tensors, device)
         key = (str(func), device, verdict, reason)
         self._calls[key] = self._calls.get(key, 0) + 1
         return result
@@ -74,33 +72,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sorted(found, key=lambda entry: (order.index(entry.verdict), entry.op, entry.device))
 
 
-def _classify(
+def _verdict(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor], device: str
 ) -> tuple[str, str]:
     """The verdict on one call, and why."""
     if func.namespace == NAMESPACE:
         return COVERED, "a kernel of the plan"
-    if func.namespace != "aten":
-        return UNCOVERED, _UNKNOWN
-    name = str(func.overloadpacket).partition(".")[2]
-    name = name if name.startswith("__") else name.removesuffix("_")
-    integers = not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors)
-    if name in INTEGER_SUMS and integers:
-        return ROW_LOCAL, "a sum of integers: exact in any order"
-    if name in REASON_OF and not _adds(func, args, kwargs):
-        return ROW_LOCAL, REASON_OF[name]
-    if torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
-        if integers:
-            return ROW_LOCAL, "elementwise on integers: exact"
-        return (UNCOVERED, _POINTWISE_ON_CPU) if device == "cpu" else (ROW_LOCAL, _POINTWISE_ON_GPU)
-    return UNCOVERED, _UNKNOWN
-
-
-def _adds(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether this call of a listed op does more than its name says."""
-    if any(part in func._overloadname for part in ADDING_OVERLOADS):
-        return True
-    values = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-    values.update(kwargs)
-    # accumulate adds into one place from several; alpha makes a sum of a product, which may be fused or not.
-    return bool(values.get("accumulate", False)) or values.get("alpha", 1) != 1
+    kind, reason = classify(func, args, kwargs, tensors)
+    if kind is Kind.EXACT:
+        return ROW_LOCAL, reason
+    if kind is Kind.POINTWISE:
+        return (UNCOVERED, _POINTWISE_ON_CPU) if device == "cpu" else (ROW_LOCAL, reason)
+    return UNCOVERED, reason

@@ -13,12 +13,12 @@ import torch.nn.functional as F  # noqa: E402
 
 from bidispatch.audit import models  # noqa: E402
 from bidispatch.audit.models import _first_layers, audit_builtin, audit_transformers  # noqa: E402
-from bidispatch.audit.rowlocal import GROUPS, REASON_OF  # noqa: E402
 from bidispatch.audit.trace import COVERED, ROW_LOCAL, UNCOVERED, Trace  # noqa: E402
 from bidispatch.cli import main  # noqa: E402
 from bidispatch.demo.config import ModelConfig  # noqa: E402
 from bidispatch.device import Device  # noqa: E402
 from bidispatch.planning.plan import plan  # noqa: E402
+from bidispatch.rowlocal import GROUPS, REASON_OF  # noqa: E402
 
 TINY = {
     "model_type": "qwen3",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bidispatch.integrations.aten import torch_ops
+from bidispatch.integrations.aten.autocast import lowered
 from bidispatch.integrations.aten.compute import padded_length
 from bidispatch.integrations.aten.functions import served
 
@@ -31,6 +32,7 @@ def scaled_dot_product_attention(
     Scores are fp32 and scaled and masked there. Keys are padded to a length that many contexts share, since a kernel
     is bound for each. Masked positions weigh exactly 0; a row with nothing to see is 0, as torch has it.
     """
+    query, key, value = lowered("scaled_dot_product_attention", query, key, value)
     if not (served(query) and query.dtype is key.dtype is value.dtype) or query.dim() < 2:
         return NotImplemented
     if is_causal and attn_mask is not None:
@@ -60,9 +62,14 @@ def scaled_dot_product_attention(
     elif padded > n:
         seen = torch.arange(padded, device=query.device) < n
         scores = scores.masked_fill(~seen, -math.inf)
-    weights = torch_ops.softmax(handle, scores, -1, torch.float32, False)
+    blind = None
     if mask is not None:
-        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+        # Softmax of nothing but -inf is NaN, and so would be its gradient.
+        blind = (scores == -math.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(blind, 0.0)
+    weights = torch_ops.softmax(handle, scores, -1, torch.float32, False)
+    if blind is not None:
+        weights = weights.masked_fill(blind, 0.0)
     weights = weights.to(query.dtype)
     if dropout_p:
         weights = torch.dropout(weights, dropout_p, True)

@@ -1,8 +1,8 @@
 """One call, by bound kernels: rows are cut from tensors of any shape, and empty ones need no kernel.
 
-Nothing here chooses by the number of rows. A right operand [k, n] whose columns are contiguous, as the transposed
-weight of a linear layer, goes to `gemm`; any other goes to `bmm` as one matrix, which takes it as it lies. No autograd:
-callers see to it that no gradient is wanted.
+Nothing here chooses by the number of rows, nor by strides, which code outside may let follow it: a linear layer goes to
+`gemm`, a product of two matrices to `bmm`, which takes the right one as it lies. No autograd: callers see to it that no
+gradient is wanted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bidispatch.errors import ArgumentError
 from bidispatch.integrations.aten.kernels import Kernels
 
-__all__ = ["bmm", "linear", "mm", "padded_length", "reduce", "reduced_shape", "softmax"]
+__all__ = ["bmm", "linear", "mm", "padded_length", "reduce", "reduced_shape", "rms_norm", "softmax"]
 
 _BUCKET = 128
 
@@ -46,25 +46,9 @@ def mm(
     """alpha · (a [m, k] @ b [k, n]) + beta · addend, which broadcasts to [m, n]; rounded once to `out_dtype`."""
     _check_shapes(a, b, 2)
     (m, k), n = a.shape, b.shape[1]
-    fused = _is_bias(addend, beta, alpha, n, a.dtype, out_dtype)
-    wanted = out_dtype if addend is None or fused else torch.float32
-    # Of a single row or column the stride says nothing.
-    columns_contiguous = k == 1 or n == 1 or b.stride(0) == 1
-    if not (m and n and k):
-        out = a.new_zeros((m, n), dtype=wanted)
-        fused = False
-    elif columns_contiguous:
-        kernel = kernels.product("gemm", m, n, k, a.dtype, wanted, fused)
-        return _finish(
-            kernel(_last_contiguous(a), _last_contiguous(b.t()), addend if fused else None),
-            None if fused else addend,
-            beta,
-            alpha,
-            out_dtype,
-        )
-    else:
-        wanted = out_dtype if addend is None else torch.float32
-        out = _matrices(kernels, a[None], b[None], wanted)[0]
+    wanted = out_dtype if addend is None else torch.float32
+    whole = m and n and k
+    out = _matrices(kernels, a[None], b[None], wanted)[0] if whole else a.new_zeros((m, n), dtype=wanted)
     return _finish(out, addend, beta, alpha, out_dtype)
 
 
@@ -143,6 +127,16 @@ def reduced_shape(x: torch.Tensor, dims: Sequence[int], keepdim: bool) -> list[i
     return [1 if dim in reduced else size for dim, size in enumerate(x.shape) if keepdim or dim not in reduced]
 
 
+def rms_norm(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis [n], in fp32, rounded once: contiguous, in x's shape."""
+    n = x.shape[-1]
+    if not x.numel():
+        return x.new_empty(x.shape)
+    rows = _last_contiguous(x.reshape(-1, n))
+    out: torch.Tensor = kernels.norm(rows.shape[0], n, x.dtype)(rows, _last_contiguous(weight), eps=eps)
+    return out.view(x.shape)
+
+
 def padded_length(n: int) -> int:
     """The length that rows of n are padded to, with what adds nothing to their sums.
 
@@ -153,20 +147,6 @@ def padded_length(n: int) -> int:
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _is_bias(
-    addend: torch.Tensor | None, beta: float, alpha: float, n: int, dtype: torch.dtype, out_dtype: torch.dtype
-) -> bool:
-    """Whether an addend is what `gemm` adds itself."""
-    return (
-        addend is not None
-        and beta == alpha == 1
-        and addend.shape == (n,)
-        and addend.dtype is dtype
-        and out_dtype is dtype
-        and addend.is_contiguous()
-    )
 
 
 def _finish(

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bidispatch.integrations.aten.blocks import to_blocks
 from bidispatch.integrations.aten.kernels import DTYPES
 from bidispatch.integrations.aten.torch_ops import direct
 from bidispatch.runtime.torch_ops import NAMESPACE
 
 __all__ = ["OVERRIDDEN"]
-
-_BLOCK = 4096
 
 FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "silu": F.silu,
@@ -47,9 +46,7 @@ FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
 
 def compute(x: torch.Tensor, function: str, scalars: list[float]) -> torch.Tensor:
     """The function of every element, contiguous, in x's shape."""
-    flat = x.reshape(-1)
-    count = flat.numel()
-    blocks = F.pad(flat, (0, -count % _BLOCK), value=1.0).view(-1, _BLOCK)
+    blocks, count = to_blocks(x), x.numel()
     out = torch.empty_like(blocks)
     for source, target in zip(blocks, out, strict=True):
         target.copy_(FUNCTIONS[function](source, *scalars))
@@ -157,6 +154,17 @@ def softplus(handle: int, input: Any, beta: float = 1.0, threshold: float = 20.0
     return _call(input, "softplus", (float(beta), float(threshold)))
 
 
+def glu(handle: int, input: Any, dim: int = -1) -> Any:
+    """`torch.nn.functional.glu`, in fp32."""
+    if not isinstance(input, torch.Tensor) or input.device.type != "cpu" or input.dtype not in DTYPES:
+        return NotImplemented
+    if not input.dim() or input.shape[dim] % 2:
+        return NotImplemented
+    left, right = input.float().chunk(2, dim)
+    gate = _call(right, "sigmoid")
+    return NotImplemented if gate is NotImplemented else (left * gate).to(input.dtype)
+
+
 def power(handle: int, input: Any, exponent: Any, *, out: Any = None) -> Any:
     """`torch.pow` of a tensor and a number; others are torch's."""
     if not isinstance(exponent, (int, float)):
@@ -169,6 +177,7 @@ _UNARY = ("sigmoid", "tanh", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "lo
 OVERRIDDEN: Mapping[Any, Callable[..., Any]] = {
     F.silu: silu,
     F.gelu: gelu,
+    F.glu: glu,
     F.softplus: softplus,
     torch.pow: power,
     torch.Tensor.pow: power,

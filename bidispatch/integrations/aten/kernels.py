@@ -13,7 +13,7 @@ from bidispatch.runtime.bound import BoundKernel
 __all__ = ["DTYPES", "Kernels", "handle_of", "kernels_of"]
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-"""What the overrides serve. Other dtypes stay with aten."""
+"""What the overrides serve."""
 
 Product = tuple[str, int, int, torch.dtype, torch.dtype, bool]
 Rows = tuple[str, int, torch.dtype, torch.dtype]
@@ -56,6 +56,14 @@ class Kernels:
         kernel = self._here.rows.get(key)
         if kernel is None or kernel.limits.max_tokens < rows:
             kernel = self._here.rows[key] = self._bind(kernel, op, rows, dtype, {"n": n, "out_dtype": _name(out_dtype)})
+        return kernel
+
+    def norm(self, rows: int, n: int, dtype: torch.dtype) -> BoundKernel:
+        """The kernel of `rms_norm`, ready for this many rows."""
+        key = ("rms_norm", n, dtype, dtype)
+        kernel = self._here.rows.get(key)
+        if kernel is None or kernel.limits.max_tokens < rows:
+            kernel = self._here.rows[key] = self._bind(kernel, "rms_norm", rows, dtype, {"n": n})
         return kernel
 
     def _bind(

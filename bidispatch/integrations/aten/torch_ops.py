@@ -17,7 +17,7 @@ from bidispatch.integrations.aten import compute
 from bidispatch.integrations.aten.kernels import kernels_of
 from bidispatch.runtime.torch_ops import NAMESPACE
 
-__all__ = ["bmm", "direct", "linear", "mm", "reduce", "softmax"]
+__all__ = ["bmm", "direct", "linear", "mm", "reduce", "rms_norm", "softmax"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -85,6 +85,15 @@ def reduce(
         with torch._C.DisableTorchFunction():
             return compute.reduce(kernels_of(handle), x, dims, keepdim, out_dtype, mean)
     result: torch.Tensor = torch.ops.bidispatch.aten_reduce(handle, x, dims, keepdim, out_dtype, mean)
+    return result
+
+
+def rms_norm(handle: int, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x over its root mean square, times a weight of the last axis."""
+    if direct(x, weight):
+        with torch._C.DisableTorchFunction():
+            return compute.rms_norm(kernels_of(handle), x, weight, eps)
+    result: torch.Tensor = torch.ops.bidispatch.aten_rms_norm(handle, x, weight, eps)
     return result
 
 
@@ -190,6 +199,26 @@ def _reduce_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     return None, gradient.expand(ctx.shape).to(ctx.dtype), None, None, None, None
 
 
+def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    wide, scaled = x.float(), gradient.float()
+    factor = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + ctx.eps)
+    normed = wide * factor
+    _, wants_x, wants_weight, _ = ctx.needs_input_grad
+    for_x = for_weight = None
+    if wants_x:
+        along = scaled * weight.float()
+        for_x = (factor * (along - normed * (along * normed).mean(-1, keepdim=True))).to(x.dtype)
+    if wants_weight:
+        for_weight = (scaled * normed).sum_to_size(weight.shape).to(weight.dtype)
+    return None, for_x, for_weight, None
+
+
 def _fake_linear(plan: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -208,6 +237,10 @@ def _fake_product(
 
 def _fake_softmax(plan: int, x: torch.Tensor, dim: int, out_dtype: torch.dtype, log: bool) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=out_dtype)
+
+
+def _fake_rms_norm(plan: int, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
 
 
 def _fake_reduce(
@@ -239,4 +272,11 @@ _define(
     compute.reduce,
     _fake_reduce,
     (_reduce_backward, _keep_reduce),
+)
+_define(
+    "aten_rms_norm",
+    "Tensor x, Tensor weight, float eps",
+    compute.rms_norm,
+    _fake_rms_norm,
+    (_rms_norm_backward, _keep_rms_norm),
 )
