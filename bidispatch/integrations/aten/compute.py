@@ -1,8 +1,9 @@
 """One call, by bound kernels: rows are cut from tensors of any shape, and empty ones need no kernel.
 
-Nothing here chooses by the number of rows, nor by strides, which code outside may let follow it: a linear layer goes to
-`gemm`, a product of two matrices to `bmm`, which takes the right one as it lies. No autograd: callers see to it that no
-gradient is wanted.
+Nothing here chooses by the number of rows, nor, where bits hang on it, by strides, which code outside may let follow
+it. A linear layer goes to `gemm`. So does a product of two matrices whose right one lies as the transposed weight of a
+layer, if that gives the bits of `bmm`; any other goes there, which takes it as it lies. No autograd: callers see to it
+that no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -47,9 +48,17 @@ def mm(
     _check_shapes(a, b, 2)
     (m, k), n = a.shape, b.shape[1]
     wanted = out_dtype if addend is None else torch.float32
-    whole = m and n and k
-    out = _matrices(kernels, a[None], b[None], wanted)[0] if whole else a.new_zeros((m, n), dtype=wanted)
-    return _finish(out, addend, beta, alpha, out_dtype)
+    if not (m and n and k):
+        return _finish(a.new_zeros((m, n), dtype=wanted), addend, beta, alpha, out_dtype)
+    if b.stride(0) == 1 and b.stride(1) >= k:
+        fused = _is_bias(addend, beta, alpha, n, a.dtype, out_dtype)
+        wanted = out_dtype if fused else wanted
+        if kernels.one_class(n, k, a.dtype, wanted, fused):
+            kernel = kernels.product("gemm", m, n, k, a.dtype, wanted, fused)
+            out = kernel(_last_contiguous(a), b.t(), addend if fused else None)
+            return out if fused else _finish(out, addend, beta, alpha, out_dtype)
+    wanted = out_dtype if addend is None else torch.float32
+    return _finish(_matrices(kernels, a[None], b[None], wanted)[0], addend, beta, alpha, out_dtype)
 
 
 def bmm(
@@ -147,6 +156,20 @@ def padded_length(n: int) -> int:
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _is_bias(
+    addend: torch.Tensor | None, beta: float, alpha: float, n: int, dtype: torch.dtype, out_dtype: torch.dtype
+) -> bool:
+    """Whether an addend is what `gemm` adds itself, before it rounds, as `_finish` does."""
+    return (
+        addend is not None
+        and beta == alpha == 1
+        and addend.shape == (n,)
+        and addend.dtype is dtype
+        and out_dtype is dtype
+        and addend.is_contiguous()
+    )
 
 
 def _finish(

@@ -27,6 +27,7 @@ class _OfThread(threading.local):
         self.rows: dict[Rows, BoundKernel] = {}
         # A CUDA graph may still hold the workspace of a kernel that a larger one replaced.
         self.replaced: list[BoundKernel] = []
+        self.one_class: dict[Product, bool] = {}
 
 
 class Kernels:
@@ -49,6 +50,19 @@ class Kernels:
                 dims["bias"] = bias
             kernel = self._here.products[key] = self._bind(kernel, op, rows, dtype, dims)
         return kernel
+
+    def one_class(self, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, bias: bool) -> bool:
+        """Whether `gemm` gives the bits of `bmm`, so that a call may take either."""
+        key = ("gemm", n, k, dtype, out_dtype, bias)
+        known = self._here.one_class.get(key)
+        if known is None:
+            dims: dict[str, int | str | bool] = {"n": n, "k": k, "out_dtype": _name(out_dtype)}
+            matrix = self.plan.select("bmm", dtype=_name(dtype), **dims)
+            linear = self.plan.select("gemm", dtype=_name(dtype), **dims, bias=bias)
+            # On a processor a label says how torch is called, which may add in another order for another layout.
+            known = linear.numerics == matrix.numerics and self.plan.device.arch.vendor != "cpu"
+            self._here.one_class[key] = known
+        return known
 
     def over_rows(self, op: str, rows: int, n: int, dtype: torch.dtype, out_dtype: torch.dtype) -> BoundKernel:
         """The kernel of `softmax`, `log_softmax`, `mean` or `sum`, ready for this many rows."""
