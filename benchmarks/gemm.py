@@ -3,20 +3,19 @@
     python benchmarks/gemm.py [--dtype bf16]... [--m 64]... [--shape "Qwen3-8B"]... [--quick] [--out FILE]
 
 Shapes come from sweeps/gemm.yaml, of fp32 from sweeps/gemm_fp32.yaml. Every kernel is timed in CUDA graphs over weights
-that together exceed the L2, rivals in turns, medians; the host's time per eager call is taken too. Prints a summary
-last, and exits 1 if a figure is missed:
+that together exceed the L2, rivals in turns, medians. Prints a summary last, and exits 1 if a figure is missed:
 
 - bf16, fp16: geometric mean of ours / cuBLAS at most 1.00, no cell above 1.10, or, where cuBLAS takes less than 8 µs,
   none more than 0.7 µs over it; fp32: geometric mean at most 1.15, both without TF32;
 - bf16, fp16 at M <= 64: geometric mean of ours / one tile at most 0.5, over the cells where the one tile is not within
-  twice the bound already; the others are given beside it;
-- an eager call at most 10 µs of host time over torch's own linear.
+  twice the bound already; the others are given beside it.
+
+gemm_host.py takes the host's time of a call.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import re
@@ -30,13 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import bidispatch as bid
 from bidispatch import ops
 from bidispatch.bench.timing import Launch, copies_beyond_cache, interleaved, launches_for
 from bidispatch.environment import describe
-from bidispatch.errors import BidispatchError
 from bidispatch.ops.schema import DTYPES, Problem, parse_dtype
 from bidispatch.ops.shapes import Shape, read_shapes
 from bidispatch.registry import Implementation, Rung
@@ -64,9 +61,6 @@ MEAN_LIMIT = {"bfloat16": 1.00, "float16": 1.00, "float32": 1.15}
 CELL_LIMIT = {"bfloat16": 1.10, "float16": 1.10, "float32": math.inf}
 SHORT_US, SHORT_OVER_US = 8.0, 0.7
 SMALL_M, ONE_TILE_LIMIT, NEAR_BOUND = 64, 0.5, 2.0
-HOST_LIMIT_US = 10.0
-HOST_SHAPES = ((256, 256), (4096, 4096))
-HOST_CALLS, HOST_REPEATS = 200, 5
 
 
 @dataclass(frozen=True)
@@ -103,23 +97,6 @@ class Row:
             f"{DTYPES[self.dtype]} {self.n}x{self.k} M={self.m}: ours {self.ours_us:.1f}, cuBLAS "
             f"{self.peers[CUBLAS]:.1f} µs ({self.ratio(CUBLAS):.2f}), {self.impl}, {self.names[0]}"
         )
-
-
-@dataclass(frozen=True)
-class HostRow:
-    """Host microseconds of one eager call at M = 1, and over `F.linear`. `judged`: whether the limit is for it."""
-
-    call: str
-    impl: str
-    n: int
-    k: int
-    us: float
-    over_linear_us: float
-    judged: bool
-
-    @property
-    def missed(self) -> bool:
-        return self.judged and self.over_linear_us > HOST_LIMIT_US
 
 
 # --- what can be computed without a GPU -----------------------------------------------------------------------------
@@ -161,7 +138,7 @@ def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def summary(rows: Sequence[Row], host: Sequence[HostRow]) -> tuple[list[str], list[str]]:
+def summary(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Lines to print, and the figures that are missed."""
     lines: list[str] = []
     missed: list[str] = []
@@ -185,13 +162,6 @@ def summary(rows: Sequence[Row], host: Sequence[HostRow]) -> tuple[list[str], li
         lines += [f"    {row}" for row in over]
         missed += [f"cell over the limit: {row}" for row in over]
         lines += _one_tile_lines(dtype, cells, judge)
-    for each in host:
-        lines.append(
-            f"host: {each.call} {each.n}x{each.k} {each.impl}: {each.us:.1f} µs, "
-            f"{each.over_linear_us:+.1f} over F.linear" + (f" (at most {HOST_LIMIT_US:g})" if each.judged else "")
-        )
-        if each.missed:
-            missed.append(lines[-1])
     return lines, missed
 
 
@@ -305,51 +275,6 @@ def rivals_of(
     }
 
 
-def host_us(call: Callable[[], Any], device: torch.device) -> float:
-    """Host microseconds of one call: the median of those that find the queue short enough never to wait for it."""
-    samples = []
-    for _ in range(HOST_REPEATS):
-        for _ in range(20):
-            call()
-        torch.cuda.synchronize(device)
-        for _ in range(HOST_CALLS):
-            began = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - began)
-        torch.cuda.synchronize(device)
-    return statistics.median(samples) * 1e6
-
-
-def host_rows(plan: bid.Plan, implementations: Iterable[str], dtype: str = "bfloat16") -> list[HostRow]:
-    """Eager calls at M = 1, by each implementation that serves some M of some ladder."""
-    gc.disable()
-    try:
-        return [row for n, k in HOST_SHAPES for row in _host_rows_of(plan, tuple(implementations), dtype, n, k)]
-    finally:
-        gc.enable()
-
-
-def _host_rows_of(plan: bid.Plan, implementations: Sequence[str], dtype: str, n: int, k: int) -> list[HostRow]:
-    device = torch.device(plan.device.torch_device)
-    x, weight = (torch.randn(size, k, device=device, dtype=getattr(torch, dtype)) for size in (1, n))
-    out = torch.empty(1, n, device=device, dtype=x.dtype)
-    linear = host_us(lambda: F.linear(x, weight), device)
-    calls: list[tuple[str, str, float, bool]] = [("F.linear", "torch", linear, False)]
-    for name in implementations:
-        try:
-            with bid.override(f"gemm={name}"):
-                bound = plan.select("gemm", dtype=dtype, n=n, k=k).bind(max_tokens=64)
-        except BidispatchError as error:
-            print(f"host time of {name} at {n}x{k} not taken: {str(error).splitlines()[0]}")
-            continue
-        calls.append(("bound(x, weight)", name, host_us(lambda f=bound: f(x, weight, None), device), True))
-        calls.append(("bound.launch", name, host_us(lambda f=bound.launch: f(x, weight, None, out), device), False))
-    if hasattr(bid, "aten_overrides"):
-        with bid.aten_overrides(plan):
-            calls.append(("F.linear in aten_overrides", "", host_us(lambda: F.linear(x, weight), device), False))
-    return [HostRow(call, impl, n, k, round(us, 2), round(us - linear, 2), judged) for call, impl, us, judged in calls]
-
-
 def main(words: Sequence[str] | None = None) -> int:
     arguments, parser = _arguments(words)
     dtypes = arguments.dtype or list(MEASURED)
@@ -368,9 +293,6 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
 
     began = time.monotonic()
-    problems = [ops.get("gemm").problem(dtype, shape.dims) for dtype, shape in todo]
-    names = dict.fromkeys(name for problem in problems for name in plan.select_problem(problem).implementations)
-    host = host_rows(plan, names)
     best = best_of_run(torch.device(plan.device.torch_device))
     peaks = peaks_of(plan.device.name) or best
     found: list[Row] = []
@@ -388,11 +310,10 @@ def main(words: Sequence[str] | None = None) -> int:
         content = {
             "environment": environment(plan, used, peaks, best),
             "rows": [asdict(row) for row in found],
-            "host": [asdict(each) for each in host],
         }
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    lines, missed = summary(found, host)
+    lines, missed = summary(found)
     for line in lines:
         print(line)
     print(f"{len(found)} cells on {plan.device.name} in {time.monotonic() - began:.0f} s; {len(missed)} figures missed")

@@ -1,10 +1,11 @@
 """Everything that is measured on a GPU, in one run: the JSON files under benchmarks/results/<device>/.
 
-    python benchmarks/gpu_results.py [--out FOLDER] [host-time gemm rows verify verify-gemm demo tests sanitizer]
+    python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-Runs host_time.py, gemm.py, rows.py, `bidispatch verify --all --cuda-graph`, the same over the shapes of sweeps/,
-`bidispatch demo`, tests/gpu, and compute-sanitizer (memcheck and racecheck) over every kernel on small shapes, or only
-the parts named. Exits 1 if any of them does; the others still run.
+The parts: host-time, gemm-host, gemm and rows run the scripts of these names; verify is `bidispatch verify --all
+--cuda-graph`, verify-gemm the same over the shapes of sweeps/; demo is `bidispatch demo`; tests are tests/gpu; sanitizer
+is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1 if any of them does; the others
+still run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
 SWEEPS = ROOT / "benchmarks" / "sweeps"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm", "rows", "verify", "verify-gemm", "demo", "tests", "sanitizer")
+PARTS = ("host-time", "gemm-host", "gemm", "rows", "verify", "verify-gemm", "demo", "tests", "sanitizer")
 WORKERS = 6
 """Processes that share the tests, or a verification: most of their time is the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
@@ -44,6 +45,7 @@ def main() -> int:
     tests = (sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "tests/gpu", "-k", "not no_bit_differs")
     measure: dict[str, Callable[[], int]] = {
         "host-time": lambda: script("host_time", folder),
+        "gemm-host": lambda: script("gemm_host", folder),
         "gemm": lambda: script("gemm", folder),
         "rows": lambda: script("rows", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),

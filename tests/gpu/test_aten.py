@@ -29,6 +29,7 @@ def same(one, other):
     return torch.equal(bits(one), bits(other))
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # Inductor's own
 def test_rows_are_free_of_the_batch_in_eager_and_compiled(plan, net):
     x = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad(), bid.aten_overrides(plan):

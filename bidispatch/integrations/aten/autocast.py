@@ -13,7 +13,12 @@ __all__ = ["is_widened", "lowered"]
 
 _NOT_LOWERED_ON_CPU = frozenset({"mv", "addmv"})
 _NOT_LOWERED = frozenset({"dot", "bilinear"})
-_WIDENED = names("softmax log_softmax sum layer_norm rms_norm group_norm logsumexp norm nll_loss mse_loss")
+_WIDENED = names("softmax log_softmax sum layer_norm group_norm logsumexp norm nll_loss mse_loss") | {
+    # On the list of torch 2.13, and not on that of 2.11.
+    name
+    for name in ("rms_norm",)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA")
+}
 _WIDENED_ON_CPU = frozenset({"nll_loss", "mse_loss"})
 
 
