@@ -102,9 +102,8 @@ def _host_rows_of(plan: bid.Plan, implementations: Sequence[str], dtype: str, n:
             continue
         calls.append(("bound(x, weight)", name, host_us(lambda f=bound: f(x, weight, None), device), True))
         calls.append(("bound.launch", name, host_us(lambda f=bound.launch: f(x, weight, None, out), device), False))
-    if hasattr(bid, "aten_overrides"):
-        with bid.aten_overrides(plan):
-            calls.append(("F.linear in aten_overrides", "", host_us(lambda: F.linear(x, weight), device), False))
+    with bid.aten_overrides(plan):
+        calls.append(("F.linear in aten_overrides", "", host_us(lambda: F.linear(x, weight), device), False))
     return [HostRow(call, impl, n, k, round(us, 2), round(us - linear, 2), judged) for call, impl, us, judged in calls]
 
 
