@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +16,7 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.bench.timing import Captures, Timing, interleaved
 from bidispatch.ops.reference.attention import attention as reference
-from bidispatch.registry import default_registry
+from bidispatch.registry import Tile, default_registry
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("attention", "attention_calls", "attention_judge", "peers.installed", "peers.flashinfer_attention")
@@ -104,14 +105,11 @@ def test_what_cannot_be_measured_is_a_usage_error(attention, capsys, words, mess
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_few_graphs_serve_every_cell(attention):
-    assert [attention.graph_launches(*cell) for cell in ((1, 9000.0), (5, 9000.0), (1, 10.0), (75, 3.0))] == [
-        1,
-        8,
-        24,
-        80,
-    ]
-    assert attention.graph_launches(1, 1e6) == 1
+@pytest.mark.parametrize(
+    ("sets", "estimate", "launches"), [(1, 9000.0, 1), (5, 9000.0, 12), (1, 10.0, 24), (75, 3.0, 80), (1, 1e6, 1)]
+)
+def test_few_graphs_serve_every_cell(attention, sets, estimate, launches):
+    assert attention.graph_launches(sets, estimate) == launches
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -312,20 +310,39 @@ def test_launch_shapes_around_a_ladder_are_of_one_class(attention):
     assert "=" in attention.differing(tiles[1], tiles[0])
 
 
+class Width(Tile):
+    width: int = 4
+
+
+def test_launch_shapes_are_timed_beside_the_ladder(attention, on_the_processor, monkeypatch, capsys):
+    tiled = replace(
+        default_registry().get("torch_cpu.paged_attention"),
+        tile=Width,
+        tiles=lambda device, problem, params: ((2, Width()), (None, Width(width=8))),
+    )
+    monkeypatch.setattr(attention, "default_registry", lambda: SimpleNamespace(get=lambda name: tiled))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert attention.main(["--try", "--batch", "1", "--context", "9"]) == 0
+    printed = capsys.readouterr().out
+    assert "best for small batch 1 context 9: ladder, 1.000 of the ladder's time" in printed
+    assert [line.split()[-1] for line in printed.splitlines() if line.startswith("    ")][2:] == [
+        "width=2", "width=8", "width=16"
+    ]  # fmt: skip
+
+
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
 class CalledCaptures:
     """In the place of graphs: every rival is called, and takes as long as its place among them."""
 
-    made: list[set[int]] = []  # noqa: RUF012 - what every test's instances were captured with
-
     def __init__(self, rivals):
-        self.rivals, self.captured = dict(rivals), set()
-        CalledCaptures.made.append(self.captured)
+        self.rivals = dict(rivals)
 
     def capture(self, launches):
-        self.captured.add(launches)
+        for launch in self.rivals.values():
+            launch(0)
 
     def timed(self, launches, *, replays=None):
         self.capture(launches)
@@ -348,7 +365,6 @@ def on_the_processor(modules, attention, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1024))
     cpu = bid.plan("cpu")
     monkeypatch.setattr(bid, "plan", lambda device, require=None: cpu)
-    CalledCaptures.made.clear()
     was = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(was)

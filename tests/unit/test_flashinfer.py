@@ -219,7 +219,7 @@ def test_caches_and_outputs_of_other_strides(library):
 )
 def test_lengths_that_make_no_batch_are_refused(library, change, message):
     problem = problem_of()
-    names = ("q", "k_cache", "v_cache", "block_table", "seq_lens", "query_start_loc", "sinks")
+    names = [argument.name for argument in ops.get("attention").arguments]
     arguments = dict(zip(names, paged_batch(problem, [1, 2], [30, 40]), strict=True))
     arguments |= {name: torch.tensor(values, dtype=torch.int32) for name, values in change.items()}
     with pytest.raises(ArgumentError, match=message):
@@ -276,7 +276,7 @@ def test_it_claims_no_more_than_batch_and_no_graphs():
         ({"head_dim": 80}, "needs head_dim in 64, 128, 256, asked for 80"),
         ({"page_size": 48}, "needs page_size in 1, 2, 4"),
         ({"window": 128}, "needs window in 0, asked for 128"),
-        ({"sinks": True}, "needs sinks in False"),
+        ({"sinks": True}, "takes no sinks but False, asked for True"),
     ],
 )
 def test_what_it_does_not_take_is_a_reason(dims, reason):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bidispatch.invariance import Invariance
 from bidispatch.registry import Implementation, Registry
-from bidispatch.requirements import DimIn, Package
+from bidispatch.requirements import Check, DimIn, Package
 from bidispatch_backends.flashinfer import params
 
 __all__ = ["register"]
@@ -23,8 +23,8 @@ def register(registry: Registry) -> None:
                 Package("flashinfer-python", ">=0.6.13,<0.8"),
                 DimIn("head_dim", (64, 128, 256)),
                 DimIn("page_size", params.PAGE_SIZES),  # a split is whole pages
-                DimIn("window", (0,)),  # its splits start where a query tile's window does
-                DimIn("sinks", (False,)),
+                DimIn("window", (0,)),  # its splits would start where a query tile's window does
+                Check(params.nothing_else),
             ),
             claims=Invariance.BATCH,
             numerics=params.numerics,

@@ -107,10 +107,10 @@ class _PagedAttention:
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
-        sinks: torch.Tensor | None,
-        scale: float,
-        out: torch.Tensor,
+        *rest: Any,
     ) -> None:
+        # Between them are the op's optional tensors: none is ever there, by the requirements.
+        scale, out = rest[-2:]
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UsageError(
                 "flashinfer.paged reads lengths on the host and cannot be captured in a CUDA graph; call it outside, "

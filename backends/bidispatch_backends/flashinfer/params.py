@@ -6,14 +6,17 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from bidispatch import ops
 from bidispatch.device import Device
-from bidispatch.ops.schema import Problem
+from bidispatch.ops.schema import SAME_DTYPE, Problem
 from bidispatch.registry import Params, Tile
 
-__all__ = ["PAGE_SIZES", "PagedParams", "PagedTile", "numerics", "tiles"]
+__all__ = ["PAGE_SIZES", "PagedParams", "PagedTile", "nothing_else", "numerics", "tiles"]
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SMALLEST_SPLIT = PAGE_SIZES[-1]
+
+_SERVED = frozenset({"head_dim", "num_heads", "num_kv_heads", "page_size", "causal", "window", "softcap"})
 
 
 class PagedParams(Params):
@@ -52,3 +55,12 @@ def numerics(params: Any, problem: Problem) -> str:
 def tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, PagedTile], ...]:
     """One launch shape for any number of tokens."""
     return ((None, PagedTile()),)
+
+
+def nothing_else(device: Device, problem: Problem) -> str | None:
+    """Every dim it does not serve has to be what it is by default: also one that the op gets later."""
+    for dim in ops.get(problem.op).dims:
+        default = problem.dtype if dim.default == SAME_DTYPE else dim.default
+        if dim.name not in _SERVED and problem[dim.name] != default:
+            return f"takes no {dim.name} but {default}, asked for {problem[dim.name]}"
+    return None
