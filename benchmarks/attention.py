@@ -35,6 +35,7 @@ from peers.installed import AbsentError, Peer
 import bidispatch as bid
 from bidispatch import ops
 from bidispatch.bench.timing import Captures, copies_beyond_cache, launches_for
+from bidispatch.errors import SelectionError
 from bidispatch.ops.schema import Problem
 from bidispatch.ops.shapes import Shape as Named
 from bidispatch.ops.shapes import read_shapes
@@ -186,10 +187,10 @@ class Bench:
         chosen: dict[str, Selection] = {}
         kernels: dict[str, Callable[..., None]] = {}
         for level, plan in self.plans.items():
-            selection = plan.select_problem(problem)
-            refusing = [rung.implementation.name for rung in selection.rungs if not rung.implementation.cuda_graph]
-            if refusing and self.device.type == "cuda":
-                self.say(f"{problem} at level {level}: {', '.join(refusing)} cannot be captured in a graph; left out")
+            try:
+                selection = plan.select_problem(problem)
+            except SelectionError as error:
+                self.say(f"{problem} at level {level} is left out: {error}")
                 continue
             chosen[level] = selection
             if key_of(selection) not in kernels:
@@ -372,7 +373,7 @@ def main(words: Sequence[str] | None = None) -> int:
             dict.fromkeys(name for phase in phases for shape in shapes_of(phase, []) for name in shape.names)
         )
         parser.error(f"no shape to measure is named like {', '.join(arguments.shape)}; the names are {known}")
-    plans = {level: bid.plan("cuda", require=level) for level in LEVELS}
+    plans = {level: bid.plan("cuda", require=level, cuda_graph=True) for level in LEVELS}
     plan = plans[LEVELS[-1]]
     torch.set_grad_enabled(False)
 

@@ -364,7 +364,7 @@ def on_the_processor(modules, attention, monkeypatch, tmp_path):
     monkeypatch.setattr(attention, "best_of_run", lambda device: ({"bfloat16": 1e9}, 1e9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1024))
     cpu = bid.plan("cpu")
-    monkeypatch.setattr(bid, "plan", lambda device, require=None: cpu)
+    monkeypatch.setattr(bid, "plan", lambda device, require=None, cuda_graph=False: cpu)
     was = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(was)
@@ -425,12 +425,14 @@ def test_a_slow_run_exits_1(modules, attention, on_the_processor, monkeypatch, c
     assert "missed: decode, level batch: ours / the fastest of fa3_auto" in capsys.readouterr().out
 
 
-def test_kernels_that_cannot_be_captured_are_left_out(modules, attention, on_the_processor, capsys):
-    bench = attention.Bench({"batch": bid.plan("cuda")}, ({"bfloat16": 1.0}, 1.0), (), print)
-    bench.device = torch.device("cuda")
+def test_kernels_that_cannot_be_captured_are_left_out(attention, capsys):
+    plan = bid.plan("cpu", cuda_graph=True)
+    bench = attention.Bench({"batch": plan}, ({"bfloat16": 1.0}, 1.0), (), print)
     problem = ops.get("attention").problem("bfloat16", SMALL)
     assert bench.kernels(problem, attention.Limits(1, 1, 64, 1)) == ({}, {})
-    assert "torch_cpu.paged_attention cannot be captured in a graph; left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "at level batch is left out" in printed
+    assert "cannot be captured in a CUDA graph, which the plan requires" in printed
 
 
 # --- the timing protocol ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_flashinfer import FakeFlashInfer, tile_rows
-from fakes import CPU, H200, registry_of
+from fakes import CPU, H200, fake, plan_of, registry_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ from bidispatch.errors import ArgumentError, BackendError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.reference.attention import attention as reference
 from bidispatch.ops.reference.attention import paged_batch
+from bidispatch.planning.plan import Plan
+from bidispatch.records import RecordStore
 from bidispatch.registry import Registry, Rung
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
@@ -298,6 +300,24 @@ def test_versions_are_bounded(monkeypatch):
 def test_splits_hold_whole_pages_of_every_size(split):
     with pytest.raises(ValidationError):
         PagedParams(decode_split=split)
+
+
+def test_plans_that_need_graphs_or_more_reject_it_with_the_reason(tmp_path):
+    rule = "  attention:\n    - dtypes: [bfloat16]\n      candidates: [{impl: flashinfer.paged}, {impl: other.paged}]"
+    registry = registry_of(implementation(), fake("other.paged", "attention", tile=None))
+    plain = plan_of(tmp_path, registry, rule, device=PREDICTED, head="invariance: {require: batch}")
+    assert [rung.implementation.name for rung in plain.select_problem(problem_of()).rungs] == ["flashinfer.paged"]
+
+    def reasons(plan):
+        selection = plan.select_problem(problem_of())
+        assert [rung.implementation.name for rung in selection.rungs] == ["other.paged"]
+        return " ".join(selection.decisions[0].reasons)
+
+    def planned(require, cuda_graph):
+        return Plan(PREDICTED, plain.profile, registry, RecordStore(PREDICTED), require, cuda_graph=cuda_graph)
+
+    assert "cannot be captured in a CUDA graph" in reasons(planned(Invariance.BATCH, True))
+    assert "claims level batch, the plan requires sequence" in reasons(planned(Invariance.SEQUENCE, False))
 
 
 def test_it_loads_as_an_entry_point_would():

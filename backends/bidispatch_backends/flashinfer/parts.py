@@ -11,8 +11,8 @@ include/flashinfer/utils.cuh, `FA2DetermineCtaTileQ`) decide for a whole plan:
 Requests of one part agree on all of it: their packed lengths lie in one of the three ranges, so their mean does too,
 and either all have one split or all have several. Which part a request is in follows from its own lengths alone.
 
-The workspace is FlashInfer's own reckoning: a part is planned in as many groups as it takes to stay within it. Pure
-Python: no torch, no flashinfer.
+The workspace is reckoned as 0.6.13 does (0.7 takes no more): a part is planned in as many groups as it takes to stay
+within it. Pure Python: no torch, no flashinfer.
 """
 
 from __future__ import annotations
