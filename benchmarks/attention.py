@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--phase decode]... [--batch 1]... [--context 32768]... [--shape "32/8"]...
                                    [--quick] [--libraries FOLDER]... [--out FILE]
-    python benchmarks/attention.py --try [--batch 1]... [--context 32768]... [--shape "32/8"]...
+    python benchmarks/attention.py --try [--phase prefill]... [--batch 1]... [--context 32768]... [--shape "32/8"]...
 
 Heads come from sweeps/attention.yaml, those of the latent form from sweeps/attention_mla.yaml. Decode graphs are
 captured once a batch size, at 131072 positions with block tables for as many, and replayed for every context; peers
@@ -11,7 +11,8 @@ prefill is one whole prompt. `--libraries` names folders that hold vLLM's FlashA
 vllm is not installed.
 
 Prints the figures of attention_judge.py last, and exits 1 if one is missed. `--try` times launch shapes of
-triton.paged_attention of one class of bits, and judges nothing.
+triton.paged_attention of one class of bits, in decode if no phase is named, over the cells of `--quick`; it judges
+nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from attention_judge import FA2_ONE, FA3_AUTO, FA3_ONE, FLASH_MLA, FLASHINFER, L
 from gemm import best_of_run, environment, peaks_of, text_of
 from peers import flash_attention, flash_mla, flashinfer_attention, vllm_triton
 from peers.installed import AbsentError, Peer
+from triton.errors import TritonError
 
 import bidispatch as bid
 from bidispatch import ops
@@ -40,7 +42,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.ops.shapes import Shape as Named
 from bidispatch.ops.shapes import read_shapes
 from bidispatch.planning.selection import Selection
-from bidispatch.registry import Implementation, Params, Rung, Tile, default_registry
+from bidispatch.registry import Rung, Tile, default_registry
 from bidispatch.requirements import installed_version
 from bidispatch.runtime.bind import bind, load_attribute
 from bidispatch.runtime.context import Limits
@@ -97,7 +99,7 @@ def graph_launches(sets: int, estimate_us: float) -> int:
     return next((launches for launches in LAUNCHES if launches >= enough), LAUNCHES[-1])
 
 
-def candidates(implementation: Implementation, shown: Sequence[tuple[int | None, Tile | None]]) -> Iterator[Tile]:
+def candidates(shown: Sequence[tuple[int | None, Tile | None]]) -> Iterator[Tile]:
     """Launch shapes around those of a ladder: each size halved and doubled, as far as the tile's type takes it."""
     seen: set[str] = set()
     for tile in (tile for _, tile in shown if tile is not None):
@@ -162,7 +164,7 @@ class Bench:
                 continue
             try:
                 made[name] = self._proved_peer(known, binder, call)
-            except (AbsentError, RuntimeError, ValueError, TypeError, OSError, NotImplementedError) as error:
+            except (AbsentError, RuntimeError, ValueError, TypeError, OSError, TritonError) as error:
                 self.absent[known] = f"{type(error).__name__}: {error}"
                 self.say(f"{known} is left out: {error}")
         return made
@@ -297,60 +299,59 @@ def rivals_of(
 
 
 def try_shapes(
-    plan: bid.Plan, problem: Problem, cells: Mapping[int, Sequence[int]], say: Say, peaks: Peaks
+    plan: bid.Plan, phase: str, problem: Problem, cells: Mapping[int, Sequence[int]], say: Say, peaks: Peaks
 ) -> list[tuple[int, int, str, float]]:
     """Time triton.paged_attention with every launch shape of its search, or around its ladder's where it has none: one
     set of params, so one class of bits. Returns (batch, context, the best, its time over the ladder's own).
     """
-    found = default_registry().get("triton.paged_attention")
-    bench = Bench({LEVELS[0]: plan}, peaks, (), say)
-    params = found.params()
-    pool = Pool(
-        Shape.of(problem),
-        max(batch * context for batch, contexts in cells.items() for context in contexts),
-        bench.device,
-    )
+    bench = Bench({LEVELS[-1]: plan}, peaks, (), say)
+    shape = Shape.of(problem)
+    pool = Pool(shape, max(batch * context for batch, contexts in cells.items() for context in contexts), bench.device)
     best = []
     for batch, contexts in cells.items():
-        call = Call(pool, batch, 1, bench.sets(pool.shape, batch, min(contexts)))
-        call.set_context(MAX_CONTEXT)
-        rivals = _tried(plan, found, params, call, say)
-        captures = Captures(rivals)
-        for context in contexts:
-            call.set_context(context)
-            estimate = SLOWER * bench.floor(pool.shape, "decode", batch, context)
-            launches = graph_launches(bench.sets(pool.shape, batch, context), estimate)
-            timed = captures.timed(launches, replays=TRIED_REPLAYS)
-            times = {name: timing.median_us for name, timing in timed.items()}
-            ranked = sorted(times, key=lambda name: times[name])
-            best.append((batch, context, ranked[0], times[ranked[0]] / times["ladder"]))
-            say(f"{problem} batch {batch} context {context}: ladder {times['ladder']:.2f} µs")
-            for name in ranked:
-                say(f"    {times[name]:9.2f}  {name}")
+        groups = [contexts] if phase == "decode" else [[context] for context in contexts]
+        for together in groups:
+            query = 1 if phase == "decode" else together[0]
+            call = Call(pool, batch, query, bench.sets(shape, batch, min(together)))
+            call.set_context(MAX_CONTEXT if phase == "decode" else query)
+            captures = Captures(_tried(plan, call, say))
+            for context in together:
+                call.set_context(context)
+                estimate = SLOWER * bench.floor(shape, phase, batch, context)
+                launches = graph_launches(bench.sets(shape, batch, context), estimate)
+                timed = captures.timed(launches, replays=TRIED_REPLAYS)
+                times = {name: timing.median_us for name, timing in timed.items()}
+                ranked = sorted(times, key=lambda name: times[name])
+                best.append((batch, context, ranked[0], times[ranked[0]] / times["ladder"]))
+                say(f"{phase} {problem} batch {batch} context {context}: ladder {times['ladder']:.2f} µs")
+                for name in ranked:
+                    say(f"    {times[name]:9.2f}  {name}")
     return best
 
 
-def _tried(
-    plan: bid.Plan, found: Implementation, params: Params, call: Call, say: Say
-) -> dict[str, Callable[[int], Any]]:
+def _tried(plan: bid.Plan, call: Call, say: Say) -> dict[str, Callable[[int], Any]]:
     """The ladder and every other launch shape that compiles."""
-    problem, limits = call.problem, Limits(call.batch, call.batch, MAX_CONTEXT, 1)
+    found = default_registry().get("triton.paged_attention")
+    params = found.params()
+    problem, limits = call.problem, Limits(call.tokens, call.batch, MAX_CONTEXT, call.query)
     ladder = found.tiles(plan.device, problem, params)
     rungs = tuple(Rung(found, params, tile, most) for most, tile in ladder)
     tiles: Iterator[Tile] = (
-        iter(load_attribute(found.search)(plan.device, problem, params, call.batch))
+        iter(load_attribute(found.search)(plan.device, problem, params, call.tokens))
         if found.search
-        else candidates(found, ladder)
+        else candidates(ladder)
     )
     rivals = {"ladder": _launch_of(call, bind(problem, plan.device, rungs, limits).launch)}
-    base = next(tile for most, tile in ladder if tile is not None and (most is None or call.batch <= most))
+    base = next(tile for most, tile in ladder if tile is not None and (most is None or call.tokens <= most))
     for tile in tiles:
         name = differing(tile, base)
+        if name in rivals:
+            continue
         try:
             launch = _launch_of(call, bind(problem, plan.device, (Rung(found, params, tile),), limits).launch)
             launch(0)
             torch.cuda.synchronize()
-        except (RuntimeError, ValueError) as error:  # too much shared memory, or registers
+        except (RuntimeError, ValueError, TritonError) as error:  # too much shared memory, or registers
             say(f"    {name} does not run: {type(error).__name__}")
             continue
         rivals[name] = launch
@@ -384,6 +385,7 @@ def main(words: Sequence[str] | None = None) -> int:
     best = best_of_run(torch.device(plan.device.torch_device))
     peaks = peaks_of(plan.device.name) or best
     if arguments.attempt:
+        arguments.quick = True
         return _try(arguments, plan, peaks, say)
     bench = Bench(plans, peaks, tuple(arguments.libraries), say)
     rows: list[Row] = []
@@ -428,14 +430,20 @@ def cells_of(phase: str, shape: Shape, arguments: argparse.Namespace) -> dict[in
 
 
 def _try(arguments: argparse.Namespace, plan: bid.Plan, peaks: Peaks, say: Say) -> int:
-    for shape in shapes_of("decode", arguments.shape):
-        problem = ops.get("attention").problem(DTYPE, shape.dims)
-        cells = decode_cells(Shape.of(problem), arguments.batch or QUICK_BATCHES, arguments.context or QUICK_CONTEXTS)
-        if not cells:
+    for phase in arguments.phase or ("decode",):
+        if phase == "mla":
+            say("mla: --try has the shapes of triton.paged_attention alone; skipped")
             continue
-        for batch, context, name, ratio in try_shapes(plan, problem, cells, say, peaks):
-            say(f"best for {shape.names[0]} batch {batch} context {context}: {name}, {ratio:.3f} of the ladder's time")
-        torch.cuda.empty_cache()
+        for shape in shapes_of(phase, arguments.shape):
+            problem = ops.get(OPS[phase]).problem(DTYPE, shape.dims)
+            cells = cells_of(phase, Shape.of(problem), arguments)
+            if not cells:
+                continue
+            for batch, context, name, ratio in try_shapes(plan, phase, problem, cells, say, peaks):
+                where = f"{phase} {shape.names[0]} batch {batch} context {context}"
+                say(f"best for {where}: {name}, {ratio:.3f} of the ladder's time")
+            if plan.device.arch.vendor != "cpu":
+                torch.cuda.empty_cache()
     return 0
 
 

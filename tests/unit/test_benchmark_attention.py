@@ -302,7 +302,7 @@ def test_launch_shapes_around_a_ladder_are_of_one_class(attention):
     problem = ops.get("attention").problem("bfloat16", {**SMALL, "head_dim": 128, "page_size": 16})
     params = found.params()
     ladder = found.tiles(plan.device, problem, params)
-    tiles = list(attention.candidates(found, ladder))
+    tiles = list(attention.candidates(ladder))
     assert tiles[0] == ladder[0][1]
     assert len(tiles) == len({str(tile) for tile in tiles}) > 5
     assert {type(tile) for tile in tiles} == {found.tile}
@@ -325,10 +325,14 @@ def test_launch_shapes_are_timed_beside_the_ladder(attention, on_the_processor, 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert attention.main(["--try", "--batch", "1", "--context", "9"]) == 0
     printed = capsys.readouterr().out
-    assert "best for small batch 1 context 9: ladder, 1.000 of the ladder's time" in printed
+    assert "best for decode small batch 1 context 9: ladder, 1.000 of the ladder's time" in printed
     assert [line.split()[-1] for line in printed.splitlines() if line.startswith("    ")][2:] == [
         "width=2", "width=8", "width=16"
     ]  # fmt: skip
+    assert attention.main(["--try", "--phase", "prefill", "--phase", "mla", "--context", "9"]) == 0
+    printed = capsys.readouterr().out
+    assert "best for prefill small batch 1 context 9: ladder" in printed
+    assert "mla: --try has the shapes of triton.paged_attention alone; skipped" in printed
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
