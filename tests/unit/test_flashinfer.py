@@ -122,6 +122,14 @@ def test_the_worst_request_of_each_range_is_within_it():
     assert wide == {1: 1}
 
 
+def test_one_token_takes_decodes_split_however_many_heads_share_its_kv():
+    shared = replace(LAYOUT, group=32, prefill_split=0)
+    assert [shared.part_of(query, 5000) for query in (1, 2, 3)] == [Part(1, 2048), Part(1, 0), Part(2, 0)]
+    assert [LAYOUT.part_of(query, 5000).split for query in (1, 4, 5, 16, 17)] == [2048, 2048, 4096, 4096, 4096]
+    most = {(part, query) for part, query, _, _ in worst_bytes(shared, 8192, 131072)}
+    assert most == {(Part(1, 2048), 1), (Part(1, 0), 2), (Part(2, 0), 8192)}
+
+
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 

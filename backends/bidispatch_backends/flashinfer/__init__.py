@@ -17,7 +17,7 @@ def register(registry: Registry) -> None:
             name="flashinfer.paged",
             op="attention",
             load="bidispatch_backends.flashinfer.attention:bind_attention",
-            archs=("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120"),
+            archs=("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
             dtypes=("bfloat16", "float16"),
             requires=(
                 Package("flashinfer-python", ">=0.6.13,<0.8"),

@@ -65,7 +65,7 @@ def _workspace_bytes(context: BindContext, layout: Layout) -> int:
         layout, limits.max_query_len or limits.max_tokens, limits.max_seq_len
     ):
         if floats > allowed:
-            name = "prefill_split" if part.range else "decode_split"
+            name = "decode_split" if layout.decodes(query) else "prefill_split"
             raise UsageError(
                 f"{context.problem}: flashinfer.paged with {name}={part.split} needs {-(-floats // _MB)} MiB for one "
                 f"sequence of {query} query tokens over {limits.max_seq_len} positions, workspace_mb is "

@@ -26,7 +26,7 @@ class PagedParams(Params):
     """
 
     decode_split: int = Field(default=2048, ge=0)
-    """For queries of one narrow tile: up to 16 rows, counted in query tokens times grouped heads. With 2048, decode on
+    """For queries of one token, and of up to 16 rows (query tokens times grouped heads). With 2048, decode on
     an H200 (32/8 heads, head_dim 128, bf16, FlashInfer 0.6) took 1 % longer than with FlashInfer's own choice from 32k
     positions on; with 512, 7 % longer there and half as long for one sequence of 8k."""
     prefill_split: int = Field(default=0, ge=0)

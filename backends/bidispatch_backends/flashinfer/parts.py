@@ -67,8 +67,12 @@ class Layout:
         """The part of a request, from its own lengths."""
         packed = query * self.group
         number = sum(packed > most for most in _RANGES)
-        split = self.prefill_split if number else self.decode_split
+        split = self.decode_split if self.decodes(query) else self.prefill_split
         return Part(number, split if split and kv > split else 0)
+
+    def decodes(self, query: int) -> bool:
+        """Whether a query takes decode's split: one token, however many heads share its KV, or few of few heads."""
+        return query == 1 or query * self.group <= _RANGES[0]
 
     def tile_rows(self, number: int) -> int:
         """Rows of the query tile FlashInfer takes for a range, on Ampere and newer."""
@@ -98,13 +102,13 @@ def index_bytes(items: int, rows: int, requests: int) -> int:
 
 
 def worst_bytes(layout: Layout, max_query: int, max_kv: int) -> Iterator[tuple[Part, int, int, int]]:
-    """(part, query, float bytes, index bytes) of the largest single request of each part that limits allow."""
-    for number in range(len(_RANGES) + 1):
-        query = layout.longest(number, min(max_query, max_kv))
-        if query:
-            part = layout.part_of(query, max_kv)
-            items = layout.items(part, query, max_kv)
-            yield part, query, layout.float_bytes(part, items), index_bytes(items, query, 1)
+    """(part, query, float bytes, index bytes) of the largest single requests that limits allow, by rising query."""
+    limit = min(max_query, max_kv)
+    longest = [layout.longest(number, limit) for number in range(len(_RANGES) + 1)]
+    for query in sorted({1, *longest} - {0}):
+        part = layout.part_of(query, max_kv)
+        items = layout.items(part, query, max_kv)
+        yield part, query, layout.float_bytes(part, items), index_bytes(items, query, 1)
 
 
 def groups(layout: Layout, requests: Iterable[Request], workspace: int) -> Iterator[tuple[Part, Sequence[Request]]]:
