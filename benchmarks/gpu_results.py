@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-The parts: host-time, gemm-host, gemm and rows run the scripts of these names; verify is `bidispatch verify --all
---cuda-graph`, verify-gemm the same over the shapes of sweeps/; demo is `bidispatch demo`; tests are tests/gpu;
-sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1 if any of them does;
-the others still run.
+The parts: host-time, gemm-host, gemm, rows and attention run the scripts of these names; verify is
+`bidispatch verify --all --cuda-graph`, verify-gemm the same over the shapes of sweeps/; demo is `bidispatch demo`;
+tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1
+if any of them does; the others still run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
 SWEEPS = ROOT / "benchmarks" / "sweeps"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm-host", "gemm", "rows", "verify", "verify-gemm", "demo", "tests", "sanitizer")
+PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention", "verify", "verify-gemm", "demo", "tests", "sanitizer")
 WORKERS = 6
 """Processes that share the tests, or a verification: most of their time is the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
@@ -48,6 +48,7 @@ def main() -> int:
         "gemm-host": lambda: script("gemm_host", folder),
         "gemm": lambda: script("gemm", folder),
         "rows": lambda: script("rows", folder),
+        "attention": lambda: script("attention", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),
         "verify-gemm": lambda: max(
             verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")

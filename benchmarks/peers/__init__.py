@@ -1,1 +1,1 @@
-"""Kernels like those of other projects, written anew, to be measured beside ours."""
+"""What is measured beside ours: kernels like other projects', written anew, and calls to installed packages."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Launch", "Timing", "copies_beyond_cache", "interleaved", "launches_for"]
+__all__ = ["Captures", "Launch", "Timing", "copies_beyond_cache", "interleaved", "launches_for"]
 
 Launch = Callable[[int], None]
 """`launch(i)` runs a kernel once, on the i-th set of operands (modulo how many there are). No allocation, no sync."""
@@ -61,16 +61,38 @@ def interleaved(
     long ones are repeated less. replays: how often each graph is timed; by default as often as a fiftieth of a second
     allows, and at least three times.
     """
-    launches = launches_for(operand_sets, estimate_us)
-    graphs = {name: _captured(launch, launches) for name, launch in rivals.items()}
-    longest = max(_replay_us(graph) for graph in graphs.values())  # also brings up clocks and caches
-    fewest, most = _REPLAYS
-    times = max(fewest, min(most, int(_TIMED_US / longest))) if replays is None else replays
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(times):
-        for name, graph in graphs.items():
-            samples[name].append(_replay_us(graph) / launches)
-    return {name: _summary(values) for name, values in samples.items()}
+    return Captures(rivals).timed(launches_for(operand_sets, estimate_us), replays=replays)
+
+
+class Captures:
+    """Rivals whose graphs are kept, to be replayed with operands that change in place, as a server does at every step.
+
+    A graph is captured when a number of launches is first asked for, with the operands as they are then: they must be
+    the largest, where a kernel or its launch follows from sizes that the host sees.
+    """
+
+    def __init__(self, rivals: Mapping[str, Launch]) -> None:
+        self._rivals = dict(rivals)
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+
+    def capture(self, launches: int) -> None:
+        """Capture a graph of so many launches for every rival that has none yet."""
+        for name, launch in self._rivals.items():
+            if (name, launches) not in self._graphs:
+                self._graphs[name, launches] = _captured(launch, launches)
+
+    def timed(self, launches: int, *, replays: int | None = None) -> dict[str, Timing]:
+        """Replay the graphs of so many launches in turns; `replays` as in `interleaved`."""
+        self.capture(launches)
+        graphs = {name: self._graphs[name, launches] for name in self._rivals}
+        longest = max(_replay_us(graph) for graph in graphs.values())  # also brings up clocks and caches
+        fewest, most = _REPLAYS
+        times = max(fewest, min(most, int(_TIMED_US / longest))) if replays is None else replays
+        samples: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(times):
+            for name, graph in graphs.items():
+                samples[name].append(_replay_us(graph) / launches)
+        return {name: _summary(values) for name, values in samples.items()}
 
 
 def _captured(launch: Launch, launches: int) -> torch.cuda.CUDAGraph:

@@ -38,12 +38,16 @@ class Plan:
         require: Invariance,
         *,
         use_refuted: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
-        """use_refuted: whether rungs that `verify` found to differ may serve all the same, so that it can try again."""
+        """cuda_graph: whether everything selected must be something that a CUDA graph can hold.
+        use_refuted: whether rungs that `verify` found to differ may serve all the same, so that it can try again.
+        """
         self.device = device
         self.profile = profile
         self.registry = registry
         self.require = require
+        self.cuda_graph = cuda_graph
         self._records = records
         self._use_refuted = use_refuted
         self._selections: dict[tuple[Problem, str | None], Selection] = {}
@@ -132,6 +136,7 @@ class Plan:
             self.require,
             self._find_record,
             self._find_refutations,
+            cuda_graph=self.cuda_graph,
         )
 
     def _find_record(self, selection: Selection) -> Record | None:
@@ -173,6 +178,7 @@ def plan(
     profile: str | None = None,
     require: str | None = None,
     registry: Registry | None = None,
+    cuda_graph: bool = False,
 ) -> Plan:
     """Make the plan for a device.
 
@@ -180,6 +186,7 @@ def plan(
     profile: a profile's name or file, instead of the one that matches the device.
     require: the invariance level, instead of the profile's.
     registry: where implementations come from; by default every installed backend.
+    cuda_graph: whether to select only what can be captured in a CUDA graph: for a server that captures its steps.
 
     Raises `UsageError`, `ProfileError`, `DeviceError`, or `SelectionError` when no profile fits the device.
     """
@@ -188,4 +195,4 @@ def plan(
     store = ProfileStore(known)
     resolved = store.named(profile, chosen) if profile else store.for_device(chosen)
     level = Invariance.parse(require) if require else resolved.require
-    return Plan(chosen, resolved, known, RecordStore(chosen), level)
+    return Plan(chosen, resolved, known, RecordStore(chosen), level, cuda_graph=cuda_graph)

@@ -64,8 +64,10 @@ def select(
     require: Invariance,
     find_record: FindRecord,
     find_refutations: FindRefutations,
+    *,
+    cuda_graph: bool = False,
 ) -> Selection:
-    """Return the ladder for a problem.
+    """Return the ladder for a problem. cuda_graph: whether every rung must be one that a CUDA graph can hold.
 
     Raises `SelectionError`, with every decision, when nothing fits or a forced choice does not; `BackendError` when a
     forced choice's backend did not load.
@@ -79,7 +81,9 @@ def select(
     else:
         rule = _rule(problem, profile, registered)
         candidates, wanted = _listed(problem, rule, profile, device, registry), rule.numerics
-    examined = [_examine(candidate, problem, device, profile, registry, require) for candidate in candidates]
+    examined = [
+        _examine(candidate, problem, device, profile, registry, require, cuda_graph) for candidate in candidates
+    ]
     for candidate in examined:
         _drop_refuted(candidate, problem, find_refutations)
     numerics = wanted or next((c.numerics for c in examined if not c.reasons), "")
@@ -201,6 +205,7 @@ def _examine(
     profile: Profile,
     registry: Registry,
     require: Invariance,
+    cuda_graph: bool,
 ) -> _Candidate:
     """Everything that speaks against a candidate, but for its class, which depends on the others."""
     candidate = _Candidate(listed)
@@ -219,6 +224,8 @@ def _examine(
     candidate.implementation = implementation
     if implementation.claims < require:
         reasons.append(f"claims level {implementation.claims.label}, the plan requires {require.label}")
+    if cuda_graph and not implementation.cuda_graph:
+        reasons.append("cannot be captured in a CUDA graph, which the plan requires")
     try:
         reasons += implementation.unmet(device, problem)
         candidate.params = implementation.params.model_validate(dict(listed.params))

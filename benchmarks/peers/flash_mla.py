@@ -1,0 +1,56 @@
+"""FlashMLA's dense decode with its default schedule, as vLLM calls it: the schedule is made before the graph runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peers.installed import AbsentError, Peer, call_op, load_op
+
+__all__ = ["decode"]
+
+PAGE_SIZE = 64
+
+
+def decode(call: Any, folders: tuple[Path, ...]) -> Peer:
+    """One query row a sequence; Hopper alone."""
+    shape = call.pool.shape
+    if shape.page_size != PAGE_SIZE:
+        raise AbsentError(f"FlashMLA takes pages of {PAGE_SIZE}, not {shape.page_size}")
+    if torch.cuda.get_device_capability(call.pool.device) != (9, 0):
+        raise AbsentError("FlashMLA's dense decode is built for sm90 alone")
+    op = load_op("_flashmla_C", "dense_decode_fwd", "_flashmla_C*.so", folders)
+    known = {argument.name for argument in op._schema.arguments}
+    (cache,) = call.pool.caches.values()
+    queries = [value for value in (call[name] for name in call.names_by_token()) if value is not None]
+    joined = torch.cat(queries, dim=-1) if len(queries) > 1 else queries[0]
+    fixed = {
+        "q": joined.view(call.batch, 1, shape.heads, shape.head_dim),
+        "kcache": cache.view(-1, PAGE_SIZE, 1, shape.head_dim),
+        "head_size_v": shape.value_dim,
+        "seqlens_k": call.seq_lens,
+        "is_causal": True,
+        "softmax_scale": call.scalars[0],
+        "scale": call.scalars[0],
+    }
+
+    def launch_of(i: int, schedule: dict[str, Any]) -> Any:
+        values = fixed | {"block_table": call.table(i)} | schedule
+        return call_op(op, {name: value for name, value in values.items() if name in known})
+
+    def schedule() -> tuple[torch.Tensor, torch.Tensor]:
+        """Without one it makes its own, and returns it after the result and its logarithms."""
+        _, _, metadata, splits = launch_of(0, {})()
+        return metadata, splits
+
+    kept = schedule()
+    names = dict(zip(("tile_scheduler_metadata", "num_splits"), kept, strict=True))
+    launches = [launch_of(i, names) for i in range(call.sets)]
+
+    def prepare() -> None:
+        for old, new in zip(kept, schedule(), strict=True):
+            old.copy_(new)
+
+    return Peer(lambda i: launches[i % len(launches)](), prepare)

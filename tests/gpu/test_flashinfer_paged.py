@@ -1,0 +1,114 @@
+"""flashinfer.paged on bits: no row follows its neighbours, and what one plan for a whole batch does to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bidispatch import ops
+from bidispatch.errors import UsageError
+from bidispatch.invariance import Invariance
+from bidispatch.ops.reference.attention import attention as reference
+from bidispatch.ops.reference.attention import paged_batch
+from bidispatch.registry import Rung, default_registry
+from bidispatch.runtime.bind import bind
+from bidispatch.runtime.context import Limits
+from bidispatch.verify.cases import Sizes
+from bidispatch.verify.compare import bits
+from bidispatch.verify.sequences import check_sequences, sequence_limits
+from bidispatch.verify.subject import Subject
+from bidispatch_backends.flashinfer.parts import Part
+
+CASES = (
+    {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+    {"num_heads": 64, "num_kv_heads": 8, "head_dim": 64},
+    {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128, "page_size": 64},
+    {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "softcap": 30.0},
+    {"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "causal": False},
+)
+LIMITS = Limits(8192, 64, 40_000)
+SIZES = Sizes(
+    rows=(1, 2, 3, 7, 16, 17, 33, 64, 200, 1000, 2049),
+    pool=64,
+    graph_rows=(1,),
+    lengths=(1, 17, 100, 512, 777, 2049, 5000),
+    chunks=(1, 7, 64, 512),
+    decodes=50,
+    singles=12,
+    max_seqs=64,
+)
+
+
+def bound(plan, problem, limits=LIMITS, **params):
+    implementation = default_registry().get("flashinfer.paged")
+    if reasons := implementation.unmet(plan.device, problem):
+        pytest.skip(f"flashinfer.paged: {'; '.join(reasons)}")
+    chosen = implementation.params(**params)
+    rungs = tuple(Rung(implementation, chosen, tile) for _, tile in implementation.tiles(plan.device, problem, chosen))
+    return bind(problem, plan.device, rungs, limits)
+
+
+def problem_of(dtype="bfloat16", **dims):
+    return ops.get("attention").problem(dtype, {**CASES[0], **dims})
+
+
+@pytest.mark.parametrize("dims", CASES, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("params", [{}, {"decode_split": 256, "prefill_split": 512}], ids=str)
+def test_no_row_depends_on_its_neighbours(plan, dims, dtype, params, record_property):
+    problem = problem_of(dtype, **dims)
+
+    def rebind(limits):
+        return Subject(problem, torch.device(plan.device.torch_device), bound(plan, problem, limits, **params).launch)
+
+    subject = rebind(sequence_limits(problem, SIZES))
+    checks = list(check_sequences(subject, Invariance.BATCH, SIZES, rebind))
+    record_property("rows", sum(check.rows for check in checks))
+    assert [str(check) for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("dims", CASES, ids=str)
+def test_it_is_attention(plan, dims, record_property):
+    problem = problem_of(**dims)
+    arguments = paged_batch(problem, [1, 300, 1, 20, 1], [5000, 300, 17, 2500, 700], device=plan.device.torch_device)
+    out = bound(plan, problem)(*arguments).double()
+    (wanted,) = reference(problem, *arguments, problem.size("head_dim") ** -0.5)
+    error = float((out - wanted).norm() / wanted.norm())
+    record_property("error", error)
+    assert error < 0.01
+
+
+def test_one_plan_for_a_whole_batch_changes_bits(plan, monkeypatch):
+    """Negative control: FlashInfer's tile follows the mean query length, even with splits of a fixed size."""
+    problem = problem_of()
+    device = plan.device.torch_device
+    kernel = bound(plan, problem)
+    alone = paged_batch(problem, [1], [5000], sequence_seeds=[5], device=device)
+    together = paged_batch(problem, [1, 1000], [5000, 1000], sequence_seeds=[5, 6], device=device)
+    assert torch.equal(bits(kernel(*alone)[0]), bits(kernel(*together)[0]))
+
+    def at_once(layout, requests, workspace):
+        return [(Part(0, 2048), [request for request in requests if request.query])]
+
+    monkeypatch.setattr("bidispatch_backends.flashinfer.attention.groups", at_once)
+    assert not torch.equal(bits(kernel(*alone)[0]), bits(kernel(*together)[0]))
+
+
+def test_small_splits_of_many_long_sequences_fit(plan):
+    """16 sequences of 32768 positions in splits of 256 overflow FlashInfer's usual workspace in one plan."""
+    problem = problem_of()
+    kernel = bound(plan, problem, decode_split=256)
+    alone = paged_batch(problem, [1], [32768], sequence_seeds=[3], device=plan.device.torch_device)
+    many = paged_batch(problem, [1] * 16, [32768] * 16, sequence_seeds=range(16), device=plan.device.torch_device)
+    assert torch.equal(bits(kernel(*many)[3]), bits(kernel(*alone)[0]))
+
+
+def test_it_cannot_be_captured_and_says_so(plan):
+    problem = problem_of()
+    kernel = bound(plan, problem)
+    arguments = paged_batch(problem, [1], [50], device=plan.device.torch_device)
+    out = kernel(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with pytest.raises(UsageError, match="cannot be captured"), torch.cuda.graph(graph):
+        kernel(*arguments, out=out)
