@@ -236,3 +236,58 @@ def test_fa3_never_meets_the_tile_of_few_rows(head_dim, num_heads):
         assert call.max_query * (num_heads // 2) > 64
         assert call.max_query >= 2
         assert call.causal
+
+
+def varlen(problem, arguments, *, max_query, num_splits=0, max_kv=None):
+    """vLLM's FA2 as it is called without care."""
+    q, k, v, table, lengths, starts, _ = arguments
+    out = torch.empty_like(q)
+    torch.ops._vllm_fa2_C.varlen_fwd(
+        *(q, k, v, out, starts, torch.zeros_like(starts), lengths, None, table, None, max_query),
+        *(max_kv or int(lengths.max()), 0.0, *scalars(problem), False, True, -1, -1, 0.0, False, num_splits, None),
+    )
+    return out
+
+
+def test_a_heuristic_by_the_batch_is_seen():
+    """Negative control: max_seqlen_q = 1 and no number of splits."""
+    problem = problem_of("fa2")
+    pieces = [(1, 700, seed) for seed in range(4)]
+    together = rows_of(varlen(problem, batch(problem, pieces), max_query=1), pieces)
+    alone = [varlen(problem, batch(problem, [piece]), max_query=1) for piece in pieces]
+    assert not all(map(same_bits, together, alone))
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_trimmed_block_table_moves_the_splits_of_the_package_alone(package):
+    """Negative control, and what tells the two libraries apart: the extent is the capacity's or the own length's."""
+    problem = problem_of("fa2_capacity_splits")
+    q, k, v, table, lengths, *_ = batch(problem, [(1, 700, 0)], max_pages=8)
+    operator = fake.package().fwd_kvcache if package else torch.ops._vllm_fa2_C.fwd_kvcache
+    results = []
+    for width in (8, 3):
+        out = torch.empty_like(q[None])
+        nothing = (None,) * 4
+        operator(
+            *(q[None], k, v, None, None, lengths, *nothing, table[:, :width], None, out, *scalars(problem)),
+            *(True, -1, -1, 0.0, True, 4),
+        )
+        results.append(out)
+    assert same_bits(*results) is not package
+
+
+@pytest.mark.parametrize(("head_dim", "same"), [(64, False), (128, True)])
+def test_fa3_switches_its_tile_by_the_longest_query(head_dim, same):
+    """Negative control: max_seqlen_q x group on both sides of 64, as the longest query of a batch moves it."""
+    problem = problem_of("fa3", head_dim=head_dim)
+    q, k, v, table, lengths, starts, _ = batch(problem, [(1, 700, 0)])
+    results = []
+    for max_query in (32, 33):
+        out = torch.empty_like(q)
+        torch.ops._vllm_fa3_C.fwd(
+            *(q, k, v, None, None, None, out, starts, None, None, None, lengths, max_query, 1024, table, None, None),
+            *(None,) * 6,
+            *(*scalars(problem), True, -1, -1, 0.0, True, None, 1, True, 0, None, 1, 0, None),
+        )
+        results.append(out)
+    assert same_bits(*results) is same
