@@ -17,10 +17,14 @@ import fake_flash_attn as fake
 
 from bidispatch import ops
 from bidispatch.errors import ArgumentError
+from bidispatch.invariance import Invariance
 from bidispatch.ops.reference.attention import attention, paged_batch
 from bidispatch.registry import Registry
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.verify.cases import Sizes
+from bidispatch.verify.sequences import check_sequences, sequence_limits
+from bidispatch.verify.subject import Subject
 from bidispatch_backends.flash_attn import register
 
 REGISTRY = Registry()
@@ -131,6 +135,28 @@ def test_a_row_is_its_own_whatever_the_batch(name, data):
             assert min(call.max_query for call in seen) >= 2
         if operator in ("fa2.kvcache", "fa3.batch"):
             assert len({call.width for call in seen}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_check_of_verify_holds_at_the_level_it_claims(name):
+    problem = problem_of(name)
+    found = REGISTRY.get(f"flash_attn.{name}")
+    sizes = Sizes((1, 7, 33), 4, (1,), (1, 17, 100, 300), (1, 64), decodes=3, singles=2, max_seqs=8)
+    params, tile = found.params(**PARAMS.get(name, {})), found.tile() if found.tile else None
+    limits = sequence_limits(problem, sizes)
+
+    def subject(limits):
+        return Subject(
+            problem, torch.device("cpu"), load_attribute(found.load)(BindContext(CPU, problem, params, tile, limits))
+        )
+
+    rebind = None if name == "fa2_capacity_splits" else subject  # its capacity is below what the check binds for
+    checks = list(check_sequences(subject(limits), found.claims, sizes, rebind))
+    assert sum(check.rows for check in checks) > 100
+    assert [check.name for check in checks if check.differing] == []
+    if found.claims is Invariance.BATCH:  # negative control: what it does not claim does not hold
+        above = list(check_sequences(subject(limits), Invariance.SEQUENCE, sizes))
+        assert any(check.differing for check in above)
 
 
 @pytest.mark.parametrize("name", SPLITTING)
