@@ -46,10 +46,12 @@ def implementation(plan, name, problem):
     return found
 
 
-def bound(plan, name, problem, limits, **params):
+def bound(plan, name, problem, limits, **sizes):
+    """With its default params; sizes are the tile's."""
     found = implementation(plan, name, problem)
-    chosen = found.params(**params)
+    chosen = found.params()
     tile = found.tiles(plan.device, problem, chosen)[-1][1]
+    tile = tile.model_copy(update=sizes) if sizes else tile
     return bind(problem, plan.device, (Rung(found, chosen, tile),), limits)
 
 
@@ -99,6 +101,20 @@ def test_every_check_of_verify_holds(plan, name, dtype, dims, record_property):
     assert report.faults == ()
     assert report.differing == 0
     assert report.passed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", SHAPES[:-1], ids=str)
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_packed_lone_queries_are_the_same_bits(plan, dtype, dims, page_size):
+    """FA2's kernel without causality on rows of one group, against the causal one on a row of each head."""
+    problem = problem_of(dtype, **{**dims, "page_size": page_size})
+    pieces = [(1, length, seed) for seed, length in enumerate((1, 64, 127, 128, 129, 1000, 2049, 5000))]
+    arguments = batch(problem, [*pieces, (70, 700, 9)])
+    plain, packed = (
+        bound(plan, "fa2", problem, Limits(128, 16, 8192), pack_lone_queries=pack)(*arguments) for pack in (False, True)
+    )
+    assert same_bits(plain, packed)
 
 
 @pytest.mark.parametrize("name", NAMES)

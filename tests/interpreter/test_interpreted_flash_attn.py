@@ -159,6 +159,18 @@ def test_every_check_of_verify_holds_at_the_level_it_claims(name):
         assert any(check.differing for check in above)
 
 
+def test_packed_lone_queries_are_the_same_bits():
+    problem = problem_of("fa2")
+    pieces = [(1, 700, 0), (3, 300, 1), (1, 1, 2), (1, 513, 3)]
+    arguments = batch(problem, pieces, padding_rows=2)
+    plain = bind("fa2", problem)(arguments)
+    fake.calls.clear()
+    packed = bind("fa2", problem, tile={"pack_lone_queries": True})(arguments)
+    assert [call.operator for call in fake.calls] == ["fa2.varlen", "fa2.kvcache"]
+    assert {call.num_splits for call in fake.calls} == {1}
+    assert same_bits(packed, plain)
+
+
 @pytest.mark.parametrize("name", SPLITTING)
 def test_lone_queries_are_split_and_the_split_is_seen(name):
     """Negative control: the stand-in's bits do follow the split."""

@@ -227,7 +227,8 @@ def _fa3_forward(*arguments):
     q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used, max_q, max_k, table = arguments[:15]
     scale, causal, left, right, softcap, _, metadata, splits, pack, margin, sinks = arguments[23:34]
     assert (k_new, v_new, q_v, cu_k, cu_new, used_q, metadata, sinks) == (None,) * 8
-    assert (left, right, splits, pack, margin) == (-1, -1, 1, True, 0)
+    assert (left, right, splits, margin) == (-1, -1, 1, 0)
+    assert pack in (True, None)
     varlen = cu_q is not None
     lens = used.tolist()
     starts = cu_q.tolist() if varlen else list(range(0, len(q) * q.shape[1] + 1, q.shape[1]))

@@ -276,5 +276,12 @@ def test_a_profile_can_name_them(host, tmp_path):
         assert selection.numerics == ("fa3_kv_split.2048.128" if level == "batch" else "fa3.128")
 
 
+def test_tune_tries_packing_where_heads_share_keys():
+    search = load_attribute(REGISTRY.get("flash_attn.fa2").search)
+    packing = [tile.pack_lone_queries for tile in search(H200, problem_of(), params.OneSplitParams(), 8)]
+    assert packing == [False, True]
+    assert len(search(H200, problem_of(num_kv_heads=32), params.OneSplitParams(), 8)) == 1
+
+
 def test_tiles_are_no_params():
     assert not set(params.WorkspaceTile.model_fields) & set(params.SplitSizeParams.model_fields)

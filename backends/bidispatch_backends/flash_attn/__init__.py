@@ -53,6 +53,9 @@ def register(registry: Registry) -> None:
             numerics=params.fa2_numerics,
             claims=Invariance.SEQUENCE,
             params=params.OneSplitParams,
+            tile=params.OneSplitTile,
+            tiles=params.one_split_tiles,
+            search="bidispatch_backends.flash_attn.params:search_one_split",
             libraries=("flash-attn", "vllm"),
             summary="FA2, paged, one split; never the heuristic that splits by the batch",
         )

@@ -49,14 +49,14 @@ def bind_fa2(context: BindContext) -> Kernel:
     a library that does not load. A sequence longer than max_seq_len or than its block table holds, or with more
     rows than max_query_len, gives NaN.
     """
-    return _Attention(context, _fa2(context, FA2), None)
+    split = _Split(1, _whole_pages(context), 1) if context.tile.pack_lone_queries else None
+    return _Attention(context, _fa2(context, FA2), split)
 
 
 def bind_fa2_splits(context: BindContext) -> Kernel:
     """The same with a fixed number of splits of a lone query's own KV, as vLLM's FA2 divides it."""
-    page_size = context.problem.size("page_size")
-    extent = ceil_div(max(1, context.limits.max_seq_len), page_size) * page_size
-    return _Attention(context, _fa2(context, FA2_VLLM), _Split(1, extent, context.params.num_splits))
+    split = _Split(1, _whole_pages(context), context.params.num_splits)
+    return _Attention(context, _fa2(context, FA2_VLLM), split)
 
 
 def bind_fa2_capacity_splits(context: BindContext) -> Kernel:
@@ -91,6 +91,12 @@ def bind_fa3_kv_split(context: BindContext) -> Kernel:
 def _sized(context: BindContext) -> _Split:
     size = context.params.split_size
     return _Split(max(1, ceil_div(context.limits.max_seq_len, size)), size, 1)
+
+
+def _whole_pages(context: BindContext) -> int:
+    """KV positions of the longest sequence, to the end of its last page."""
+    page_size = context.problem.size("page_size")
+    return ceil_div(max(1, context.limits.max_seq_len), page_size) * page_size
 
 
 def _fa2(context: BindContext, libraries: Libraries) -> Fa2:

@@ -36,6 +36,7 @@ from bidispatch.registry import Params, Tile
 __all__ = [
     "CapacitySplitsParams",
     "OneSplitParams",
+    "OneSplitTile",
     "SplitSizeParams",
     "SplitsParams",
     "WorkspaceTile",
@@ -48,8 +49,10 @@ __all__ = [
     "fa3_numerics",
     "no_sinks",
     "no_window",
+    "one_split_tiles",
     "pages_below_a_tile",
     "pages_divide_splits",
+    "search_one_split",
     "workspace_tiles",
 ]
 
@@ -118,6 +121,25 @@ class WorkspaceTile(Tile):
 
     workspace_mb: int = Field(default=512, ge=1)
     """MiB for the copies and partial results of lone queries; more queries than fit are taken in turn."""
+
+
+class OneSplitTile(WorkspaceTile):
+    """How FA2 is shown lone queries: as every other, or as FA2 shows them itself where it may split."""
+
+    pack_lone_queries: bool = False
+    """Their query heads that share a KV head as rows of one tile, so that keys are read once for all of them: a copy
+    of each row and two small launches a call more. The same blocks, one split: the same bits."""
+
+
+def one_split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, OneSplitTile], ...]:
+    """The plain call for any number of tokens."""
+    return ((None, OneSplitTile()),)
+
+
+def search_one_split(device: Device, problem: Problem, params: Any, m: int) -> tuple[OneSplitTile, ...]:
+    """Both ways where heads share keys."""
+    shared = problem.size("num_heads") > problem.size("num_kv_heads")
+    return (OneSplitTile(), OneSplitTile(pack_lone_queries=True)) if shared else (OneSplitTile(),)
 
 
 def workspace_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, WorkspaceTile], ...]:
