@@ -21,11 +21,13 @@ SHAPES: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize("dims", SHAPES, ids=str)
-@pytest.mark.parametrize(("entries", "extent"), [(0, 0), (1, 131072), (128, 1024)])
-def test_every_launch_compiles(arch: str, dims: dict[str, Any], entries: int, extent: int) -> None:
+@pytest.mark.parametrize(
+    ("entries", "extent", "copies_pages"), [(0, 0, False), (1, 131072, True), (1, 131072, False), (128, 1024, True)]
+)
+def test_every_launch_compiles(arch: str, dims: dict[str, Any], entries: int, extent: int, copies_pages: bool) -> None:
     for dtype in ("bfloat16", "float16") if arch == "sm90" else ("bfloat16",):
         problem = ops.get("attention").problem(dtype, dims)
-        made = kernels.launches(problem, ARCHS[arch], entries, extent)
+        made = kernels.launches(problem, ARCHS[arch], entries, extent, copies_pages=copies_pages)
         launches = [made.lengths, made.spoil, *(launch for launch in (made.prepare, made.merge) if launch)]
         assert len(launches) == (4 if entries else 2)
         for launch in launches:

@@ -104,7 +104,7 @@ def test_a_mixed_batch_is_attention(name, dims):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_row_is_its_own_whatever_the_batch(name, data):
     """Bits alone against bits in a batch; at level sequence also against a prefill of the whole sequence."""
@@ -133,7 +133,7 @@ def test_a_row_is_its_own_whatever_the_batch(name, data):
             assert len({call.max_query for call in seen}) == 1
         else:
             assert min(call.max_query for call in seen) >= 2
-        if operator in ("fa2.kvcache", "fa3.batch"):
+        if name in ("fa2_capacity_splits", "fa2_kv_split", "fa3_kv_split") and operator in ("fa2.kvcache", "fa3.batch"):
             assert len({call.width for call in seen}) == 1
 
 

@@ -128,7 +128,8 @@ def test_records_are_tied_to_the_libraries_that_may_serve(name):
     implementation = REGISTRY.get(name)
     possible = {
         "fa2": ("flash-attn", "vllm"),
-        "fa2_kv_split": ("flash-attn", "vllm"),
+        "fa2_kv_split": ("flash-attn", "vllm", "triton"),  # the merge's arithmetic is Triton's
+        "fa3_kv_split": ("vllm", "triton"),
         "fa2_capacity_splits": ("flash-attn",),
     }
     assert implementation.libraries == possible.get(name.partition(".")[2], ("vllm",))

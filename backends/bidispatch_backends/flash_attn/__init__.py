@@ -84,7 +84,7 @@ def register(registry: Registry) -> None:
             load="bidispatch_backends.flash_attn.attention:bind_fa2_capacity_splits",
             archs=_FA2_ARCHS,
             dtypes=_DTYPES,
-            requires=_fa2(FA2_PACKAGE),
+            requires=(*_fa2(FA2_PACKAGE), Check(params.pages_divide_splits)),
             numerics=params.fa2_capacity_splits_numerics,
             claims=Invariance.BATCH,
             params=params.CapacitySplitsParams,
@@ -107,7 +107,7 @@ def register(registry: Registry) -> None:
             params=params.SplitSizeParams,
             tile=params.WorkspaceTile,
             tiles=params.workspace_tiles,
-            libraries=("flash-attn", "vllm"),
+            libraries=("flash-attn", "vllm", "triton"),
             summary="FA2; a lone query's KV in splits of one size, merged in ascending order; longer queries in one",
         )
     )
@@ -139,7 +139,7 @@ def register(registry: Registry) -> None:
             params=params.SplitSizeParams,
             tile=params.WorkspaceTile,
             tiles=params.workspace_tiles,
-            libraries=("vllm",),
+            libraries=("vllm", "triton"),
             summary="vLLM's FA3; a lone query's KV in splits of one size, merged in ascending order; longer in one",
         )
     )

@@ -42,6 +42,8 @@ class _Split:
     entries: int
     extent: int
     num_splits: int
+    own_table: bool = True
+    """Whether its block table is made for it; else the caller's is shown, whose width then changes no bit."""
 
 
 def bind_fa2(context: BindContext) -> Kernel:
@@ -49,13 +51,13 @@ def bind_fa2(context: BindContext) -> Kernel:
     a library that does not load. A sequence longer than max_seq_len or than its block table holds, or with more
     rows than max_query_len, gives NaN.
     """
-    split = _Split(1, _whole_pages(context), 1) if context.tile.pack_lone_queries else None
+    split = _Split(1, _whole_pages(context), 1, own_table=False) if context.tile.pack_lone_queries else None
     return _Attention(context, _fa2(context, FA2), split)
 
 
 def bind_fa2_splits(context: BindContext) -> Kernel:
     """The same with a fixed number of splits of a lone query's own KV, as vLLM's FA2 divides it."""
-    split = _Split(1, _whole_pages(context), context.params.num_splits)
+    split = _Split(1, _whole_pages(context), context.params.num_splits, own_table=False)
     return _Attention(context, _fa2(context, FA2_VLLM), split)
 
 
@@ -123,12 +125,13 @@ class _Attention:
         self._tile_bound = self._pinned(library)
         # With one row a sequence and splits, nothing is left for the one-split call.
         self._walks = split is None or self._longest_query > 1
-        entries, extent = (split.entries, split.extent) if split else (0, 0)
-        self._launches: Launches = launches(problem, context.device.arch, entries, extent)
-        self._used = self._integers(context, limits.max_seqs)
-        self._no_starts = self._integers(context, limits.max_seqs + 1)
-        if split:
-            self._allocate(context, split)
+        self._launches = _launches(context, split)
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._used = self._integers(context, limits.max_seqs)
+            self._no_starts = self._integers(context, limits.max_seqs + 1)
+            if split:
+                self._allocate(context, split)
 
     def _pinned(self, library: Fa2 | Fa3) -> int:
         """FA3's max_seqlen_q: one number, above what moves its tile. 0 for FA2, where it is a bound of the grid."""
@@ -146,7 +149,7 @@ class _Attention:
         problem, device = context.problem, context.device.torch_device
         dtype = getattr(torch, problem.dtype)
         heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
-        pages = split.extent // self._page_size
+        pages = split.extent // self._page_size if split.own_table else 0
         # q and out of each entry, its pages, and, inside the library, fp32 partial results of more than one split.
         inside = 4 * (head_dim + 1) * split.num_splits if split.num_splits > 1 else 0
         a_query = split.entries * (heads * (2 * head_dim * dtype.itemsize + inside) + 4 * pages)
@@ -242,15 +245,24 @@ class _Attention:
         entries = count * split.entries
         rows, partial, lens = self._rows[:entries], self._partial[:entries], self._entry_lens[:entries]
         strides = (block_table.stride(0), *q.stride()[:2])
-        prepare((count, split.entries), q, block_table, *ends, rows, self._pages, lens, first, max_kv, *strides)
+        grid = (count, split.entries, self._launches.page_chunks)
+        prepare(grid, q, block_table, *ends, rows, self._pages, lens, first, max_kv, *strides)
+        table = self._pages[:entries] if split.own_table else block_table[first : first + count]
         lse = self._library.decode(
-            *(rows, k_cache, v_cache, self._pages[:entries], lens, partial),
+            *(rows, k_cache, v_cache, table, lens, partial),
             num_splits=split.num_splits,
             scale=scale,
             softcap=self._softcap,
         )
         heads = self._problem.size("num_heads")
         merge((count, heads), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
+
+
+def _launches(context: BindContext, split: _Split | None) -> Launches:
+    problem, arch = context.problem, context.device.arch
+    if split is None:
+        return launches(problem, arch)
+    return launches(problem, arch, split.entries, split.extent, copies_pages=split.own_table)
 
 
 def _on_vectors(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
@@ -20,6 +21,14 @@ from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 
 __all__ = ["FA2", "FA2_PACKAGE", "FA2_VLLM", "FA3", "FLASH_ATTN", "VLLM_FA2", "VLLM_FA3", "Libraries", "Source"]
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a module would be imported from; None for one that is not there, or was put into `sys.modules` by hand."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +45,11 @@ class Source:
     def file(self) -> Path | None:
         """Where the library is, or None."""
         if self.distribution == "vllm":
-            spec = importlib.util.find_spec("vllm")
+            spec = _spec("vllm")
             folders = (spec.submodule_search_locations or ()) if spec else ()
             patterns = (Path(folder) / "vllm_flash_attn" for folder in folders)
             return next((file for folder in patterns for file in sorted(folder.glob(f"{self.library}*.so"))), None)
-        spec = importlib.util.find_spec(self.library)
+        spec = _spec(self.library)
         return Path(spec.origin) if spec and spec.origin else None
 
     def unmet(self, device: Device, problem: Problem) -> str | None:

@@ -19,13 +19,14 @@ import triton.language as tl
 
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton.launch import ArgumentType, Launch, options, pointer, power_of_two
+from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer, power_of_two
 
 __all__ = ["Launches", "launches", "lengths_kernel", "merge_kernel", "prepare_kernel", "spoil_kernel"]
 
 _SEQS = 128
-_PAGES = 128
+_PAGES = 1024
 _ELEMENTS = 1024
+_UNROLL = tl.constexpr(8)  # splits whose loads are in flight together
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -74,10 +75,11 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """A program fills one entry: its KV length, its row of q and its part of the block table; length 0 where none is.
+    """Fill one entry: its KV length, its row of q and its part of the block table; length 0 where none is.
 
     rows [entries, HEADS, HEAD_DIM], pages [entries, EXTENT / PAGE_SIZE], used [entries]: ENTRIES of each sequence from
-    first_seq on. What is behind a sequence's last page stays as it was: nothing is loaded from there.
+    first_seq on. Axis 2 of the grid has PAGES of an entry each; 0 copies none. What is behind a sequence's last page
+    stays as it was: nothing is loaded from there.
     """
     seq = first_seq + tl.program_id(0)
     entry = tl.program_id(1)
@@ -86,21 +88,22 @@ def prepare_kernel(
     kv_len = tl.minimum(tl.load(kv_lens_ptr + seq), max_kv)
     used = tl.minimum(tl.maximum(kv_len - entry * EXTENT, 0), EXTENT)
     used = tl.where(alone, used, 0)
-    tl.store(used_ptr + slot, used)
+    chunk = tl.program_id(2)
+    if chunk == 0:
+        tl.store(used_ptr + slot, used)
     if used == 0:
         return
-    for start in range(0, HEADS * HEAD_DIM, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < HEADS * HEAD_DIM
-        source = token.to(tl.int64) * stride_q_token + (place // HEAD_DIM) * stride_q_head + place % HEAD_DIM
-        tl.store(
-            rows_ptr + slot * (HEADS * HEAD_DIM) + place, tl.load(q_ptr + source, mask=inside, other=0.0), mask=inside
-        )
-    width: tl.constexpr = EXTENT // PAGE_SIZE
-    needed = tl.cdiv(used, PAGE_SIZE)
-    for start in range(0, needed, PAGES):
-        page = start + tl.arange(0, PAGES)
-        inside = page < needed
+    if chunk == 0:
+        for start in range(0, HEADS * HEAD_DIM, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            inside = place < HEADS * HEAD_DIM
+            source = token.to(tl.int64) * stride_q_token + (place // HEAD_DIM) * stride_q_head + place % HEAD_DIM
+            row = tl.load(q_ptr + source, mask=inside, other=0.0)
+            tl.store(rows_ptr + slot * (HEADS * HEAD_DIM) + place, row, mask=inside)
+    if PAGES:
+        width: tl.constexpr = EXTENT // PAGE_SIZE
+        page = chunk * PAGES + tl.arange(0, PAGES)
+        inside = page < tl.cdiv(used, PAGE_SIZE)
         source = seq.to(tl.int64) * stride_table + entry * width + page
         tl.store(pages_ptr + slot * width + page, tl.load(table_ptr + source, mask=inside, other=0), mask=inside)
 
@@ -139,16 +142,21 @@ def merge_kernel(
     maximum = tl.load(lse_ptr + slot) * _LOG2_E
     total = tl.full((), 1.0, tl.float32)
     acc = tl.load(partial_ptr + slot * HEAD_DIM + dims, mask=inside, other=0.0).to(tl.float32)
-    for _ in range(1, tl.cdiv(kv_len, EXTENT)):
-        slot += HEADS
-        lse = tl.load(lse_ptr + slot) * _LOG2_E
-        partial = tl.load(partial_ptr + slot * HEAD_DIM + dims, mask=inside, other=0.0).to(tl.float32)
-        new_maximum = tl.maximum(maximum, lse)
-        decay = tl.exp2(maximum - new_maximum)
-        weight = tl.exp2(lse - new_maximum)
-        total = total * decay + weight
-        acc = acc * decay + partial * weight
-        maximum = new_maximum
+    entries = tl.cdiv(kv_len, EXTENT)
+    for first in range(1, entries, _UNROLL):
+        for ahead in tl.static_range(_UNROLL):
+            # One that is not there has weight 0 and decays nothing: total * 1 + 0, to the bit.
+            entry = first + ahead
+            place = slot + entry * HEADS
+            lse = tl.load(lse_ptr + place, mask=entry < entries, other=float("-inf")) * _LOG2_E
+            there = tl.where(entry < entries, dims, HEAD_DIM) < HEAD_DIM
+            partial = tl.load(partial_ptr + place * HEAD_DIM + dims, mask=there, other=0.0).to(tl.float32)
+            new_maximum = tl.maximum(maximum, lse)
+            decay = tl.exp2(maximum - new_maximum)
+            weight = tl.exp2(lse - new_maximum)
+            total = total * decay + weight
+            acc = acc * decay + partial * weight
+            maximum = new_maximum
     result = acc / total
     out_ptrs = out_ptr + token.to(tl.int64) * stride_out_token + head * stride_out_head + dims
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -200,14 +208,20 @@ class Launches:
     prepare: Launch | None
     merge: Launch | None
 
+    page_chunks: int
+    """Programs that copy an entry's pages: axis 2 of `prepare`."""
+
     @property
     def seqs_a_program(self) -> int:
         """Sequences of one program of `lengths`."""
         return _SEQS
 
 
-def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0) -> Launches:
-    """`entries` of `extent` KV positions for a lone query; 0 where it is served as every other."""
+def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0, *, copies_pages: bool = True) -> Launches:
+    """`entries` of `extent` KV positions for a lone query; 0 where it is served as every other.
+
+    copies_pages: whether its part of the block table is copied; else the library is shown the caller's.
+    """
     data, index, state = pointer(problem.dtype), pointer("int32"), pointer("float32")
     heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
     ends: dict[str, ArgumentType] = {"kv_lens_ptr": index, "query_start_ptr": index}
@@ -227,14 +241,16 @@ def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0) ->
         four_warps,
     )
     if not entries:
-        return Launches(lengths, spoil, None, None)
+        return Launches(lengths, spoil, None, None, 0)
     cut = {"ENTRIES": entries, "EXTENT": extent}
+    width = extent // problem.size("page_size")
+    pages = min(_PAGES, power_of_two(width)) if copies_pages else 0
     prepare = Launch(
         prepare_kernel,
         {"q_ptr": data, "table_ptr": index, **ends, "rows_ptr": data, "pages_ptr": index, "used_ptr": index}
         | place
         | {"stride_table": "i32", "stride_q_token": heads * head_dim, "stride_q_head": head_dim},
-        cut | {"PAGE_SIZE": problem.size("page_size")} | shape | {"BLOCK": _ELEMENTS, "PAGES": _PAGES},
+        cut | {"PAGE_SIZE": problem.size("page_size")} | shape | {"BLOCK": _ELEMENTS, "PAGES": pages},
         four_warps,
     )
     merge = Launch(
@@ -243,4 +259,4 @@ def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0) ->
         cut | shape | {"BLOCK_D": power_of_two(head_dim)},
         one_warp,
     )
-    return Launches(lengths, spoil, prepare, merge)
+    return Launches(lengths, spoil, prepare, merge, ceil_div(width, pages) if pages else 1)

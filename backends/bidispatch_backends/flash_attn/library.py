@@ -192,7 +192,7 @@ def _load(source: Source) -> Any:
     if file is None:
         raise BackendError(f"vllm is installed without {source.library}; {source.install}")
     try:
-        torch.ops.load_library(file)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise BackendError(
             f"{file} does not load with torch {torch.__version__}: {error}; install the vllm that was built for it"
