@@ -165,12 +165,11 @@ def fa2_varlen(source, library, problem, arguments, *, max_query, num_splits):
 
 def fa2_kvcache(library, problem, q, k, v, table, lengths, num_splits):
     """q [seqs, rows, heads, d]."""
-    out = torch.empty_like(q)
-    library.fwd_kvcache(
-        *(q, k, v, None, None, lengths, None, None, None, None, table, None, out),
+    results = library.fwd_kvcache(
+        *(q, k, v, None, None, lengths, None, None, None, None, table, None, None),
         *(problem.size("head_dim") ** -0.5, True, *NO_WINDOW, 0.0, True, num_splits),
     )
-    return out
+    return results[0]
 
 
 def fa3_forward(library, problem, arguments, *, max_query, num_splits=1):

@@ -202,6 +202,12 @@ def _fa2_kvcache(*arguments, package, page_multiple):
     assert (k_new, v_new, cos, sin, index, leftpad, alibi) == (None,) * 7
     assert (left, right) == (-1, -1)
     assert 1 <= splits <= 128
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if out is None:
+        out = torch.empty_like(q)
+    elif package and q.shape[1] == 1 and heads > kv_heads:  # it has made groups of heads rows before it looks at out
+        assert out.shape == (len(q), heads // kv_heads, kv_heads, q.shape[3])
+        out = out.transpose(1, 2).view(q.shape)
     assert q.shape == out.shape
     assert len(q) * (q.shape[2] if splits > 1 else 1) <= 65535
     lens = lengths.tolist()

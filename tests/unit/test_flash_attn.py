@@ -94,12 +94,16 @@ def test_the_package_alone_serves_pages_of_256(host, name):
 @pytest.mark.parametrize(
     ("name", "versions", "says"),
     [
-        ("fa2", {}, ["flash-attn>=2.8.3,<2.9 is not installed", "pip install", "vllm>=0.20,<0.34 is not installed"]),
-        ("fa2", {"flash-attn": "2.5.0"}, ["needs flash-attn>=2.8.3,<2.9, 2.5.0 is installed"]),
+        ("fa2", {}, ["flash-attn>=2.8.3,<2.8.4 is not installed", "pip install", "vllm>=0.20,<0.34 is not installed"]),
+        ("fa2", {"flash-attn": "2.5.0"}, ["needs flash-attn>=2.8.3,<2.8.4, 2.5.0 is installed"]),
         ("fa3", {"flash-attn": "2.8.3"}, ["needs FA3 of vLLM", "vllm>=0.20,<0.34 is not installed"]),
         ("fa3", {"vllm": "0.40.0"}, ["needs vllm>=0.20,<0.34, 0.40.0 is installed"]),
         ("fa2_splits", {"flash-attn": "2.8.3"}, ["FA2 of vLLM", "vllm>=0.20,<0.34 is not installed"]),
-        ("fa2_capacity_splits", {"vllm": "0.25.1"}, ["FA2 of the flash-attn package", "flash-attn>=2.8.3,<2.9 is not"]),
+        (
+            "fa2_capacity_splits",
+            {"vllm": "0.25.1"},
+            ["FA2 of the flash-attn package", "flash-attn>=2.8.3,<2.8.4 is not"],
+        ),
     ],
 )
 def test_what_is_missing_and_what_to_install_is_said(host, name, versions, says):
@@ -190,16 +194,29 @@ def label(name, problem=None, **given):
     return implementation.numerics(implementation.params(**given), problem or problem_of())
 
 
-def test_labels_name_what_fixes_the_bits():
-    assert label("fa2") == "fa2.128"
-    assert label("fa2", problem_of(head_dim=64)) == "fa2.256"
-    assert label("fa2", problem_of(head_dim=192)) == "fa2.64"
-    assert label("fa3", problem_of(head_dim=64)) == label("fa3") == "fa3.128"
-    assert label("fa2_splits", num_splits=8) == "fa2_splits.8.128"
-    assert label("fa2_capacity_splits", num_splits=8, kv_capacity=8192) == "fa2_capacity_splits.8.8192.128"
-    assert label("fa2_kv_split", split_size=2048) == "fa2_kv_split.2048.128"
-    assert label("fa3_kv_split", split_size=2048) == "fa3_kv_split.2048.128"
+def test_labels_name_what_fixes_the_bits(host):
+    host({"vllm": "0.25.1", "flash-attn": "2.8.3"})
+    assert label("fa2") == "fa2.vllm-0.25.1"
+    assert label("fa2", problem_of(page_size=256)) == "fa2.flash-attn-2.8.3"
+    assert label("fa3") == "fa3.vllm-0.25.1"
+    assert label("fa2_splits", num_splits=8) == "fa2_splits.8.vllm-0.25.1"
+    pages = problem_of(page_size=256)
+    found = label("fa2_capacity_splits", pages, num_splits=8, kv_capacity=8192)
+    assert found == "fa2_capacity_splits.8.8192.flash-attn-2.8.3"
+    assert label("fa2_kv_split", split_size=2048) == "fa2_kv_split.2048.vllm-0.25.1"
+    assert label("fa3_kv_split", split_size=2048) == "fa3_kv_split.2048.vllm-0.25.1"
     assert len({label(name.partition(".")[2]) for name in NAMES}) == len(NAMES)
+
+
+def test_another_version_is_another_class(host):
+    """The same call has other KV blocks in another version: one label for both would be a lie."""
+    host({"vllm": "0.25.1"})
+    before = {label(name.partition(".")[2]) for name in NAMES if "capacity" not in name}
+    host({"vllm": "0.26.0"})
+    after = {label(name.partition(".")[2]) for name in NAMES if "capacity" not in name}
+    assert not before & after
+    host({})
+    assert label("fa2") == "fa2.none"
 
 
 @given(st.integers(1, 128), st.integers(1, 8), st.sampled_from([16, 32, 64]))
@@ -229,7 +246,7 @@ def test_limits_that_cannot_hold_are_refused_at_bind(host, monkeypatch):
 
 def test_a_library_that_went_away_is_said_at_bind(host):
     host({})
-    with pytest.raises(BackendError, match=r"flash-attn>=2\.8\.3,<2\.9 is not installed"):
+    with pytest.raises(BackendError, match=r"flash-attn>=2\.8\.3,<2\.8\.4 is not installed"):
         bind("fa2_capacity_splits", problem_of(page_size=256), Limits(4, 4, 64))
 
 
@@ -274,7 +291,7 @@ def test_a_profile_can_name_them(host, tmp_path):
         plan = plan_of(tmp_path / level, REGISTRY, rule, head=head)
         selection = plan.select_problem(problem_of())
         assert [rung.implementation.name for rung in selection.rungs] == [chosen]
-        assert selection.numerics == ("fa3_kv_split.2048.128" if level == "batch" else "fa3.128")
+        assert selection.numerics == ("fa3_kv_split.2048.vllm-0.25.1" if level == "batch" else "fa3.vllm-0.25.1")
 
 
 def test_tune_tries_packing_where_heads_share_keys():

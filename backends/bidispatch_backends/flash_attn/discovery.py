@@ -59,8 +59,10 @@ class Source:
                 f"{self.distribution} needs page_size a multiple of {self.page_multiple}, "
                 f"asked for {problem['page_size']}"
             )
-        if device.predicted:
-            return None
+        return None if device.predicted else self.missing()
+
+    def missing(self) -> str | None:
+        """None where it is installed; else what is missing, and what to install."""
         version = requirements.installed_version(self.distribution)
         if version is None:
             return f"{self.distribution}{self.versions} is not installed (`{self.install}`)"
@@ -84,6 +86,13 @@ class Libraries:
             return None
         return f"needs {self.what}: " + ", and ".join(reason for reason in reasons if reason)
 
+    def installed(self, problem: Problem) -> str:
+        """`vllm-0.25.1`: the library and version that serves a problem on this machine; "none" where none is."""
+        for source in self.sources:
+            if problem.size("page_size") % source.page_multiple == 0 and source.missing() is None:
+                return f"{source.distribution}-{requirements.installed_version(source.distribution)}"
+        return "none"
+
     def choose(self, device: Device, problem: Problem) -> Source | None:
         """The source that serves a problem on a device, or None."""
         return next((source for source in self.sources if source.unmet(device, problem) is None), None)
@@ -92,7 +101,7 @@ class Libraries:
 # csrc/flash_attn/flash_api.cpp: flash-attn 2.8.3 takes pages of multiples of 256, vllm-project/flash-attention of 16.
 FLASH_ATTN = Source(
     "flash-attn",
-    ">=2.8.3,<2.9",
+    ">=2.8.3,<2.8.4",
     "flash_attn_2_cuda",
     256,
     "pip install --no-build-isolation 'bidispatch[flash-attn]'",

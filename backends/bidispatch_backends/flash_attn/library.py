@@ -43,11 +43,13 @@ _FA3_FWD = (
 class Fa2:
     """FA2's two paged calls. Both raise RuntimeError for tensors it does not take; neither reads from the device."""
 
-    def __init__(
-        self, varlen: Callable[..., Any], kvcache: Callable[..., Any], split_argument: tuple[int, ...]
-    ) -> None:
-        """`split_argument` is what `varlen` takes between `return_softmax` and its generator: (1,) or nothing."""
-        self._varlen, self._kvcache, self._split_argument = varlen, kvcache, split_argument
+    def __init__(self, varlen: Callable[..., Any], kvcache: Callable[..., Any], *, package: bool) -> None:
+        """package: whether the two are flash-attn's own, whose `varlen` takes no number of splits and whose `kvcache`
+        wants `out` with the query heads of a KV head for rows, as it takes them itself (flash_api.cpp:1316).
+        """
+        self._varlen, self._kvcache, self._package = varlen, kvcache, package
+        # Never 0: newer versions have other KV blocks for it than for 1.
+        self._split_argument = () if package else (1,)
 
     def varlen(
         self,
@@ -90,6 +92,11 @@ class Fa2:
         softcap: float,
     ) -> torch.Tensor:
         """One row an entry: q and out [entries, 1, heads, head_dim]. Returns the fp32 LSE [entries, heads, 1]."""
+        if self._package:
+            entries, _, heads, head_dim = out.shape
+            kv_heads = k_cache.shape[2]
+            if heads > kv_heads:
+                out = out.view(entries, kv_heads, heads // kv_heads, head_dim).transpose(1, 2)
         no_new = (None,) * 2
         results = self._kvcache(
             *(q, k_cache, v_cache, *no_new, kv_lens, None, None, None, None, block_table, None, out),
@@ -169,12 +176,12 @@ def fa2_of(source: Source) -> Fa2:
     """Load FA2 of a source. Raises `BackendError` for one that does not load or takes other arguments."""
     if source is FLASH_ATTN:
         module = importlib.import_module(source.library)
-        return Fa2(module.varlen_fwd, module.fwd_kvcache, ())
+        return Fa2(module.varlen_fwd, module.fwd_kvcache, package=True)
     namespace = _load(VLLM_FA2)
     return Fa2(
         _checked(VLLM_FA2, namespace, "varlen_fwd", *_VARLEN),
         _checked(VLLM_FA2, namespace, "fwd_kvcache", *_KVCACHE),
-        (1,),
+        package=False,
     )
 
 

@@ -2,9 +2,9 @@
 
 Read in flash-attn 2.8.3 (csrc/flash_attn/) and vllm-project/flash-attention 617264c1 (csrc/flash_attn/, hopper/):
 
-- FA2's paged kernel is `flash_fwd_splitkv_kernel`. Its KV block follows head_dim alone (`run_mha_fwd_splitkv_dispatch`
-  in flash_fwd_launch_template.h), blocks begin at absolute position 0 and are walked downwards. One that a row does not
-  see adds zeros. So with one split a row's bits are its own: level `sequence`.
+- FA2's paged kernel is `flash_fwd_splitkv_kernel`. Its KV block follows head_dim and, in newer versions, whether there
+  is one split (flash_fwd_launch_template.h, `run_mha_fwd_splitkv_dispatch`). Blocks begin at absolute position 0 and
+  are walked downwards; one that a row does not see adds zeros. With one split a row's bits are its own: `sequence`.
 - A varlen call splits by the batch's size if `max_seqlen_q` is 1 and query heads share KV heads (flash_api.cpp,
   `seqlenq_ngroups_swapped`). From 2 on it never does; there `max_seqlen_q` is a bound of the grid and no more.
 - A varlen row that sees no key makes that kernel write its LSE outside of its buffer (flash_fwd_kernel.h, the early
@@ -32,6 +32,7 @@ from pydantic import Field, field_validator, model_validator
 from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
+from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, FA3
 
 __all__ = [
     "CapacitySplitsParams",
@@ -58,7 +59,6 @@ __all__ = [
 
 _MOST_SPLITS = 128  # flash_api.cpp, set_params_splitkv
 _LARGEST_BLOCK = 256
-_FA3_BLOCK = 128  # hopper/tile_size.h: causal or gathered pages, two warp groups at head_dim 64, any at 128
 
 
 class OneSplitParams(Params):
@@ -147,40 +147,38 @@ def workspace_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
     return ((None, WorkspaceTile()),)
 
 
-def _fa2_block(problem: Problem) -> int:
-    """KV positions of FA2's paged block: flash_fwd_launch_template.h, `run_mha_fwd_splitkv_dispatch`."""
-    head_dim = problem.size("head_dim")
-    return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+# Labels end with the library and its version: the same call has other KV blocks in another. With one split vLLM's FA2
+# has blocks of 64 or 128 positions since 2026-07-13 (3286005c, `run_mha_fwd_splitkv_align`), of twice that before.
 
 
 def fa2_numerics(params: Any, problem: Problem) -> str:
-    """`fa2.<KV block>`."""
-    return f"fa2.{_fa2_block(problem)}"
+    """`fa2.<library>`."""
+    return f"fa2.{FA2.installed(problem)}"
 
 
 def fa2_splits_numerics(params: Any, problem: Problem) -> str:
-    """`fa2_splits.<splits>.<KV block>`: of the sequence's own length."""
-    return f"fa2_splits.{params.num_splits}.{_fa2_block(problem)}"
+    """`fa2_splits.<splits>.<library>`: of the sequence's own length."""
+    return f"fa2_splits.{params.num_splits}.{FA2_VLLM.installed(problem)}"
 
 
 def fa2_capacity_splits_numerics(params: Any, problem: Problem) -> str:
-    """`fa2_capacity_splits.<splits>.<capacity>.<KV block>`. Both: the sum over splits is laid out by their number."""
-    return f"fa2_capacity_splits.{params.num_splits}.{params.kv_capacity}.{_fa2_block(problem)}"
+    """`fa2_capacity_splits.<splits>.<capacity>.<library>`. Both: the sum over splits is laid out by their number."""
+    return f"fa2_capacity_splits.{params.num_splits}.{params.kv_capacity}.{FA2_PACKAGE.installed(problem)}"
 
 
 def fa2_kv_split_numerics(params: Any, problem: Problem) -> str:
-    """`fa2_kv_split.<positions>.<KV block>`."""
-    return f"fa2_kv_split.{params.split_size}.{_fa2_block(problem)}"
+    """`fa2_kv_split.<positions>.<library>`."""
+    return f"fa2_kv_split.{params.split_size}.{FA2.installed(problem)}"
 
 
 def fa3_numerics(params: Any, problem: Problem) -> str:
-    """`fa3.<KV block>`."""
-    return f"fa3.{_FA3_BLOCK}"
+    """`fa3.<library>`."""
+    return f"fa3.{FA3.installed(problem)}"
 
 
 def fa3_kv_split_numerics(params: Any, problem: Problem) -> str:
-    """`fa3_kv_split.<positions>.<KV block>`."""
-    return f"fa3_kv_split.{params.split_size}.{_FA3_BLOCK}"
+    """`fa3_kv_split.<positions>.<library>`."""
+    return f"fa3_kv_split.{params.split_size}.{FA3.installed(problem)}"
 
 
 def no_window(device: Device, problem: Problem) -> str | None:
