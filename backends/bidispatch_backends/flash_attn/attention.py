@@ -1,0 +1,275 @@
+"""`attention` by FlashAttention's kernels: one split for every row, or lone queries in splits beside it.
+
+A call launches the same kernels whatever its lengths are: `lengths`, the library's varlen call, for lone queries in
+splits `prepare`, the library's decode call and `merge`, and `spoil`. Their arguments follow the call's shapes and the
+limits a kernel was bound for; of these only the bound of FA2's grid follows the number of tokens (see `params`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bidispatch.errors import ArgumentError, BackendError, UsageError
+from bidispatch.runtime.context import BindContext, Kernel
+from bidispatch_backends.aligned import ALIGNMENT
+from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, Libraries
+from bidispatch_backends.flash_attn.kernels import Launches, launches
+from bidispatch_backends.flash_attn.library import Fa2, Fa3, fa2_of, fa3
+from bidispatch_backends.triton.launch import ceil_div
+
+__all__ = [
+    "bind_fa2",
+    "bind_fa2_capacity_splits",
+    "bind_fa2_kv_split",
+    "bind_fa2_splits",
+    "bind_fa3",
+    "bind_fa3_kv_split",
+]
+
+_ONE_WARP_GROUP = 64
+"""FA3 has another tile for calls of up to so many rows of a KV head: hopper/heuristics.h, `use_one_mma_wg`."""
+
+_LARGEST_GRID = 65535
+"""Of CUDA's axes y and z, which hold FlashAttention's entries and heads."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a lone query is shown to the library: as `entries` of `extent` KV positions, each in `num_splits` splits."""
+
+    entries: int
+    extent: int
+    num_splits: int
+    own_table: bool = True
+    """Whether its block table is made for it; else the caller's is shown, whose width then changes no bit."""
+
+
+def bind_fa2(context: BindContext) -> Kernel:
+    """Return the kernel of the op `attention`. Raises `UsageError` for limits without max_seq_len, `BackendError` for
+    a library that does not load. A sequence longer than max_seq_len or than its block table holds, or with more
+    rows than max_query_len, gives NaN.
+    """
+    split = _Split(1, _whole_pages(context), 1, own_table=False) if context.tile.pack_lone_queries else None
+    return _Attention(context, _fa2(context, FA2), split)
+
+
+def bind_fa2_splits(context: BindContext) -> Kernel:
+    """The same with a fixed number of splits of a lone query's own KV, as vLLM's FA2 divides it."""
+    split = _Split(1, _whole_pages(context), context.params.num_splits, own_table=False)
+    return _Attention(context, _fa2(context, FA2_VLLM), split)
+
+
+def bind_fa2_capacity_splits(context: BindContext) -> Kernel:
+    """The same with splits of kv_capacity / num_splits positions, as flash-attn divides the width of a block table.
+
+    Raises `UsageError` for a max_seq_len above kv_capacity.
+    """
+    params, longest = context.params, context.limits.max_seq_len
+    if longest > params.kv_capacity:
+        raise UsageError(
+            f"{context.problem} is bound with max_seq_len={longest}, above kv_capacity={params.kv_capacity}; "
+            "name a larger kv_capacity in the profile: it is part of the numerics class"
+        )
+    return _Attention(context, _fa2(context, FA2_PACKAGE), _Split(1, params.kv_capacity, params.num_splits))
+
+
+def bind_fa2_kv_split(context: BindContext) -> Kernel:
+    """The same with a lone query's KV in splits of one size, each a sequence of FA2's, merged in ascending order."""
+    return _Attention(context, _fa2(context, FA2), _sized(context))
+
+
+def bind_fa3(context: BindContext) -> Kernel:
+    """The same by FA3, one split for every row."""
+    return _Attention(context, fa3(), None)
+
+
+def bind_fa3_kv_split(context: BindContext) -> Kernel:
+    """The same by FA3, a lone query's KV in splits of one size."""
+    return _Attention(context, fa3(), _sized(context))
+
+
+def _sized(context: BindContext) -> _Split:
+    size = context.params.split_size
+    return _Split(max(1, ceil_div(context.limits.max_seq_len, size)), size, 1)
+
+
+def _whole_pages(context: BindContext) -> int:
+    """KV positions of the longest sequence, to the end of its last page."""
+    page_size = context.problem.size("page_size")
+    return ceil_div(max(1, context.limits.max_seq_len), page_size) * page_size
+
+
+def _fa2(context: BindContext, libraries: Libraries) -> Fa2:
+    source = libraries.choose(context.device, context.problem)
+    if source is None:
+        raise BackendError(str(libraries.unmet(context.device, context.problem)))
+    return fa2_of(source)
+
+
+class _Attention:
+    """A bound kernel and its workspaces."""
+
+    def __init__(self, context: BindContext, library: Fa2 | Fa3, split: _Split | None) -> None:
+        problem, limits = context.problem, context.limits
+        if limits.max_seq_len < 1:
+            raise UsageError(
+                f"{problem} is bound without max_seq_len; bind(..., max_seq_len=<longest KV of a sequence>)"
+            )
+        self._problem, self._library, self._split = problem, library, split
+        self._page_size, self._causal = problem.size("page_size"), problem.flag("causal")
+        self._softcap = float(problem["softcap"])
+        self._max_kv = limits.max_seq_len
+        self._longest_query = limits.max_query_len or limits.max_tokens
+        self._tile_bound = self._pinned(library)
+        # With one row a sequence and splits, nothing is left for the one-split call.
+        self._walks = split is None or self._longest_query > 1
+        self._launches = _launches(context, split)
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._used = self._integers(context, limits.max_seqs)
+            self._no_starts = self._integers(context, limits.max_seqs + 1)
+            if split:
+                self._allocate(context, split)
+
+    def _pinned(self, library: Fa2 | Fa3) -> int:
+        """FA3's max_seqlen_q: one number, above what moves its tile. 0 for FA2, where it is a bound of the grid."""
+        if isinstance(library, Fa2):
+            return 0
+        group = self._problem.size("num_heads") // self._problem.size("num_kv_heads")
+        return max(self._longest_query, _ONE_WARP_GROUP // group + 1, 2)
+
+    @staticmethod
+    def _integers(context: BindContext, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=context.device.torch_device)
+
+    def _allocate(self, context: BindContext, split: _Split) -> None:
+        """Room for as many lone queries at a time as the tile allows, at least one."""
+        problem, device = context.problem, context.device.torch_device
+        dtype = getattr(torch, problem.dtype)
+        heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
+        pages = split.extent // self._page_size if split.own_table else 0
+        # q and out of each entry, its pages, and, inside the library, fp32 partial results of more than one split.
+        inside = 4 * (head_dim + 1) * split.num_splits if split.num_splits > 1 else 0
+        a_query = split.entries * (heads * (2 * head_dim * dtype.itemsize + inside) + 4 * pages)
+        most = min(
+            context.limits.max_seqs,
+            (context.tile.workspace_mb << 20) // a_query,
+            _LARGEST_GRID // (split.entries * (heads if split.num_splits > 1 else 1)),
+        )
+        self._queries = max(1, most)
+        entries = self._queries * split.entries
+        self._rows = torch.zeros(entries, 1, heads, head_dim, dtype=dtype, device=device)
+        self._partial = torch.zeros_like(self._rows)
+        # One row more: FA2 may look at the entry behind a sequence's last page, though at no page it names.
+        self._pages = self._integers(context, (entries + 1) * pages).view(entries + 1, pages)
+        self._entry_lens = self._integers(context, entries)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        if not scale > 0:
+            raise ArgumentError(f"{self._problem}: scale must be above 0, not {scale}")
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if not _on_vectors(cache):
+                raise ArgumentError(
+                    f"{self._problem}: {name} begins at {cache.data_ptr():#x} with strides {cache.stride()}; "
+                    f"FlashAttention loads {ALIGNMENT} bytes, so both must be multiples of that"
+                )
+        q = q if _on_vectors(q) else q.clone(memory_format=torch.contiguous_format)
+        target = out if _on_vectors(out) else out.clone(memory_format=torch.contiguous_format)
+        ends = seq_lens.contiguous(), query_start_loc.contiguous()
+        self._attend(q, k_cache, v_cache, block_table, *ends, scale, target)
+        if target is not out:
+            out.copy_(target)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        tokens, seqs = q.shape[0], seq_lens.shape[0]
+        max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
+        if self._walks:
+            used = self._used[:seqs]
+            programs = ceil_div(seqs, self._launches.seqs_a_program)
+            self._launches.lengths((programs,), seq_lens, query_start_loc, used, seqs, max_kv)
+            self._library.varlen(
+                *(q, k_cache, v_cache, block_table, used, query_start_loc, self._no_starts[: seqs + 1], out),
+                max_query_len=self._tile_bound or max(2, min(tokens, self._longest_query)),
+                max_kv_len=self._max_kv,
+                scale=scale,
+                causal=self._causal,
+                softcap=self._softcap,
+            )
+        if self._split:
+            for first in range(0, seqs, self._queries):
+                count = min(self._queries, seqs - first)
+                inputs = (q, k_cache, v_cache, block_table, seq_lens, query_start_loc)
+                self._lone_queries(self._split, first, count, max_kv, inputs, scale, out)
+        self._launches.spoil(
+            (tokens,), seq_lens, query_start_loc, out, seqs, max_kv, self._longest_query, *out.stride()[:2]
+        )
+
+    def _lone_queries(
+        self,
+        split: _Split,
+        first: int,
+        count: int,
+        max_kv: int,
+        inputs: tuple[torch.Tensor, ...],
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """The sequences first .. first + count that have one row: their rows of `out` are written over."""
+        prepare, merge = self._launches.prepare, self._launches.merge
+        if prepare is None or merge is None:
+            return
+        q, k_cache, v_cache, block_table, *ends = inputs
+        entries = count * split.entries
+        rows, partial, lens = self._rows[:entries], self._partial[:entries], self._entry_lens[:entries]
+        strides = (block_table.stride(0), *q.stride()[:2])
+        grid = (count, split.entries, self._launches.page_chunks)
+        prepare(grid, q, block_table, *ends, rows, self._pages, lens, first, max_kv, *strides)
+        table = self._pages[:entries] if split.own_table else block_table[first : first + count]
+        lse = self._library.decode(
+            *(rows, k_cache, v_cache, table, lens, partial),
+            num_splits=split.num_splits,
+            scale=scale,
+            softcap=self._softcap,
+        )
+        heads = self._problem.size("num_heads")
+        merge((count, heads), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
+
+
+def _launches(context: BindContext, split: _Split | None) -> Launches:
+    problem, arch = context.problem, context.device.arch
+    if split is None:
+        return launches(problem, arch)
+    return launches(problem, arch, split.entries, split.extent, copies_pages=split.own_table)
+
+
+def _on_vectors(tensor: torch.Tensor) -> bool:
+    """Whether a tensor and each of its rows begin on 16 bytes."""
+    size = tensor.element_size()
+    return not tensor.data_ptr() % ALIGNMENT and not any(
+        stride * size % ALIGNMENT
+        for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+        if length > 1
+    )

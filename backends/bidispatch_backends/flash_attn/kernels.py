@@ -1,0 +1,262 @@
+"""Small kernels around FlashAttention's: lengths it may be given, lone queries made ready, partial results merged.
+
+All shapes follow the call's shapes alone; lengths are read on the device. A lone query is the only row of its sequence
+in the call. Its *entries* are what the library is shown in its place: sequences of up to `EXTENT` positions, entry j
+with the positions from j · EXTENT on.
+"""
+
+# Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from bidispatch.device import Arch
+from bidispatch.ops.schema import Problem
+from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer, power_of_two
+
+__all__ = ["Launches", "launches", "lengths_kernel", "merge_kernel", "prepare_kernel", "spoil_kernel"]
+
+_SEQS = 128
+_PAGES = 1024
+_ELEMENTS = 1024
+_UNROLL = tl.constexpr(8)  # splits whose loads are in flight together
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit(do_not_specialize=["seqs", "max_kv"])
+def lengths_kernel(kv_lens_ptr, query_start_ptr, used_ptr, seqs, max_kv, ALONE: tl.constexpr, BLOCK: tl.constexpr):
+    """used = the KV length that the one-split call is shown: at most max_kv, so that no table is read past its end.
+
+    ALONE: 1 for lone queries, whose result is then replaced. Not 0: FA2 must be given no row without a key.
+    """
+    seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = seq < seqs
+    used = tl.minimum(tl.load(kv_lens_ptr + seq, mask=inside, other=0), max_kv)
+    if ALONE:
+        first = tl.load(query_start_ptr + seq, mask=inside, other=0)
+        alone = tl.load(query_start_ptr + seq + 1, mask=inside, other=0) - first == 1
+        used = tl.where(alone, tl.minimum(used, 1), used)
+    tl.store(used_ptr + seq, used, mask=inside)
+
+
+@triton.jit
+def _lone_token(query_start_ptr, seq):
+    """The token of a sequence, and whether it is the only one."""
+    token = tl.load(query_start_ptr + seq)
+    return token, tl.load(query_start_ptr + seq + 1) - token == 1
+
+
+@triton.jit(do_not_specialize=["first_seq", "max_kv", "stride_table"])
+def prepare_kernel(
+    q_ptr,
+    table_ptr,
+    kv_lens_ptr,
+    query_start_ptr,
+    rows_ptr,
+    pages_ptr,
+    used_ptr,
+    first_seq,
+    max_kv,
+    stride_table,
+    stride_q_token,
+    stride_q_head,
+    ENTRIES: tl.constexpr,
+    EXTENT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """Fill one entry: its KV length, its row of q and its part of the block table; length 0 where none is.
+
+    rows [entries, HEADS, HEAD_DIM], pages [entries, EXTENT / PAGE_SIZE], used [entries]: ENTRIES of each sequence from
+    first_seq on. Axis 2 of the grid has PAGES of an entry each; 0 copies none. What is behind a sequence's last page
+    stays as it was: nothing is loaded from there.
+    """
+    seq = first_seq + tl.program_id(0)
+    entry = tl.program_id(1)
+    slot = (tl.program_id(0) * ENTRIES + entry).to(tl.int64)
+    token, alone = _lone_token(query_start_ptr, seq)
+    kv_len = tl.minimum(tl.load(kv_lens_ptr + seq), max_kv)
+    used = tl.minimum(tl.maximum(kv_len - entry * EXTENT, 0), EXTENT)
+    used = tl.where(alone, used, 0)
+    chunk = tl.program_id(2)
+    if chunk == 0:
+        tl.store(used_ptr + slot, used)
+    if used == 0:
+        return
+    if chunk == 0:
+        for start in range(0, HEADS * HEAD_DIM, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            inside = place < HEADS * HEAD_DIM
+            source = token.to(tl.int64) * stride_q_token + (place // HEAD_DIM) * stride_q_head + place % HEAD_DIM
+            row = tl.load(q_ptr + source, mask=inside, other=0.0)
+            tl.store(rows_ptr + slot * (HEADS * HEAD_DIM) + place, row, mask=inside)
+    if PAGES:
+        width: tl.constexpr = EXTENT // PAGE_SIZE
+        page = chunk * PAGES + tl.arange(0, PAGES)
+        inside = page < tl.cdiv(used, PAGE_SIZE)
+        source = seq.to(tl.int64) * stride_table + entry * width + page
+        tl.store(pages_ptr + slot * width + page, tl.load(table_ptr + source, mask=inside, other=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_seq", "max_kv"])
+def merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    kv_lens_ptr,
+    query_start_ptr,
+    out_ptr,
+    first_seq,
+    max_kv,
+    stride_out_token,
+    stride_out_head,
+    ENTRIES: tl.constexpr,
+    EXTENT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program merges the entries of one head of a lone query, in ascending order, in fp32; rounded once at the end.
+
+    partial [entries, HEADS, HEAD_DIM] as the library rounded it, lse [entries, HEADS] fp32, natural. A left fold of
+    (maximum, total, acc) in units of log2; one entry is copied as it is: its weight is 1 and so is its total.
+    """
+    seq = first_seq + tl.program_id(0)
+    head = tl.program_id(1)
+    token, alone = _lone_token(query_start_ptr, seq)
+    kv_len = tl.minimum(tl.load(kv_lens_ptr + seq), max_kv)
+    if (kv_len <= 0) | (alone == 0):
+        return
+    dims = tl.arange(0, BLOCK_D)
+    inside = dims < HEAD_DIM
+    slot = (tl.program_id(0) * ENTRIES).to(tl.int64) * HEADS + head
+    maximum = tl.load(lse_ptr + slot) * _LOG2_E
+    total = tl.full((), 1.0, tl.float32)
+    acc = tl.load(partial_ptr + slot * HEAD_DIM + dims, mask=inside, other=0.0).to(tl.float32)
+    entries = tl.cdiv(kv_len, EXTENT)
+    for first in range(1, entries, _UNROLL):
+        for ahead in tl.static_range(_UNROLL):
+            # One that is not there has weight 0 and decays nothing: total * 1 + 0, to the bit.
+            entry = first + ahead
+            place = slot + entry * HEADS
+            lse = tl.load(lse_ptr + place, mask=entry < entries, other=float("-inf")) * _LOG2_E
+            there = tl.where(entry < entries, dims, HEAD_DIM) < HEAD_DIM
+            partial = tl.load(partial_ptr + place * HEAD_DIM + dims, mask=there, other=0.0).to(tl.float32)
+            new_maximum = tl.maximum(maximum, lse)
+            decay = tl.exp2(maximum - new_maximum)
+            weight = tl.exp2(lse - new_maximum)
+            total = total * decay + weight
+            acc = acc * decay + partial * weight
+            maximum = new_maximum
+    result = acc / total
+    out_ptrs = out_ptr + token.to(tl.int64) * stride_out_token + head * stride_out_head + dims
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seqs", "max_kv", "max_query"])
+def spoil_kernel(
+    kv_lens_ptr,
+    query_start_ptr,
+    out_ptr,
+    seqs,
+    max_kv,
+    max_query,
+    stride_out_token,
+    stride_out_head,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """NaN for the rows of sequences longer than max_kv, of which the library was shown a part, or with more rows than
+    max_query, of which it may have left some out. One token a program.
+    """
+    token = tl.program_id(0)
+    if token >= tl.load(query_start_ptr + seqs):
+        return
+    low = tl.full((), 0, tl.int32)
+    high = low + seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(query_start_ptr + middle) <= token
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    rows = tl.load(query_start_ptr + low + 1) - tl.load(query_start_ptr + low)
+    if (tl.load(kv_lens_ptr + low) <= max_kv) & (rows <= max_query):
+        return
+    for start in range(0, HEADS * HEAD_DIM, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        target = token.to(tl.int64) * stride_out_token + (place // HEAD_DIM) * stride_out_head + place % HEAD_DIM
+        nothing = tl.full((BLOCK,), float("nan"), dtype=tl.float32).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + target, nothing, mask=place < HEADS * HEAD_DIM)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The launches of a bound kernel; `prepare` and `merge` where lone queries are split."""
+
+    lengths: Launch
+    spoil: Launch
+    prepare: Launch | None
+    merge: Launch | None
+
+    page_chunks: int
+    """Programs that copy an entry's pages: axis 2 of `prepare`."""
+
+    @property
+    def seqs_a_program(self) -> int:
+        """Sequences of one program of `lengths`."""
+        return _SEQS
+
+
+def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0, *, copies_pages: bool = True) -> Launches:
+    """`entries` of `extent` KV positions for a lone query; 0 where it is served as every other.
+
+    copies_pages: whether its part of the block table is copied; else the library is shown the caller's.
+    """
+    data, index, state = pointer(problem.dtype), pointer("int32"), pointer("float32")
+    heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
+    ends: dict[str, ArgumentType] = {"kv_lens_ptr": index, "query_start_ptr": index}
+    sizes: dict[str, ArgumentType] = {"seqs": "i32", "max_kv": "i32"}
+    place: dict[str, ArgumentType] = {"first_seq": "i32", "max_kv": "i32"}
+    out_strides: dict[str, ArgumentType] = {"stride_out_token": heads * head_dim, "stride_out_head": head_dim}
+    shape = {"HEADS": heads, "HEAD_DIM": head_dim}
+    # Without the fusion: a product and a sum are rounded apart, whatever a compiler's version prefers.
+    one_warp, four_warps = (options(arch, warps, 1, fp_fusion=False) for warps in (1, 4))
+    lengths = Launch(
+        lengths_kernel, {**ends, "used_ptr": index, **sizes}, {"ALONE": entries > 0, "BLOCK": _SEQS}, four_warps
+    )
+    spoil = Launch(
+        spoil_kernel,
+        {**ends, "out_ptr": data, **sizes, "max_query": "i32", **out_strides},
+        shape | {"BLOCK": _ELEMENTS},
+        four_warps,
+    )
+    if not entries:
+        return Launches(lengths, spoil, None, None, 0)
+    cut = {"ENTRIES": entries, "EXTENT": extent}
+    width = extent // problem.size("page_size")
+    pages = min(_PAGES, power_of_two(width)) if copies_pages else 0
+    prepare = Launch(
+        prepare_kernel,
+        {"q_ptr": data, "table_ptr": index, **ends, "rows_ptr": data, "pages_ptr": index, "used_ptr": index}
+        | place
+        | {"stride_table": "i32", "stride_q_token": heads * head_dim, "stride_q_head": head_dim},
+        cut | {"PAGE_SIZE": problem.size("page_size")} | shape | {"BLOCK": _ELEMENTS, "PAGES": pages},
+        four_warps,
+    )
+    merge = Launch(
+        merge_kernel,
+        {"partial_ptr": data, "lse_ptr": state, **ends, "out_ptr": data, **place, **out_strides},
+        cut | shape | {"BLOCK_D": power_of_two(head_dim)},
+        one_warp,
+    )
+    return Launches(lengths, spoil, prepare, merge, ceil_div(width, pages) if pages else 1)

@@ -1,0 +1,216 @@
+"""Reduction params, class labels and conditions of FlashAttention's kernels. Imports neither torch nor a library.
+
+Read in flash-attn 2.8.3 (csrc/flash_attn/) and vllm-project/flash-attention 617264c1 (csrc/flash_attn/, hopper/):
+
+- FA2's paged kernel is `flash_fwd_splitkv_kernel`. Its KV block follows head_dim and, in newer versions, whether there
+  is one split (flash_fwd_launch_template.h, `run_mha_fwd_splitkv_dispatch`). Blocks begin at absolute position 0 and
+  are walked downwards; one that a row does not see adds zeros. With one split a row's bits are its own: `sequence`.
+- A varlen call splits by the batch's size if `max_seqlen_q` is 1 and query heads share KV heads (flash_api.cpp,
+  `seqlenq_ngroups_swapped`). From 2 on it never does; there `max_seqlen_q` is a bound of the grid and no more.
+- A varlen row that sees no key makes that kernel write its LSE outside of its buffer (flash_fwd_kernel.h, the early
+  exit of `compute_attn_1rowblock_splitkv` knows no unpadded LSE). No such row is ever passed.
+- `fwd_kvcache` takes a number of splits. A split's extent is, in flash-attn, the capacity of the block table over the
+  number (flash_fwd_kernel.h:528, `params.seqlen_k`): absolute, if the table has one width. In vLLM's it is the
+  sequence's own length over the number (`binfo.actual_seqlen_k`): free of the batch, not of the position, so that
+  level `batch` is all there is. Hence two implementations and two labels.
+- FA3 splits dynamically by the batch (hopper/flash_prepare_scheduler.cu): one split only. Its tile follows
+  `max_seqlen_q` x group <= 64 (hopper/heuristics.h, `use_one_mma_wg`), which moves the KV block where head_dim is 64;
+  causal, which `max_seqlen_q` = 1 drops (hopper/flash_api.cpp, `mha_fwd`); a page that is a multiple of a KV block
+  (same, `get_pagedkv_tma`); and a window, which moves where blocks begin.
+
+A *lone query* is a sequence with one row in the call. The implementations that split serve lone queries in splits and
+longer ones with one split, in one call by fixed launches. Which one a row gets follows from its own sequence, so they
+claim `batch`: a decode step is not the bits of that row within a prefill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from bidispatch.device import Device
+from bidispatch.ops.schema import Problem
+from bidispatch.registry import Params, Tile
+from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, FA3
+
+__all__ = [
+    "CapacitySplitsParams",
+    "OneSplitParams",
+    "OneSplitTile",
+    "SplitSizeParams",
+    "SplitsParams",
+    "WorkspaceTile",
+    "causal_kept",
+    "fa2_capacity_splits_numerics",
+    "fa2_kv_split_numerics",
+    "fa2_numerics",
+    "fa2_splits_numerics",
+    "fa3_kv_split_numerics",
+    "fa3_numerics",
+    "no_sinks",
+    "no_window",
+    "one_split_tiles",
+    "pages_below_a_tile",
+    "pages_divide_splits",
+    "search_one_split",
+    "workspace_tiles",
+]
+
+_MOST_SPLITS = 128  # flash_api.cpp, set_params_splitkv
+_LARGEST_BLOCK = 256
+
+
+class OneSplitParams(Params):
+    """One split. `num_splits` is there to say so."""
+
+    num_splits: int = 1
+
+    @field_validator("num_splits")
+    @classmethod
+    def _only_one(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                f"num_splits={value}: only 1 keeps prefill = decode; at level batch, flash_attn.fa2_splits, "
+                "flash_attn.fa2_capacity_splits and flash_attn.fa2_kv_split split"
+            )
+        return value
+
+
+class SplitsParams(Params):
+    """So many splits of a sequence's own KV, in fp32 partial results that the library adds in ascending order."""
+
+    num_splits: int = Field(default=16, ge=2, le=_MOST_SPLITS)
+
+
+class CapacitySplitsParams(Params):
+    """So many splits of `kv_capacity` positions, whatever a sequence has of them; fp32 partials, ascending order.
+
+    The capacity is the width of the block table that the library sees, so it is a param and never that of a call.
+    """
+
+    num_splits: int = Field(default=32, ge=2, le=_MOST_SPLITS)
+    kv_capacity: int = Field(default=131072, ge=_LARGEST_BLOCK)
+    """KV positions; no sequence may be longer. A multiple of num_splits x 256, so that splits are whole KV blocks."""
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> CapacitySplitsParams:
+        if self.kv_capacity % (self.num_splits * _LARGEST_BLOCK):
+            raise ValueError(
+                f"kv_capacity={self.kv_capacity} is not a multiple of num_splits={self.num_splits} x {_LARGEST_BLOCK}"
+            )
+        return self
+
+
+class SplitSizeParams(Params):
+    """Splits of one size at absolute positions, each a call's own sequence; partial results are in the op's dtype."""
+
+    split_size: int = Field(default=1024, ge=_LARGEST_BLOCK)
+    """KV positions, a multiple of 256: whole pages and whole KV blocks."""
+
+    @field_validator("split_size")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if value % _LARGEST_BLOCK:
+            raise ValueError(f"split_size={value} is not a multiple of {_LARGEST_BLOCK}")
+        return value
+
+
+class WorkspaceTile(Tile):
+    """How many lone queries are taken at a time."""
+
+    workspace_mb: int = Field(default=512, ge=1)
+    """MiB for the copies and partial results of lone queries; more queries than fit are taken in turn."""
+
+
+class OneSplitTile(WorkspaceTile):
+    """How FA2 is shown lone queries: as every other, or as FA2 shows them itself where it may split."""
+
+    pack_lone_queries: bool = False
+    """Their query heads that share a KV head as rows of one tile, so that keys are read once for all of them: a copy
+    of each row and two small launches a call more. The same blocks, one split: the same bits."""
+
+
+def one_split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, OneSplitTile], ...]:
+    """The plain call for any number of tokens."""
+    return ((None, OneSplitTile()),)
+
+
+def search_one_split(device: Device, problem: Problem, params: Any, m: int) -> tuple[OneSplitTile, ...]:
+    """Both ways where heads share keys."""
+    shared = problem.size("num_heads") > problem.size("num_kv_heads")
+    return (OneSplitTile(), OneSplitTile(pack_lone_queries=True)) if shared else (OneSplitTile(),)
+
+
+def workspace_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, WorkspaceTile], ...]:
+    """One for any number of tokens."""
+    return ((None, WorkspaceTile()),)
+
+
+# Labels end with the library and its version: the same call has other KV blocks in another. With one split vLLM's FA2
+# has blocks of 64 or 128 positions since 2026-07-13 (3286005c, `run_mha_fwd_splitkv_align`), of twice that before.
+
+
+def fa2_numerics(params: Any, problem: Problem) -> str:
+    """`fa2.<library>`."""
+    return f"fa2.{FA2.installed(problem)}"
+
+
+def fa2_splits_numerics(params: Any, problem: Problem) -> str:
+    """`fa2_splits.<splits>.<library>`: of the sequence's own length."""
+    return f"fa2_splits.{params.num_splits}.{FA2_VLLM.installed(problem)}"
+
+
+def fa2_capacity_splits_numerics(params: Any, problem: Problem) -> str:
+    """`fa2_capacity_splits.<splits>.<capacity>.<library>`. Both: the sum over splits is laid out by their number."""
+    return f"fa2_capacity_splits.{params.num_splits}.{params.kv_capacity}.{FA2_PACKAGE.installed(problem)}"
+
+
+def fa2_kv_split_numerics(params: Any, problem: Problem) -> str:
+    """`fa2_kv_split.<positions>.<library>`."""
+    return f"fa2_kv_split.{params.split_size}.{FA2.installed(problem)}"
+
+
+def fa3_numerics(params: Any, problem: Problem) -> str:
+    """`fa3.<library>`."""
+    return f"fa3.{FA3.installed(problem)}"
+
+
+def fa3_kv_split_numerics(params: Any, problem: Problem) -> str:
+    """`fa3_kv_split.<positions>.<library>`."""
+    return f"fa3_kv_split.{params.split_size}.{FA3.installed(problem)}"
+
+
+def no_window(device: Device, problem: Problem) -> str | None:
+    """FA3 shifts its keys to the window of a tile of rows; that FA2 does not is not shown yet."""
+    if not problem.size("window"):
+        return None
+    return f"needs window=0, asked for {problem['window']}: a window moves where FlashAttention's KV blocks begin"
+
+
+def no_sinks(device: Device, problem: Problem) -> str | None:
+    """FA2 has none, FA3's are bf16 (hopper/flash_api.cpp, `s_aux`) where the op's are fp32."""
+    if not problem.flag("sinks"):
+        return None
+    return "needs sinks=False: FA2 takes no sinks, FA3 takes them in bf16"
+
+
+def causal_kept(device: Device, problem: Problem) -> str | None:
+    """FA3's KV block follows causality where head_dim is 64."""
+    return None if problem.flag("causal") else "needs causal=True: FA3's tile follows it"
+
+
+def pages_below_a_tile(device: Device, problem: Problem) -> str | None:
+    """A page that holds whole KV blocks lets FA3 switch to TMA by max_seqlen_q."""
+    page_size = problem.size("page_size")
+    if page_size in (16, 32, 64):
+        return None
+    return f"needs page_size in 16, 32, 64, asked for {page_size}: FA3 chooses another load for larger pages"
+
+
+def pages_divide_splits(device: Device, problem: Problem) -> str | None:
+    """Splits are multiples of 256 positions and must be whole pages."""
+    page_size = problem.size("page_size")
+    if _LARGEST_BLOCK % page_size == 0:
+        return None
+    return f"needs page_size to divide {_LARGEST_BLOCK}, asked for {page_size}: splits are whole pages"

@@ -1,0 +1,300 @@
+"""A stand-in for FlashAttention's operators on the CPU, with the real ones' schemas and, on purpose, their traps.
+
+A row's result is a chain of steps over KV blocks, each of one shape, so that its bits follow the blocks and the
+splits as the real kernels' do. What these follow is what was read in flash-attn 2.8.3 and vllm-project/flash-attention
+617264c1: the heuristic of a varlen call with max_seqlen_q = 1, the capacity or the own length behind a split's extent,
+FA3's block by max_seqlen_q x group, causal and page size. FA2 refuses a row that sees no key in a varlen call: the real
+one writes out of bounds there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import ModuleType
+
+import torch
+
+FA2_SCHEMAS = {
+    "varlen_fwd": "(Tensor! q, Tensor k, Tensor v, Tensor!? out, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, Tensor? alibi_slopes, int max_seqlen_q, "
+    "int max_seqlen_k, float p_dropout, float softmax_scale, bool zero_tensors, bool is_causal, int window_size_left, "
+    "int window_size_right, float softcap, bool return_softmax, int num_splits, Generator? gen) -> Tensor[]",
+    "fwd_kvcache": "(Tensor! q, Tensor kcache, Tensor vcache, Tensor? k, Tensor? v, Tensor? seqlens_k, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? cache_batch_idx, Tensor? leftpad_k, Tensor? block_table, "
+    "Tensor? alibi_slopes, Tensor!? out, float softmax_scale, bool is_causal, int window_size_left, "
+    "int window_size_right, float softcap, bool is_rotary_interleaved, int num_splits) -> Tensor[]",
+}
+FA3_SCHEMAS = {
+    "fwd": "(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor!? out, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, "
+    "int? max_seqlen_q, int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, "
+    "Tensor? v_descale, float softmax_scale, bool is_causal, int window_size_left, int window_size_right, "
+    "float softcap, bool is_rotary_interleaved, Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, "
+    "int sm_margin, Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]",
+}
+_SMS = 8  # of the pretended GPU, so that small batches make the heuristic split
+
+
+@dataclass
+class Call:
+    """What bits and memory safety rest on."""
+
+    operator: str
+    max_query: int | None = None
+    max_kv: int | None = None
+    num_splits: int = 0
+    width: int = 0
+    causal: bool = False
+    rows: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    rest: dict = field(default_factory=dict)
+
+
+calls: list[Call] = []
+"""Every call of any operator since a test cleared it."""
+
+
+def fa2_block(head_dim):
+    return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+
+
+def fa3_block(head_dim, max_query, group, causal, page_size):
+    """hopper/tile_size.h for 16-bit inputs, head_dim 64 and 128."""
+    few = max_query * group <= 64
+    gathered = not (page_size % 128 == 0 and max_query * group > (64 if few else 192 if head_dim <= 64 else 128))
+    if head_dim <= 64:
+        return 192 if few else 128 if causal else 160 if gathered else 192
+    return 128 if causal or gathered else 176 if few else 160
+
+
+def heuristic(units, blocks):
+    """Any rule that follows the batch will do."""
+    return max(1, min(blocks, 2 * _SMS // max(1, units)))
+
+
+def _extent(positions, block, splits):
+    """Whole blocks of a split: n_blocks_per_split in flash_fwd_kernel.h."""
+    blocks = math.ceil(positions / block)
+    return math.ceil(blocks / splits) * block
+
+
+def _coarse(values):
+    """The state is carried with few bits, so that the rounding of a result does not hide an order of additions."""
+    return values.half().float()
+
+
+def _attend(q, keys, values, visible, begin, end, block, scale, softcap):
+    """One row, q [heads, d], over blocks of positions [begin, end), downwards: (maximum, total, acc), fp32."""
+    heads, dim = q.shape
+    maximum = torch.full((heads,), -math.inf)
+    total, acc = torch.zeros(heads), torch.zeros(heads, dim)
+    for start in reversed(range(begin, end, block)):
+        k, v = torch.zeros(block, heads, dim), torch.zeros(block, heads, dim)
+        stop = min(start + block, len(keys))
+        k[: stop - start], v[: stop - start] = keys[start:stop], values[start:stop]
+        scores = (k * q).sum(-1).T * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores[:, torch.arange(start, start + block) >= visible] = -math.inf
+        highest = torch.maximum(maximum, scores.amax(-1))
+        reference = torch.where(highest.isinf(), 0.0, highest)
+        weights, decay = (scores - reference[:, None]).exp(), (maximum - reference).exp()
+        total = total * decay + weights.sum(-1)
+        v[max(0, visible - start) :] = 0.0  # the kernels clear what is behind a sequence
+        acc = _coarse(acc * decay[:, None] + (weights.T[:, :, None] * v).sum(0))
+        maximum = highest
+    return maximum, total, acc
+
+
+def _row(q, keys, values, visible, block, splits, extent, scale, softcap):
+    """A row's result and its LSE, by `splits` of `extent` positions added in ascending order."""
+    parts = []
+    for split in range(splits):
+        begin, end = split * extent, min((split + 1) * extent, len(keys))
+        if begin < end:
+            parts.append(_attend(q, keys, values, visible, begin, end, block, scale, softcap))
+    highest = torch.stack([part[0] for part in parts]).amax(0)
+    reference = torch.where(highest.isinf(), 0.0, highest)
+    total, acc = torch.zeros(len(q)), torch.zeros(q.shape)
+    for maximum, part_total, part_acc in parts:
+        weight = (maximum - reference).exp()
+        total = total + part_total * weight
+        acc = _coarse(acc + part_acc * weight[:, None])
+    return acc / total[:, None], reference + total.log()
+
+
+def _gather(cache, table_row, length, group):
+    """The keys or values of a sequence, fp32, one for each query head. Raises for a page that does not exist."""
+    page_size = cache.shape[1]
+    pages = table_row[: -(-length // page_size)].long()
+    assert len(pages) * page_size >= length, "read past the block table"
+    assert ((pages >= 0) & (pages < len(cache))).all(), "a page that does not exist"
+    return cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+
+
+def _sequence(q, k_cache, v_cache, table_row, length, causal, block, splits, extent, scale, softcap):
+    """q [rows, heads, d] of one sequence: out and LSE [heads, rows]."""
+    group = q.shape[1] // k_cache.shape[2]
+    keys, values = (_gather(cache, table_row, length, group) for cache in (k_cache, v_cache))
+    results = [
+        _row(row, keys, values, length - len(q) + i + 1 if causal else length, block, splits, extent, scale, softcap)
+        for i, row in enumerate(q.float())
+    ]
+    return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results], 1)
+
+
+def _fa2_varlen(
+    *arguments,
+    package,
+    page_multiple,
+):
+    q, k, v, out, cu_q, cu_k, used, leftpad, table, alibi, max_q, max_k, dropout, scale, zero, causal = arguments[:16]
+    left, right, softcap, return_softmax, splits, generator = arguments[16:]
+    assert k.shape[1] % page_multiple == 0, "page size"
+    assert (leftpad, alibi, generator, zero, return_softmax, dropout) == (None, None, None, False, False, 0.0)
+    assert (left, right) == (-1, -1)
+    assert used.dtype == cu_q.dtype == cu_k.dtype == table.dtype == torch.int32
+    assert used.is_contiguous()
+    assert cu_q.is_contiguous()
+    assert len(cu_q) == len(cu_k) == len(used) + 1 == len(table) + 1 <= 65535
+    starts, lengths = cu_q.tolist(), used.tolist()
+    rows = [stop - start for start, stop in pairwise(starts)]
+    calls.append(
+        Call(
+            "fa2.varlen",
+            max_q,
+            max_k,
+            splits,
+            table.shape[1],
+            causal,
+            tuple(rows),
+            tuple(lengths),
+            {"package": package},
+        )
+    )
+    group = q.shape[1] // k.shape[2]
+    block = fa2_block(q.shape[2])
+    swapped = max_q == 1 and group > 1
+    count = 1
+    if swapped and not splits:
+        count = heuristic(len(rows) * k.shape[2], -(-max_k // block))
+    for i, (length, number) in enumerate(zip(lengths, rows, strict=True)):
+        assert number <= max_q, "rows beyond the grid"
+        assert length <= max_k, "keys beyond the split"
+        if not number:
+            continue
+        assert length >= (number if causal else 1), "a row that sees no key writes its LSE out of bounds"
+        extent = _extent(max_k if package else length, block, count)
+        owned = slice(starts[i], starts[i + 1])
+        out[owned] = _sequence(
+            *(q[owned], k, v, table[i], length, causal and max_q > 1, block, count, extent, scale, softcap)
+        )[0].to(out.dtype)
+    return [out, torch.empty(0)]
+
+
+def _fa2_kvcache(*arguments, package, page_multiple):
+    q, k, v, k_new, v_new, lengths, cos, sin, index, leftpad, table, alibi, out = arguments[:13]
+    scale, causal, left, right, softcap, _, splits = arguments[13:]
+    assert k.shape[1] % page_multiple == 0, "page size"
+    assert (k_new, v_new, cos, sin, index, leftpad, alibi) == (None,) * 7
+    assert (left, right) == (-1, -1)
+    assert 1 <= splits <= 128
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if out is None:
+        out = torch.empty_like(q)
+    elif package and q.shape[1] == 1 and heads > kv_heads:  # it has made groups of heads rows before it looks at out
+        assert out.shape == (len(q), heads // kv_heads, kv_heads, q.shape[3])
+        out = out.transpose(1, 2).view(q.shape)
+    assert q.shape == out.shape
+    assert len(q) * (q.shape[2] if splits > 1 else 1) <= 65535
+    lens = lengths.tolist()
+    calls.append(
+        Call("fa2.kvcache", q.shape[1], None, splits, table.shape[1], causal, (q.shape[1],) * len(q), tuple(lens))
+    )
+    block = fa2_block(q.shape[3])
+    lse = torch.full((len(q), q.shape[2], q.shape[1]), math.inf)
+    for i, length in enumerate(lens):
+        if not length:
+            out[i] = 0
+            continue
+        whole = table.shape[1] * k.shape[1] if package else length
+        extent = _extent(whole, block, splits)
+        result, lse[i] = _sequence(
+            q[i], k, v, table[i], length, causal and q.shape[1] > 1, block, splits, extent, scale, softcap
+        )
+        out[i] = result.to(out.dtype)
+    return [out, lse]
+
+
+def _fa3_forward(*arguments):
+    q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used, max_q, max_k, table = arguments[:15]
+    scale, causal, left, right, softcap, _, metadata, splits, pack, margin, sinks = arguments[23:34]
+    assert (k_new, v_new, q_v, cu_k, cu_new, used_q, metadata, sinks) == (None,) * 8
+    assert (left, right, splits, margin) == (-1, -1, 1, 0)
+    assert pack in (True, None)
+    varlen = cu_q is not None
+    lens = used.tolist()
+    starts = cu_q.tolist() if varlen else list(range(0, len(q) * q.shape[1] + 1, q.shape[1]))
+    rows = [stop - start for start, stop in pairwise(starts)]
+    max_query = max_q if varlen else q.shape[1]
+    calls.append(
+        Call(
+            f"fa3.{'varlen' if varlen else 'batch'}",
+            max_query,
+            max_k,
+            splits,
+            table.shape[1],
+            causal,
+            tuple(rows),
+            tuple(lens),
+        )
+    )
+    group = q.shape[-2] // k.shape[2]
+    if max_query == 1 and q.shape[-1] <= 64:
+        causal = False
+    block = fa3_block(q.shape[-1], max_query, group, causal, k.shape[1])
+    flat_q, flat_out = q.flatten(0, -3), out.view(-1, *out.shape[-2:])
+    lse = torch.full((q.shape[-2], len(flat_q)), -math.inf)
+    for i, length in enumerate(lens):
+        owned = slice(starts[i], starts[i + 1])
+        assert rows[i] <= max_query
+        if not rows[i]:
+            continue
+        if not length:
+            flat_out[owned] = 0
+            continue
+        result, lse[:, owned] = _sequence(
+            flat_q[owned], k, v, table[i], length, causal, block, 1, 1 << 30, scale, softcap
+        )
+        flat_out[owned] = result.to(out.dtype)
+    return [out, lse if varlen else lse.T.reshape(len(q), q.shape[1], -1).transpose(1, 2)]
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def register():
+    """Register vLLM's operators, once a process, as loading its shared objects would."""
+    if _libraries:
+        return
+    fa2, fa3 = torch.library.Library("_vllm_fa2_C", "DEF"), torch.library.Library("_vllm_fa3_C", "DEF")
+    _libraries.extend((fa2, fa3))
+    for library, schemas in ((fa2, FA2_SCHEMAS), (fa3, FA3_SCHEMAS)):
+        for name, schema in schemas.items():
+            library.define(name + schema)
+    vllm = {"package": False, "page_multiple": 16}
+    fa2.impl("varlen_fwd", lambda *arguments: _fa2_varlen(*arguments, **vllm), "CPU")
+    fa2.impl("fwd_kvcache", lambda *arguments: _fa2_kvcache(*arguments, **vllm), "CPU")
+    fa3.impl("fwd", _fa3_forward, "CPU")
+
+
+def package():
+    """The extension module of the flash-attn package: the same calls, whose varlen one takes no number of splits."""
+    module = ModuleType("flash_attn_2_cuda")
+    own = {"package": True, "page_multiple": 256}
+    module.varlen_fwd = lambda *arguments: _fa2_varlen(*arguments[:20], 0, arguments[20], **own)
+    module.fwd_kvcache = lambda *arguments: _fa2_kvcache(*arguments, **own)
+    return module
