@@ -113,7 +113,7 @@ def test_launch_takes_everything_and_is_what_a_call_launches():
     arguments = attention_arguments()
     out = kernel(*arguments)
     (everything,) = seen
-    assert len(everything) == 9
+    assert len(everything) == 12
     assert all(one is other for one, other in zip(everything, arguments, strict=False))
     assert everything[6] is None
     assert everything[7] == 8**-0.5
