@@ -15,9 +15,9 @@ from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
-from bidispatch_backends.triton.params import AttentionParams
+from bidispatch_backends.triton.attention_params import AttentionParams
 
-PARAMS = AttentionParams(kv_split=48, block_n=16)
+PARAMS = AttentionParams(kv_split=((0, 48), (96, 64), (224, 80)), block_n=16)
 LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
 HEADS = {"head_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -45,8 +45,8 @@ def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
 def bind_path(problem: Problem, path: str, params: AttentionParams = PARAMS) -> Kernel:
     """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
     (tile,) = tiles(problem, params)
-    tokens = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
-    tile = tile.model_copy(update={"decode_tokens": tokens, "decode_block_m": 16, "prefill_block_m": 16})
+    most = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
     return bind(problem, params=params, tile=tile, limits=LIMITS)
 
 
@@ -77,7 +77,7 @@ def test_default_tiles_are_near_the_reference(dtype: str, distribution: str) -> 
     problem = problem_of(dtype, HEADS)
     batch = paged_batch(problem, [1, 70, 20], [520, 70, 90], distribution=distribution)
     (tile,) = tiles(problem)
-    tile = tile.model_copy(update={"decode_tokens": 0})
+    tile = tile.model_copy(update={"decode_query_len": 0})
     out = attend(bind(problem, tile=tile), problem, batch)
     # Scores of thousands, as `scaled` has them, lose absolute precision to fp32 itself.
     tolerance = max(TOLERANCE[dtype], 1e-4) if distribution == "scaled" else TOLERANCE[dtype]

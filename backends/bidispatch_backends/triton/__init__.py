@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
-from bidispatch.requirements import DimAtMost, Package
-from bidispatch_backends.triton import gemm_params, params
+from bidispatch.requirements import Check, DimAtMost, Package
+from bidispatch_backends.triton import attention_params, gemm_params, params
 
 __all__ = ["register"]
 
@@ -108,11 +108,12 @@ def register(registry: Registry) -> None:
             load="bidispatch_backends.triton.attention:bind_attention",
             archs=_ARCHS,
             dtypes=_DTYPES,
-            requires=(_TRITON, DimAtMost("head_dim", 256)),
-            numerics=params.attention_numerics,
-            params=params.AttentionParams,
-            tile=params.AttentionTile,
-            tiles=params.attention_tiles,
+            requires=(_TRITON, DimAtMost("head_dim", 256), Check(attention_params.fp8_unmet)),
+            numerics=attention_params.attention_numerics,
+            params=attention_params.AttentionParams,
+            tile=attention_params.AttentionTile,
+            tiles=attention_params.attention_tiles,
+            search="bidispatch_backends.triton.attention_params:attention_tiles_for",
             libraries=("triton",),
             summary="KV splits at absolute positions, in parallel or walked, folded in ascending order",
         )
