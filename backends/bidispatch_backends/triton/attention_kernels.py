@@ -61,15 +61,6 @@ def _rows_of_tile(head_block, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: 
 
 
 @triton.jit
-def _scale_of(scales_ptr, kv_head, stride_scale):
-    """The scale of a KV head's cache, or None where the cache has none."""
-    if scales_ptr is not None:
-        return tl.load(scales_ptr + kv_head * stride_scale)
-    else:
-        return None
-
-
-@triton.jit
 def _score_scales(score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP: tl.constexpr):
     """What scores are multiplied by before the soft cap, and on their way to exp2; with the scale of the keys."""
     if k_scales_ptr is not None:
@@ -266,7 +257,7 @@ def fold_kernel(
     first_split, splits = _splits_of(query_len, kv_len, max_kv, CAUSAL, WINDOW, SPLITS)
 
     head = tl.program_id(1) + tl.arange(0, 1)
-    v_scale = _scale_of(v_scales_ptr, tl.program_id(1) // GROUP, stride_v_scale)
+    kv_head = tl.program_id(1) // GROUP
     dims = tl.arange(0, BLOCK_D)
     inside = (dims < HEAD_DIM)[None, :]
     for token in range(tl.program_id(2), query_len, tl.num_programs(2)):
@@ -298,7 +289,7 @@ def fold_kernel(
                             accs_ptr + state[:, None] * BLOCK_D + dims[None, :], mask=there[:, None], other=0.0
                         ),
                     )
-        result = finish(maximum, total, acc, sinks_ptr, head, v_scale)
+        result = finish(maximum, total, acc, sinks_ptr, head, v_scales_ptr, kv_head, stride_v_scale)
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -420,6 +411,5 @@ def walk_kernel(
             BLOCK_D,
         )
         maximum, total, acc = fold(maximum, total, acc, split_maximum, tl.max(split_total, axis=1), split_acc)
-    v_scale = _scale_of(v_scales_ptr, kv_head, stride_v_scale)
-    result = finish(maximum, total, acc, sinks_ptr, heads, v_scale)
+    result = finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale)
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)

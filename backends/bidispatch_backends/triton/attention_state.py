@@ -80,6 +80,17 @@ def _load_rows(pointers, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _find_rows(start, pages_ptr, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each position of a tile, and its slot there.
+
+    Positions outside [low, high) are never loaded: their pages may belong to nobody. What is found in their place has a
+    weight of 0; an address costs less than a mask on every element.
+    """
+    place = tl.minimum(tl.maximum(start + tl.arange(0, BLOCK_N), low), high - 1)
+    return tl.load(pages_ptr + place // PAGE_SIZE).to(tl.int64), (place % PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit
 def _attend_tiles(
     maximum,
     total,
@@ -113,16 +124,14 @@ def _attend_tiles(
     """Carry a state over the tiles at begin, begin + BLOCK_N, ... Without MASKED every row sees all positions."""
     dims = tl.arange(0, BLOCK_D)
     ones = tl.full((BLOCK_N, _SUM_COLUMNS), 1.0, dtype=q.dtype)
+    page, slot = _find_rows(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         kv = start + tl.arange(0, BLOCK_N)
-        place = kv
-        if MASKED:
-            # Positions outside [low, high) are never loaded: their pages may belong to nobody. What is loaded in their
-            # place has a weight of 0; an address costs less than a mask on every element.
-            place = tl.minimum(tl.maximum(kv, low), high - 1)
-        page = tl.load(pages_ptr + place // PAGE_SIZE).to(tl.int64)
-        slot = (place % PAGE_SIZE).to(tl.int64)
         k_rows = page * stride_k_page + slot * stride_k_slot
+        v_rows = page * stride_v_page + slot * stride_v_slot
+        # The next tile's pages a tile ahead: a load that waits for another in the same turn of the loop gets one buffer
+        # from Triton's pipeliner, whatever the stages, and would be waited for as soon as it is asked for.
+        page, slot = _find_rows(start + BLOCK_N, pages_ptr, low, high, PAGE_SIZE, BLOCK_N)
         k = _load_rows(k_ptr + k_rows[None, :] + dims[:, None], (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
         if SOFTCAP:
@@ -148,7 +157,6 @@ def _attend_tiles(
         weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - reference[:, None]))
         decay = tl.exp2(maximum - reference)[:, None]
         weights = weights.to(q.dtype)
-        v_rows = page * stride_v_page + slot * stride_v_slot
         v = _load_rows(v_ptr + v_rows[:, None] + dims[None, :], (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
         total = tl.dot(weights, ones, total * decay, input_precision="ieee")
         acc = tl.dot(weights, v.to(q.dtype), acc * decay, input_precision="ieee")
@@ -312,8 +320,8 @@ def fold(maximum, total, acc, split_maximum, split_total, split_acc):
 
 
 @triton.jit
-def finish(maximum, total, acc, sinks_ptr, heads, v_scale):
-    """acc · v_scale / total, with the sinks of `heads` [rows] in the total. A row that sees nothing gives 0."""
+def finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale):
+    """acc · v_scale / total, with the sinks of `heads` [rows] in the total, the scale of kv_head where there are any. A row that sees nothing gives 0."""
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + heads) * _LOG2_E
         new_maximum = tl.maximum(maximum, sink)
@@ -321,7 +329,7 @@ def finish(maximum, total, acc, sinks_ptr, heads, v_scale):
         decay = tl.exp2(maximum - reference)
         total = tl.fma(total, decay, tl.exp2(sink - reference))
         acc = acc * decay[:, None]
-    if v_scale is not None:
-        acc = acc * v_scale
+    if v_scales_ptr is not None:
+        acc = acc * tl.load(v_scales_ptr + kv_head * stride_v_scale)
     # A tile the row does not see turns -0 into +0; so that it cannot be told whether there was one, all zeros are +0.
     return tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None]) + 0.0
