@@ -74,6 +74,9 @@ ODD = (
     _problem("attention", head_dim=64, causal=False, **HEADS),
     _problem("attention", head_dim=96, page_size=5, num_heads=40, num_kv_heads=1),
     _problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS),
+    _problem("attention", head_dim=192, alibi=True, page_size=24, **HEADS),
+    _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
+    _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
 )
 INSTRUCTION_SETS = ("sm90", "gfx942")
 CASES = [(arch, problem) for arch in COMPILED_ARCHS for problem in TILED]

@@ -137,6 +137,9 @@ def launches(
         return walked | {"BLOCK_M": block_m, "HEADS": packing.heads, "TOKENS": packing.tokens}
 
     decode = _Decode.of(problem, params, tile, limits)
+    # The bound was chosen for a tile of one matrix instruction's rows.
+    bounded = tile.decode_registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
+    registers = {"maxnreg": tile.decode_registers} if bounded else {}
     # Without the fusion: the compiler would contract a product and a sum in one kernel and not in the other.
     walks = tuple(
         Launch(
@@ -165,7 +168,7 @@ def launches(
             | strides,
             packed(decode.block_m)
             | {"KV_HEADS": kv_heads, "MOST_QUERIES": decode.most_queries, "BLOCK_B": decode.block_b},
-            options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False),
+            options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
         ),
         Launch(
             fold_kernel,

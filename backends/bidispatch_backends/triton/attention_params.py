@@ -111,6 +111,8 @@ class AttentionTile(Tile):
     max_query_len fill, up to prefill_block_m rows, so that a sequence's keys are read once."""
     decode_warps: int = Field(ge=1, le=16)
     decode_stages: int = Field(ge=1)
+    decode_registers: int = Field(default=0, ge=0, le=255)
+    """The most registers a thread may take on NVIDIA, so that more programs run at once; 0 leaves it to the compiler."""
     prefill_block_m: int = Field(ge=16)
     prefill_warps: int = Field(ge=1, le=16)
     prefill_stages: int = Field(ge=1)
@@ -140,66 +142,95 @@ def fp8_unmet(device: Device, problem: Problem) -> str | None:
     return f"needs sm89 or later for kv_dtype={FP8}, which Triton does not convert on {device.arch.name}"
 
 
-def _stages(arch: Arch, problem: Problem, most: int) -> int:
-    """Stages whose KV tiles fit. A stage of 64 positions in bf16 takes 32 KB for a head of 128, so that two leave room
-    for three programs on a multiprocessor of sm90 (227 KB)."""
-    wide = problem.size("head_dim") > 128
-    if problem.dtype == "float32" or (wide and arch.shared_memory < 128 * _KB):
-        return 1  # the wide fp32 ones, and any wide ones on a small shared memory, fit once
-    return most
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
+_FEW_TOKENS = 256
+"""Calls of up to so many tokens are decode steps to `attention_tiles_for`."""
+
+
+def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
+    """Whether a program's keys, values, queries and weights fit its shared memory.
+
+    Triton holds a buffer of keys and values less than there are stages. Those of an fp8 cache are held again in q's
+    dtype. A few KB are left to reductions.
+    """
+    width = 1 << (problem.size("head_dim") - 1).bit_length()
+    wide, cached = _BYTES[problem.dtype], _BYTES[str(problem["kv_dtype"])]
+    buffers = max(1, stages - 1) * cached + (wide if cached != wide else 0)
+    needed = 2 * params.block_n * width * buffers + rows * (width + params.block_n) * wide
+    return needed + 4 * _KB <= arch.shared_memory
+
+
+def _stages(arch: Arch, problem: Problem, params: Any, rows: int) -> int:
+    """The most stages that fit, up to 3: two buffers, so that a tile is loaded while the one before it is computed."""
+    if problem.dtype == "float32":
+        return 1
+    most = 3 if arch.vendor == "nvidia" else 2
+    return next((stages for stages in range(most, 1, -1) if _fits(arch, problem, params, rows, stages)), 1)
 
 
 def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, AttentionTile], ...]:
     """One tile for any number of tokens: the kernels themselves choose between decode and prefill."""
+    arch = device.arch
     wide = problem.size("head_dim") > 128
     single = problem.dtype == "float32"
-    stages = _stages(device.arch, problem, 2)
+    prefill, warps = (16 if wide else 32, 4) if single else (64, 4)
+    if wide:
+        warps = 8
+    elif not single and arch.family == "sm90":
+        prefill, warps = 128, 8  # wgmma: keys are read half as often as with 64 rows
     tile = AttentionTile(
         decode_block_m=_MATRIX_ROWS,
         decode_warps=4,
-        decode_stages=stages,
-        prefill_block_m=16 if single and wide else 32 if single else 64,
-        prefill_warps=8 if wide else 4,
-        prefill_stages=stages,
+        decode_stages=_stages(arch, problem, params, _MATRIX_ROWS),
+        # ptxas takes all 255 registers, of which two programs fill a multiprocessor. With 168 three fit, as they do in
+        # shared memory (71 KB each), and the loop over whole tiles still spills nothing (read in the SASS of sm90).
+        decode_registers=168 if arch.vendor == "nvidia" and not single and not wide else 0,
+        prefill_block_m=prefill,
+        prefill_warps=warps,
+        prefill_stages=_stages(arch, problem, params, prefill),
     )
     return ((None, tile),)
 
 
-# Rows, warps and stages of decode tiles, then of prefill's. What to expect on sm90 (head_dim 128, bf16, KV tiles of 64
-# positions, 32 KB a stage): decode is bound by the bytes in flight, stages times programs on a multiprocessor, so 2
-# stages of 3 programs and 3 of 2 should be alike, and 2 warps may save barriers where a tile has 16 rows. Prefill has
-# wgmma from 64 rows on; 128 rows halve what is read of the keys, with two accumulators of 64 registers a thread in 8
-# warps, while two programs of 64 rows hide each other's starts of a split.
-_DECODE_SHAPES = ((16, 4, 2), (16, 4, 3), (16, 4, 4), (16, 2, 2), (16, 2, 3), (16, 8, 3), (32, 4, 2), (64, 4, 2))
-_DECODE_PROGRAMS = (2, 4, 8, 16)
-_PREFILL_SHAPES = ((64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3), (128, 4, 2), (32, 4, 2), (16, 4, 2))
+# Rows, warps, stages and registers (0: as many as the compiler likes) of decode tiles; rows, warps and stages of
+# prefill's. What to expect on sm90, for a head of 128 in bf16: decode is bound by the bytes in flight, 32 KB a program
+# and buffer. Of 3 stages 3 programs fit a multiprocessor, of 4 stages 2, of 2 stages 5, without overlap inside each: the
+# first should win, by little. Fewer warps have fewer barriers a tile (6 with 4 warps of 16 rows) and more registers each.
+# Prefill is bound by the instructions between two products: 375 a warp and tile of 64 positions with 128 rows in 8
+# warps, 414 with 64 rows in 4, where the products take about 490 cycles of the SM for each 64 rows. 64 rows run as two
+# programs that hide each other's starts of a split; 128 read keys half as often.
+_DECODE_SHAPES = (
+    (16, 4, 3, 168),
+    (16, 4, 3, 0),
+    (16, 4, 2, 128),
+    (16, 4, 4, 0),
+    (16, 2, 3, 0),
+    (16, 8, 3, 0),
+    (32, 4, 3, 0),
+    (64, 4, 3, 0),
+)
+_DECODE_PROGRAMS = (3, 8, 16)
+_PREFILL_SHAPES = ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 3), (16, 4, 3))
 
 
 def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[AttentionTile]:
     """Launch shapes to try for calls of m tokens: those of decode up to 256 tokens, else those of prefill.
 
-    Each differs from the default in one of the two only; all are of one class. Only those that fit shared memory.
+    Each differs from the default in one of the two only, all are of one class, and all fit shared memory.
     """
-    (default,) = (tile for _, tile in attention_tiles(device, problem, params))
-    yield default
-    for rows, warps, stages in _DECODE_SHAPES if m <= _FEW_TOKENS else _PREFILL_SHAPES:
-        phase = "decode" if m <= _FEW_TOKENS else "prefill"
-        shape = {f"{phase}_block_m": rows, f"{phase}_warps": warps, f"{phase}_stages": stages}
-        if not _fits(device.arch, problem, params, rows, stages):
-            continue
-        if phase == "prefill":
-            tiles = [default.model_copy(update=shape)]
-        else:
-            tiles = [default.model_copy(update=shape | {"decode_programs": count}) for count in _DECODE_PROGRAMS]
-        yield from (tile for tile in tiles if tile != default)
-
-
-_FEW_TOKENS = 256
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
-
-
-def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
-    """Whether the tiles of keys and values and the queries are sure to fit a program's shared memory."""
-    width = 1 << (problem.size("head_dim") - 1).bit_length()
-    cached = 2 * params.block_n * width * _BYTES[str(problem["kv_dtype"])] * stages
-    return cached + rows * (width + params.block_n) * _BYTES[problem.dtype] <= arch.shared_memory
+    ((_, default),) = attention_tiles(device, problem, params)
+    nvidia = device.arch.vendor == "nvidia"
+    tiles = [default]
+    if m <= _FEW_TOKENS:
+        for rows, warps, stages, registers in _DECODE_SHAPES:
+            if _fits(device.arch, problem, params, rows, stages):
+                shape = {"decode_block_m": rows, "decode_warps": warps, "decode_stages": stages}
+                shape["decode_registers"] = registers if nvidia else 0
+                for programs in _DECODE_PROGRAMS:
+                    tiles.append(default.model_copy(update=shape | {"decode_programs": programs}))
+    else:
+        for rows, warps, stages in _PREFILL_SHAPES:
+            if _fits(device.arch, problem, params, rows, stages):
+                shape = {"prefill_block_m": rows, "prefill_warps": warps, "prefill_stages": stages}
+                tiles.append(default.model_copy(update=shape))
+    yield from dict.fromkeys(tiles)

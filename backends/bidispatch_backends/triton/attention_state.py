@@ -80,14 +80,30 @@ def _load_rows(pointers, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _find_rows(start, pages_ptr, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _find_pages(start, pages_ptr, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
     """The page of each position of a tile, and its slot there.
 
     Positions outside [low, high) are never loaded: their pages may belong to nobody. What is found in their place has a
-    weight of 0; an address costs less than a mask on every element.
+    weight of 0; an address costs less than a mask on every element. ALIGNED: the tile starts a page, or lies in one,
+    which then is a scalar; the slots are left to the caller.
     """
-    place = tl.minimum(tl.maximum(start + tl.arange(0, BLOCK_N), low), high - 1)
-    return tl.load(pages_ptr + place // PAGE_SIZE).to(tl.int64), (place % PAGE_SIZE).to(tl.int64)
+    if ALIGNED:
+        index = start // PAGE_SIZE
+        if PAGE_SIZE < BLOCK_N:
+            index += tl.arange(0, BLOCK_N) // PAGE_SIZE
+        return tl.load(pages_ptr + tl.minimum(index, (high - 1) // PAGE_SIZE)), start % PAGE_SIZE
+    else:
+        place = tl.minimum(tl.maximum(start + tl.arange(0, BLOCK_N), low), high - 1)
+        return tl.load(pages_ptr + place // PAGE_SIZE), place % PAGE_SIZE
+
+
+@triton.jit
+def _row_offsets(page, slot, stride_page, stride_slot, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where in a cache the rows of a tile are; with ALIGNED, less what does not change from tile to tile."""
+    offsets = page.to(tl.int64) * stride_page
+    if (not ALIGNED) or PAGE_SIZE > BLOCK_N:
+        offsets += slot.to(tl.int64) * stride_slot
+    return offsets
 
 
 @triton.jit
@@ -124,15 +140,29 @@ def _attend_tiles(
     """Carry a state over the tiles at begin, begin + BLOCK_N, ... Without MASKED every row sees all positions."""
     dims = tl.arange(0, BLOCK_D)
     ones = tl.full((BLOCK_N, _SUM_COLUMNS), 1.0, dtype=q.dtype)
-    page, slot = _find_rows(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N)
+    # In tiles that all rows see whole, a position's slot is the same in every tile of a loop, and is added once. That
+    # takes most of the arithmetic on addresses out of the loop, which else outweighs that of the softmax.
+    ALIGNED: tl.constexpr = (not MASKED) and (BLOCK_N % PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0)
+    columns = tl.arange(0, BLOCK_N)
+    k_ptrs = k_ptr + dims[:, None]
+    v_ptrs = v_ptr + dims[None, :]
+    if ALIGNED:
+        slots = (columns % PAGE_SIZE).to(tl.int64)
+        k_ptrs = k_ptrs + (slots * stride_k_slot)[None, :]
+        v_ptrs = v_ptrs + (slots * stride_v_slot)[:, None]
+    page, slot = _find_pages(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
     for start in range(begin, end, BLOCK_N):
-        kv = start + tl.arange(0, BLOCK_N)
-        k_rows = page * stride_k_page + slot * stride_k_slot
-        v_rows = page * stride_v_page + slot * stride_v_slot
+        kv = start + columns
+        k_rows = _row_offsets(page, slot, stride_k_page, stride_k_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
+        v_rows = _row_offsets(page, slot, stride_v_page, stride_v_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
         # The next tile's pages a tile ahead: a load that waits for another in the same turn of the loop gets one buffer
         # from Triton's pipeliner, whatever the stages, and would be waited for as soon as it is asked for.
-        page, slot = _find_rows(start + BLOCK_N, pages_ptr, low, high, PAGE_SIZE, BLOCK_N)
-        k = _load_rows(k_ptr + k_rows[None, :] + dims[:, None], (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
+        page, slot = _find_pages(start + BLOCK_N, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
+        if ALIGNED and PAGE_SIZE >= BLOCK_N:  # the offsets are scalars
+            k_tile, v_tile = k_ptrs + k_rows, v_ptrs + v_rows
+        else:
+            k_tile, v_tile = k_ptrs + k_rows[None, :], v_ptrs + v_rows[:, None]
+        k = _load_rows(k_tile, (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
         if SOFTCAP:
             # tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|) cannot overflow. The cap itself is in exp2_scale.
@@ -157,7 +187,7 @@ def _attend_tiles(
         weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - reference[:, None]))
         decay = tl.exp2(maximum - reference)[:, None]
         weights = weights.to(q.dtype)
-        v = _load_rows(v_ptr + v_rows[:, None] + dims[None, :], (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
+        v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
         total = tl.dot(weights, ones, total * decay, input_precision="ieee")
         acc = tl.dot(weights, v.to(q.dtype), acc * decay, input_precision="ieee")
         maximum = new_maximum
