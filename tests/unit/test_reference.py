@@ -177,7 +177,9 @@ def attention_in_words(
                 if softcap:
                     scores = (scores / softcap).tanh() * softcap
                 if alibi_slopes is not None:
-                    scores -= float(alibi_slopes[head]) * torch.tensor([float(abs(position - p)) for p in seen], dtype=torch.float64)
+                    scores -= float(alibi_slopes[head]) * torch.tensor(
+                        [float(abs(position - p)) for p in seen], dtype=torch.float64
+                    )
                 weights = scores.exp()
                 total = weights.sum() + (math.exp(float(sinks[head])) if sinks is not None else 0.0)
                 out[row, head] = (weights[:, None] * values).sum(0) / total

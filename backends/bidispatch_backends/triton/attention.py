@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -65,7 +64,7 @@ class _Decode:
         group = problem.size("num_heads") // problem.size("num_kv_heads")
         # One tile for a sequence's rows, as far as tiles go; where prompts come too, for those of a decode step.
         steps = limits.max_query_len if 0 < limits.max_query_len <= tile.decode_query_len else 1
-        block_m = min(max(tile.decode_block_m, power_of_two(group * steps)), max(tile.decode_block_m, _tallest(tile)))
+        block_m = max(tile.decode_block_m, min(power_of_two(group * steps), _tallest(tile)))
         splits = params.splits_up_to(limits.max_seq_len)
         state = problem.size("num_heads") * (_block_d(problem) + 2) * 4
         capacity = min((tile.workspace_mb << 20) // state, splits * limits.max_tokens)
@@ -75,7 +74,7 @@ class _Decode:
 
 
 def _tallest(tile: AttentionTile) -> int:
-    """The tallest tile of decode: one matrix unit serves all (`mma.sync`, or whichever prefill has), 64 rows at most."""
+    """The tallest tile of decode: up to 64 rows, and no more than prefill has, which may keep to one matrix unit."""
     return min(tile.prefill_block_m, 64)
 
 

@@ -75,15 +75,13 @@ def _score_scales(score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale
 @triton.jit
 def _negative_slopes(slopes_ptr, heads):
     """ALiBi's slope of each row's head, negative and in units of log2; zeros, unused, where there are none."""
+    slopes = tl.zeros_like(heads).to(tl.float32)
     if slopes_ptr is not None:
-        return tl.load(slopes_ptr + heads) * -_LOG2_E
-    else:
-        return tl.zeros_like(heads).to(tl.float32)
+        slopes = tl.load(slopes_ptr + heads) * -_LOG2_E
+    return slopes
 
 
-@triton.jit(
-    do_not_specialize=["seqs", "max_kv", "capacity", "stride_table", "stride_k_scale"]
-)
+@triton.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table", "stride_k_scale"])
 def split_kernel(
     q_ptr,
     k_ptr,
@@ -285,9 +283,7 @@ def fold_kernel(
                         acc,
                         tl.load(maxima_ptr + state, mask=there, other=float("-inf")),
                         tl.load(totals_ptr + state, mask=there, other=0.0),
-                        tl.load(
-                            accs_ptr + state[:, None] * BLOCK_D + dims[None, :], mask=there[:, None], other=0.0
-                        ),
+                        tl.load(accs_ptr + state[:, None] * BLOCK_D + dims[None, :], mask=there[:, None], other=0.0),
                     )
         result = finish(maximum, total, acc, sinks_ptr, head, v_scales_ptr, kv_head, stride_v_scale)
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -351,7 +347,7 @@ def walk_kernel(
     first_token = (tile - query_start // TOKENS - seq) * TOKENS
     if first_token >= query_len:
         return
-    if bases_ptr is not None:
+    if bases_ptr is not None:  # noqa: SIM102 - decided when it is compiled
         if tl.load(bases_ptr + seq) >= 0:
             return
     kv_len = tl.load(kv_lens_ptr + seq)

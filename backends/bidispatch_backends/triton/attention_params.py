@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -91,7 +92,7 @@ class AttentionParams(Params):
                 raise ValueError(f"kv_split={size} is not a multiple of block_n={self.block_n}")
             if start < 0:
                 raise ValueError(f"kv_split has a range from {start}; positions count from 0")
-        for (start, size), (next_start, next_size) in zip(ranges, ranges[1:], strict=False):
+        for (start, size), (next_start, next_size) in pairwise(ranges):
             if next_start <= start or next_size <= size:
                 raise ValueError(f"kv_split={self.kv_split}: positions and sizes must both grow")
             if (next_start - start) % size:
@@ -112,7 +113,7 @@ class AttentionTile(Tile):
     decode_warps: int = Field(ge=1, le=16)
     decode_stages: int = Field(ge=1)
     decode_registers: int = Field(default=0, ge=0, le=255)
-    """The most registers a thread may take on NVIDIA, so that more programs run at once; 0 leaves it to the compiler."""
+    """The most registers a thread may take on NVIDIA, so that more programs run at once; 0: as the compiler likes."""
     prefill_block_m: int = Field(ge=16)
     prefill_warps: int = Field(ge=1, le=16)
     prefill_stages: int = Field(ge=1)
@@ -156,7 +157,7 @@ def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> 
     width = 1 << (problem.size("head_dim") - 1).bit_length()
     wide, cached = _BYTES[problem.dtype], _BYTES[str(problem["kv_dtype"])]
     buffers = max(1, stages - 1) * cached + (wide if cached != wide else 0)
-    needed = 2 * params.block_n * width * buffers + rows * (width + params.block_n) * wide
+    needed: int = 2 * params.block_n * width * buffers + rows * (width + params.block_n) * wide
     return needed + 4 * _KB <= arch.shared_memory
 
 
@@ -194,11 +195,11 @@ def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
 
 # Rows, warps, stages and registers (0: as many as the compiler likes) of decode tiles; rows, warps and stages of
 # prefill's. What to expect on sm90, for a head of 128 in bf16: decode is bound by the bytes in flight, 32 KB a program
-# and buffer. Of 3 stages 3 programs fit a multiprocessor, of 4 stages 2, of 2 stages 5, without overlap inside each: the
-# first should win, by little. Fewer warps have fewer barriers a tile (6 with 4 warps of 16 rows) and more registers each.
-# Prefill is bound by the instructions between two products: 375 a warp and tile of 64 positions with 128 rows in 8
-# warps, 414 with 64 rows in 4, where the products take about 490 cycles of the SM for each 64 rows. 64 rows run as two
-# programs that hide each other's starts of a split; 128 read keys half as often.
+# and buffer. Of 3 stages 3 programs fit a multiprocessor, of 4 stages 2, of 2 stages 5, without overlap inside each:
+# the first should win, by little. Fewer warps have fewer barriers a tile (6 with 4 warps of 16 rows), and more
+# registers each. Prefill is bound by the instructions between two products: 375 a warp and tile of 64 positions with
+# 128 rows in 8 warps, 414 with 64 rows in 4, where the products take about 490 cycles of the SM for each 64 rows. 64
+# rows run as two programs that hide each other's starts of a split; 128 rows read keys half as often.
 _DECODE_SHAPES = (
     (16, 4, 3, 168),
     (16, 4, 3, 0),
@@ -226,8 +227,7 @@ def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -
             if _fits(device.arch, problem, params, rows, stages):
                 shape = {"decode_block_m": rows, "decode_warps": warps, "decode_stages": stages}
                 shape["decode_registers"] = registers if nvidia else 0
-                for programs in _DECODE_PROGRAMS:
-                    tiles.append(default.model_copy(update=shape | {"decode_programs": programs}))
+                tiles += [default.model_copy(update=shape | {"decode_programs": n}) for n in _DECODE_PROGRAMS]
     else:
         for rows, warps, stages in _PREFILL_SHAPES:
             if _fits(device.arch, problem, params, rows, stages):

@@ -73,10 +73,11 @@ def _no_lower_than_zero(maximum):
 @triton.jit
 def _load_rows(pointers, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of keys or values. A mask only where the head is narrower than the block: loads without one are faster."""
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(pointers)
+    if HEAD_DIM == BLOCK_D:  # noqa: SIM108 - decided when it is compiled
+        rows = tl.load(pointers)
     else:
-        return tl.load(pointers, mask=inside, other=0.0)
+        rows = tl.load(pointers, mask=inside, other=0.0)
+    return rows
 
 
 @triton.jit
@@ -91,14 +92,19 @@ def _find_pages(start, pages_ptr, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: t
         index = start // PAGE_SIZE
         if PAGE_SIZE < BLOCK_N:
             index += tl.arange(0, BLOCK_N) // PAGE_SIZE
-        return tl.load(pages_ptr + tl.minimum(index, (high - 1) // PAGE_SIZE)), start % PAGE_SIZE
+        index = tl.minimum(index, (high - 1) // PAGE_SIZE)
+        slot = tl.full((), 0, tl.int64) + start % PAGE_SIZE
     else:
         place = tl.minimum(tl.maximum(start + tl.arange(0, BLOCK_N), low), high - 1)
-        return tl.load(pages_ptr + place // PAGE_SIZE), place % PAGE_SIZE
+        index = place // PAGE_SIZE
+        slot = place % PAGE_SIZE
+    return tl.load(pages_ptr + index), slot
 
 
 @triton.jit
-def _row_offsets(page, slot, stride_page, stride_slot, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+def _row_offsets(
+    page, slot, stride_page, stride_slot, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Where in a cache the rows of a tile are; with ALIGNED, less what does not change from tile to tile."""
     offsets = page.to(tl.int64) * stride_page
     if (not ALIGNED) or PAGE_SIZE > BLOCK_N:
@@ -351,7 +357,10 @@ def fold(maximum, total, acc, split_maximum, split_total, split_acc):
 
 @triton.jit
 def finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale):
-    """acc · v_scale / total, with the sinks of `heads` [rows] in the total, the scale of kv_head where there are any. A row that sees nothing gives 0."""
+    """acc / total, with the sinks of `heads` [rows] in the total, times the values' scale where there is one.
+
+    A row that sees nothing gives 0.
+    """
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + heads) * _LOG2_E
         new_maximum = tl.maximum(maximum, sink)

@@ -240,9 +240,7 @@ def paged_batch(
     ]
 
 
-def _cache_scales(
-    problem: Problem, distribution: str, device: str | torch.device
-) -> dict[str, torch.Tensor | None]:
+def _cache_scales(problem: Problem, distribution: str, device: str | torch.device) -> dict[str, torch.Tensor | None]:
     """Scales of an fp8 cache, one a KV head, that keep what `draw` gives below its largest value, 448."""
     if problem["kv_dtype"] == problem.dtype:
         return {"k": None, "v": None}
