@@ -21,7 +21,7 @@ __all__ = ["fold_kernel", "split_kernel", "walk_kernel"]
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _AT_ONCE = tl.constexpr(8)
-"""Splits whose loads the fold has in flight; one that is not there is folded in as nothing."""
+"""Splits of a turn of the fold, whose loads are in flight two turns ahead; one that is not there changes nothing."""
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def fold_kernel(
             maximum = maximum * float("nan")
             total, acc = total * float("nan"), acc * float("nan")
         else:
-            for first in range(begin, end, _AT_ONCE):
+            for first in tl.range(begin, end, _AT_ONCE, num_stages=3):
                 for step in tl.static_range(_AT_ONCE):
                     split = first + step
                     state = (slot + split) * HEADS + head
