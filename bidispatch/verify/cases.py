@@ -6,6 +6,7 @@ shows. The others are there to fall between tiles: sizes that no tile divides, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -214,12 +215,8 @@ def _edges(selection: Selection, most: int) -> set[int]:
     values: set[object] = set()
     for rung in selection.rungs:
         sizes = [*rung.params.model_dump().values(), *(rung.tile.model_dump().values() if rung.tile else ())]
-        while sizes:
-            value = sizes.pop()
-            if isinstance(value, list):  # of sizes, as splits that grow have one from each position on
-                sizes += value
-            else:
-                values.add(value)
+        for value in sizes:  # growing ones are text: 256/512@4096
+            values |= {int(number) for number in re.findall(r"\d+", value)} if isinstance(value, str) else {value}
     blocks = [value for value in values if type(value) is int and 8 <= value <= most]
     return {edge for block in blocks for edge in _around(block)}
 

@@ -19,7 +19,7 @@ from bidispatch_backends.triton.attention import launches
 from bidispatch_backends.triton.attention_params import AttentionParams
 
 FP8 = "float8_e4m3fn"
-PARAMS = AttentionParams(kv_split=((0, 48), (96, 64), (224, 80)), block_n=16)
+PARAMS = AttentionParams(kv_split="48/64@96/80@224", block_n=16)
 LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
 HEADS = {"head_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 FEATURES: dict[str, dict[str, Any]] = {

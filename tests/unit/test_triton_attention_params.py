@@ -58,13 +58,17 @@ def test_long_contexts_have_few_splits_and_short_ones_many() -> None:
     ("kv_split", "message"),
     [
         (100, "kv_split=100 is not a multiple of block_n=64"),
-        ([[64, 64]], "must begin at position 0"),
-        ([], "must begin at position 0"),
+        ("256@64", "nor sizes from position 0 on"),
+        ("256/512@4096/", "nor sizes from position 0 on"),
+        ("", "nor sizes from position 0 on"),
+        (0, "kv_split=0 is not a multiple"),
+        (-64, "nor sizes from position 0 on"),
+        ([], "pairs"),
         ([[0, 256], [1000, 512]], "1000 is not a boundary of the splits of 256 from 0; next are 768 and 1024"),
         ([[0, 256], [1024, 128]], "positions and sizes must both grow"),
         ([[0, 256], [0, 512]], "positions and sizes must both grow"),
-        ([[0, 256, 3]], "kv_split"),
-        ("256", "kv_split"),
+        ([[0, 256, 3]], "pairs"),
+        (256.0, "kv_split"),
     ],
 )
 def test_splits_that_cannot_be_are_refused(kv_split: object, message: str) -> None:
@@ -73,7 +77,8 @@ def test_splits_that_cannot_be_are_refused(kv_split: object, message: str) -> No
 
 
 def test_params_survive_json_and_name_their_class() -> None:
-    params = AttentionParams.model_validate({"kv_split": [[0, 256], [4096, 512]]})
+    params = AttentionParams(kv_split="256/512@4096")
+    assert params == AttentionParams.model_validate({"kv_split": [[0, 256], [4096, 512]]})
     assert AttentionParams.model_validate(json.loads(json.dumps(params.model_dump()))) == params
     assert attention_numerics(params, problem()) == "kv_split.256/512@4096.64.exp2"
     assert attention_numerics(AttentionParams(kv_split=512), problem()) == "kv_split.512.64.exp2"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bidispatch.device import Arch, Device
 from bidispatch.ops.attention import FP8
@@ -30,17 +31,18 @@ _MATRIX_ROWS = 16
 # The best split size grew with the context on an H200 (decode, bf16, 32/8 heads of 128): 256 at 1k, 512 at 8k, 1024 at
 # 32k, 2048 at 131k. So sizes grow with the absolute position: short contexts have enough splits to fill the GPU, long
 # ones few enough to fold. 131072 positions make 120 splits, against 512 of 256 each.
-_SPLITS = ((0, 256), (4096, 512), (16384, 1024), (65536, 2048))
+_SPLITS = "256/512@4096/1024@16384/2048@65536"
 
-_Ranges = tuple[tuple[int, int], ...]
+_RANGE = re.compile(r"(\d+)(?:@(\d+))?")
 
 
 class AttentionParams(Params):
     """The order of attention's sums: KV tiles and splits at absolute positions, the same for decode and prefill."""
 
-    kv_split: int | _Ranges = _SPLITS
+    kv_split: int | str = _SPLITS
     """KV positions that start from a fresh accumulator; the splits are then folded in ascending order. One size, or
-    [from position, size] of each range of positions, sizes growing: [[0, 256], [4096, 512]]."""
+    growing ones, each with the position it holds from: 256/512@4096 is 256 at first, and 512 from position 4096 on.
+    Python callers may give (from position, size) pairs."""
     block_n: int = Field(default=64, ge=16)
     """KV positions of one tile, which share one running maximum."""
 
@@ -48,21 +50,22 @@ class AttentionParams(Params):
 
     @field_validator("kv_split", mode="before")
     @classmethod
-    def _lists_are_ranges(cls, value: Any) -> Any:
-        """YAML and JSON have lists where a frozen model has tuples."""
-        if isinstance(value, list):
-            return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
+    def _one_spelling(cls, value: Any) -> Any:
+        """Pairs as text: a param is a plain value, as profiles and records hold it."""
+        if isinstance(value, (list, tuple)):
+            pairs = [entry for entry in value if isinstance(entry, (list, tuple)) and len(entry) == 2]
+            if len(pairs) != len(value) or not pairs:
+                raise ValueError(
+                    f"kv_split={value!r} is not (from position, size) pairs, such as ((0, 256), (4096, 512))"
+                )
+            return "/".join(f"{size}@{start}" if start else str(size) for start, size in pairs)
         return value
 
-    @field_serializer("kv_split")
-    def _ranges_are_lists(self, value: int | _Ranges) -> int | list[list[int]]:
-        """As they are read, so that what was written compares equal."""
-        return value if isinstance(value, int) else [list(entry) for entry in value]
-
     @property
-    def ranges(self) -> _Ranges:
+    def ranges(self) -> tuple[tuple[int, int], ...]:
         """(from position, size) of each range."""
-        return ((0, self.kv_split),) if isinstance(self.kv_split, int) else self.kv_split
+        found = [_RANGE.fullmatch(part) for part in str(self.kv_split).split("/")]
+        return tuple((int(match[2] or 0), int(match[1])) for match in found if match)
 
     @property
     def lines(self) -> tuple[int, ...]:
@@ -85,13 +88,11 @@ class AttentionParams(Params):
     @model_validator(mode="after")
     def _splits_hold_whole_tiles(self) -> AttentionParams:
         ranges = self.ranges
-        if not ranges or ranges[0][0] != 0:
-            raise ValueError(f"kv_split={self.kv_split} must begin at position 0: [[0, 256], [4096, 512]]")
-        for start, size in ranges:
+        if len(ranges) != len(str(self.kv_split).split("/")) or ranges[0][0] != 0:
+            raise ValueError(f"kv_split={self.kv_split!r} is not a size, nor sizes from position 0 on: 256/512@4096")
+        for _, size in ranges:
             if size < 1 or size % self.block_n:
                 raise ValueError(f"kv_split={size} is not a multiple of block_n={self.block_n}")
-            if start < 0:
-                raise ValueError(f"kv_split has a range from {start}; positions count from 0")
         for (start, size), (next_start, next_size) in pairwise(ranges):
             if next_start <= start or next_size <= size:
                 raise ValueError(f"kv_split={self.kv_split}: positions and sizes must both grow")
@@ -130,10 +131,9 @@ class AttentionTile(Tile):
 def attention_numerics(params: Any, problem: Problem) -> str:
     """`kv_split.<sizes>.<tile>.exp2`: absolute splits, left fold, row sums by the matrix unit, weights by exp2.
 
-    Sizes as in 256/512@4096/1024@16384: 256 from position 0, 512 from 4096, 1024 from 16384.
+    Sizes as `kv_split` has them: 256/512@4096 is 256 from position 0 and 512 from 4096.
     """
-    sizes = "/".join(f"{size}@{start}" if start else str(size) for start, size in params.ranges)
-    return f"kv_split.{sizes}.{params.block_n}.exp2"
+    return f"kv_split.{params.kv_split}.{params.block_n}.exp2"
 
 
 def fp8_unmet(device: Device, problem: Problem) -> str | None:
@@ -148,13 +148,13 @@ _FEW_TOKENS = 256
 """Calls of up to so many tokens are decode steps to `attention_tiles_for`."""
 
 
-def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
+def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int, width: int = 0) -> bool:
     """Whether a program's keys, values, queries and weights fit its shared memory.
 
     Triton holds a buffer of keys and values less than there are stages. Those of an fp8 cache are held again in q's
-    dtype. A few KB are left to reductions.
+    dtype. A few KB are left to reductions. width: of the head, rounded up; by default the problem's.
     """
-    width = 1 << (problem.size("head_dim") - 1).bit_length()
+    width = width or 1 << (problem.size("head_dim") - 1).bit_length()
     wide, cached = _BYTES[problem.dtype], _BYTES[str(problem["kv_dtype"])]
     buffers = max(1, stages - 1) * cached + (wide if cached != wide else 0)
     needed: int = 2 * params.block_n * width * buffers + rows * (width + params.block_n) * wide
@@ -166,7 +166,8 @@ def _stages(arch: Arch, problem: Problem, params: Any, rows: int) -> int:
     if problem.dtype == "float32":
         return 1
     most = 3 if arch.vendor == "nvidia" else 2
-    return next((stages for stages in range(most, 1, -1) if _fits(arch, problem, params, rows, stages)), 1)
+    width = 256 if problem.size("head_dim") > 128 else 128  # two tiles for all heads
+    return next((stages for stages in range(most, 1, -1) if _fits(arch, problem, params, rows, stages, width)), 1)
 
 
 def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, AttentionTile], ...]:
