@@ -227,6 +227,26 @@ def test_every_tile_that_tune_tries_compiles_and_fits(name: str, dtype: str) -> 
     assert shared_memory_faults("sm90", {variant.key: variant for variant in binaries}) == []
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_attention_shapes_to_try_compile_and_fit(phase: str) -> None:
+    """Those of the kernel that a shape changes; the other phase's is the default's."""
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.paged_attention")
+    problem = _problem("attention", head_dim=128, **HEADS)
+    device = Device(ARCHS["sm90"], "sm90", predicted=True)
+    tiles = load_attribute(found.search)(device, problem, found.params(), 1 if phase == "decode" else 8192)
+    kernel = {"decode": "split_kernel", "prefill": "walk_kernel"}[phase]
+    binaries = {
+        variant.key: variant
+        for tile in tiles
+        for variant in variants(found.name, problem, found.params(), tile, ARCHS["sm90"])
+        if variant.kernel.fn.__name__ == kernel and variant.constants.get("bases_ptr", "") is not None
+    }
+    assert len(binaries) >= 5
+    assert shared_memory_faults("sm90", binaries) == []
+
+
 @given(n=st.integers(1, 200_000), k=st.integers(1, 30_000), units=st.integers(1, 300), dtype=st.sampled_from(DTYPES))
 def test_few_rows_never_get_a_tall_tile(n: int, k: int, units: int, dtype: str) -> None:
     """For a shape that nobody tuned, on a device of any size."""

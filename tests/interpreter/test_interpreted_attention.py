@@ -243,6 +243,18 @@ def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -
     assert out[2:].isnan().all()
 
 
+def test_more_queries_than_bound_for_give_nan_and_leave_the_others() -> None:
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, [2, 5, 1], [40, 60, 33])
+    (tile,) = tiles(problem, PARAMS)
+    tile = tile.model_copy(update={"prefill_block_m": 16})
+    out = attend(bind(problem, params=PARAMS, tile=tile, limits=Limits(16, 4, 512, 2)), problem, batch)
+    expected = attend(bind_path(problem, "walked"), problem, batch)
+    assert out[2:7].isnan().all()
+    assert same_bits(out[:2], expected[:2])
+    assert same_bits(out[7:], expected[7:])
+
+
 def test_equal_workspace_use_leaves_no_trace_of_earlier_calls() -> None:
     problem = problem_of("float32", {**HEADS, "window": 40})
     kernel = bind_path(problem, "parallel")

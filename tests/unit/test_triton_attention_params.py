@@ -16,8 +16,8 @@ from bidispatch_backends.triton.attention_params import (
     AttentionParams,
     attention_numerics,
     attention_tiles,
-    attention_tiles_for,
 )
+from bidispatch_backends.triton.search import attention_tiles_for
 
 
 def problem(dtype: str = "bfloat16", **dims: object) -> Problem:

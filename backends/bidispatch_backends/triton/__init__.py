@@ -10,7 +10,9 @@ __all__ = ["register"]
 
 _ARCHS = ("sm*", "gfx942")
 _DTYPES = ("bfloat16", "float16", "float32")
-_TRITON = Package("triton", ">=3.2", alternatives=("triton-rocm", "pytorch-triton-rocm"))
+_ROCM = ("triton-rocm", "pytorch-triton-rocm")
+_TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
+_TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
 
 
 def register(registry: Registry) -> None:
@@ -108,12 +110,12 @@ def register(registry: Registry) -> None:
             load="bidispatch_backends.triton.attention:bind_attention",
             archs=_ARCHS,
             dtypes=_DTYPES,
-            requires=(_TRITON, DimAtMost("head_dim", 256), Check(attention_params.fp8_unmet)),
+            requires=(_TRITON_ATTENTION, DimAtMost("head_dim", 256), Check(attention_params.fp8_unmet)),
             numerics=attention_params.attention_numerics,
             params=attention_params.AttentionParams,
             tile=attention_params.AttentionTile,
             tiles=attention_params.attention_tiles,
-            search="bidispatch_backends.triton.attention_params:attention_tiles_for",
+            search="bidispatch_backends.triton.search:attention_tiles_for",
             libraries=("triton",),
             summary="KV splits at absolute positions, in parallel or walked, folded in ascending order",
         )

@@ -175,7 +175,7 @@ def launches(
             | {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
             | workspace
             | {"out_ptr": data}
-            | sizes("max_kv", "stride_v_scale")
+            | sizes("max_kv", "alone", "stride_v_scale")
             | out_strides,
             widths | {"HEADS": heads},
             options(arch, 1, 1, fp_fusion=False),
@@ -189,8 +189,9 @@ def bind_attention(context: BindContext) -> Kernel:
     Which launches a call makes follows from the limits and its numbers of tokens and sequences; which of them serves a
     sequence is decided on the GPU. All give the same bits. Where `max_query_len` is at most the tile's
     `decode_query_len` and the workspace holds the splits of every token, a call is two launches: bind decode steps
-    apart from prompts. A sequence longer than `max_seq_len`, or than its block table holds, gives NaN: its length is
-    only known on the GPU. Raises `UsageError` when the limits name no `max_seq_len`.
+    apart from prompts. A sequence longer than `max_seq_len`, or than its block table holds, gives NaN, as one of more
+    query tokens than `max_query_len` may: lengths are only known on the GPU. Raises `UsageError` when the limits name no
+    `max_seq_len`.
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     if limits.max_seq_len < 1:
@@ -239,7 +240,8 @@ def bind_attention(context: BindContext) -> Kernel:
         v_stride = 0 if v_scale is None else v_scale.stride(0)
 
         walk, walk_bases = walk_all, None
-        left = True  # whether a sequence may be left to the walk
+        # Whether a sequence may be left to the walk; always without splits in parallel.
+        left = min(tokens, longest_query) > decode.most_queries or tokens * splits > decode.capacity
         if decode.most_queries:
             work = tokens * splits * kv_heads * parallel.head_blocks
             split(
@@ -265,11 +267,11 @@ def bind_attention(context: BindContext) -> Kernel:
                 *workspace,
                 out,
                 max_kv,
+                int(not left),
                 v_stride,
                 *out_strides,
             )
             walk, walk_bases = walk_rest, bases
-            left = min(tokens, longest_query) > decode.most_queries or tokens * splits > decode.capacity
         if left:
             walk(
                 (tokens // walked.tokens + seqs, kv_heads * walked.head_blocks),

@@ -221,7 +221,7 @@ def split_kernel(
             tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["max_kv", "stride_v_scale"])
+@triton.jit(do_not_specialize=["max_kv", "alone", "stride_v_scale"])
 def fold_kernel(
     kv_lens_ptr,
     query_start_ptr,
@@ -233,6 +233,7 @@ def fold_kernel(
     accs_ptr,
     out_ptr,
     max_kv,
+    alone,
     stride_v_scale,
     stride_out_token,
     stride_out_head,
@@ -244,10 +245,13 @@ def fold_kernel(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Fold what `split_kernel` wrote: a program has a sequence, a head and every num_programs(2)-th of its tokens."""
+    """Fold what `split_kernel` wrote: a program has a sequence, a head and every num_programs(2)-th of its tokens.
+
+    alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
+    """
     seq = tl.program_id(0)
     base = tl.load(bases_ptr + seq)
-    if base < 0:
+    if (base < 0) & (alone == 0):
         return
     query_start = tl.load(query_start_ptr + seq)
     query_len = tl.load(query_start_ptr + seq + 1) - query_start
@@ -268,7 +272,7 @@ def fold_kernel(
         maximum = tl.full((1,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((1,), dtype=tl.float32)
         acc = tl.zeros((1, BLOCK_D), dtype=tl.float32)
-        if splits == 0:  # past max_kv
+        if (splits == 0) | (base < 0):  # past a limit
             maximum = maximum * float("nan")
             total, acc = total * float("nan"), acc * float("nan")
         else:
@@ -376,7 +380,8 @@ def walk_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for split in range(split_at(low, SPLITS), split_at(high - 1, SPLITS) + 1):
+    last_split = tl.where(high > low, split_at(tl.maximum(high - 1, 0), SPLITS), -1)
+    for split in range(split_at(low, SPLITS), last_split + 1):
         split_maximum, split_total, split_acc = attend(
             q,
             k_ptr + kv_head.to(tl.int64) * stride_k_head,

@@ -1,9 +1,8 @@
-"""Reduction params, tiles, the default ladder, tiles to try and the class label of attention. Imports no triton."""
+"""Reduction params, tiles, the default ladder and the class label of attention. Imports no triton, no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +19,7 @@ __all__ = [
     "AttentionTile",
     "attention_numerics",
     "attention_tiles",
-    "attention_tiles_for",
+    "fits_shared_memory",
     "fp8_unmet",
 ]
 
@@ -144,11 +143,9 @@ def fp8_unmet(device: Device, problem: Problem) -> str | None:
 
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
-_FEW_TOKENS = 256
-"""Calls of up to so many tokens are decode steps to `attention_tiles_for`."""
 
 
-def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int, width: int = 0) -> bool:
+def fits_shared_memory(arch: Arch, problem: Problem, params: Any, rows: int, stages: int, width: int = 0) -> bool:
     """Whether a program's keys, values, queries and weights fit its shared memory.
 
     Triton holds a buffer of keys and values less than there are stages. Those of an fp8 cache are held again in q's
@@ -167,7 +164,9 @@ def _stages(arch: Arch, problem: Problem, params: Any, rows: int) -> int:
         return 1
     most = 3 if arch.vendor == "nvidia" else 2
     width = 256 if problem.size("head_dim") > 128 else 128  # two tiles for all heads
-    return next((stages for stages in range(most, 1, -1) if _fits(arch, problem, params, rows, stages, width)), 1)
+    return next(
+        (stages for stages in range(most, 1, -1) if fits_shared_memory(arch, problem, params, rows, stages, width)), 1
+    )
 
 
 def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, AttentionTile], ...]:
@@ -192,46 +191,3 @@ def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
         prefill_stages=_stages(arch, problem, params, prefill),
     )
     return ((None, tile),)
-
-
-# Rows, warps, stages and registers (0: as many as the compiler likes) of decode tiles; rows, warps and stages of
-# prefill's. What to expect on sm90, for a head of 128 in bf16: decode is bound by the bytes in flight, 32 KB a program
-# and buffer. Of 3 stages 3 programs fit a multiprocessor, of 4 stages 2, of 2 stages 5, without overlap inside each:
-# the first should win, by little. Fewer warps have fewer barriers a tile (6 with 4 warps of 16 rows), and more
-# registers each. Prefill is bound by the instructions between two products: 375 a warp and tile of 64 positions with
-# 128 rows in 8 warps, 414 with 64 rows in 4, where the products take about 490 cycles of the SM for each 64 rows. 64
-# rows run as two programs that hide each other's starts of a split; 128 rows read keys half as often.
-_DECODE_SHAPES = (
-    (16, 4, 3, 168),
-    (16, 4, 3, 0),
-    (16, 4, 2, 128),
-    (16, 4, 4, 0),
-    (16, 2, 3, 0),
-    (16, 8, 3, 0),
-    (32, 4, 3, 0),
-    (64, 4, 3, 0),
-)
-_DECODE_PROGRAMS = (3, 8, 16)
-_PREFILL_SHAPES = ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 3), (16, 4, 3))
-
-
-def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[AttentionTile]:
-    """Launch shapes to try for calls of m tokens: those of decode up to 256 tokens, else those of prefill.
-
-    Each differs from the default in one of the two only, all are of one class, and all fit shared memory.
-    """
-    ((_, default),) = attention_tiles(device, problem, params)
-    nvidia = device.arch.vendor == "nvidia"
-    tiles = [default]
-    if m <= _FEW_TOKENS:
-        for rows, warps, stages, registers in _DECODE_SHAPES:
-            if _fits(device.arch, problem, params, rows, stages):
-                shape = {"decode_block_m": rows, "decode_warps": warps, "decode_stages": stages}
-                shape["decode_registers"] = registers if nvidia else 0
-                tiles += [default.model_copy(update=shape | {"decode_programs": n}) for n in _DECODE_PROGRAMS]
-    else:
-        for rows, warps, stages in _PREFILL_SHAPES:
-            if _fits(device.arch, problem, params, rows, stages):
-                shape = {"prefill_block_m": rows, "prefill_warps": warps, "prefill_stages": stages}
-                tiles.append(default.model_copy(update=shape))
-    yield from dict.fromkeys(tiles)
