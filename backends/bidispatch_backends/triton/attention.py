@@ -190,8 +190,8 @@ def bind_attention(context: BindContext) -> Kernel:
     sequence is decided on the GPU. All give the same bits. Where `max_query_len` is at most the tile's
     `decode_query_len` and the workspace holds the splits of every token, a call is two launches: bind decode steps
     apart from prompts. A sequence longer than `max_seq_len`, or than its block table holds, gives NaN, as one of more
-    query tokens than `max_query_len` may: lengths are only known on the GPU. Raises `UsageError` when the limits name no
-    `max_seq_len`.
+    query tokens than `max_query_len` may: lengths are only known on the GPU. Raises `UsageError` when the limits name
+    no `max_seq_len`.
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     if limits.max_seq_len < 1:

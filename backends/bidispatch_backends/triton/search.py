@@ -119,7 +119,7 @@ _DECODE_SHAPES = (
     (32, 4, 3, 0),
     (64, 4, 3, 0),
 )
-_DECODE_PROGRAMS = (3, 8, 16)
+_DECODE_PROGRAMS = (3, 6, 12)
 _FEW_TOKENS = 256
 """Calls of up to so many tokens are taken for decode steps."""
 _PREFILL_SHAPES = ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 3), (16, 4, 3))
