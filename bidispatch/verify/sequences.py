@@ -63,9 +63,8 @@ class SequencePool:
             page_order=page_order,
             page_seed=seed,
         )
-        self._q, self._k, self._v, self._table, *_, self._sinks = (
-            torch.empty(0) if tensor is None else tensor for tensor in arguments
-        )
+        self._q, self._k, self._v, self._table = (tensor for tensor in arguments[:4] if tensor is not None)
+        self._per_head = arguments[6:]
         self._starts = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
         self._generator = torch.Generator().manual_seed(seed)
         self._alone: dict[Piece, tuple[torch.Tensor, ...]] = {}
@@ -122,7 +121,7 @@ class SequencePool:
             self._table[index, :pages].contiguous(),
             torch.tensor(kv_lens, dtype=torch.int32, device=self.subject.device),
             torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.subject.device),
-            self._sinks if self.subject.problem.flag("sinks") else None,
+            *self._per_head,
         ]
 
     @property
