@@ -61,7 +61,17 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
         _attention_class,
         "online softmax in fp32 over KV tiles at absolute positions",
     ),
+    (
+        "attention.mla",
+        "mla:bind_attention_mla",
+        AttentionParams,
+        _attention_class,
+        "the same with one KV head, whose first columns are the values",
+    ),
 )
+
+
+_NAMES = {"attention": "paged_attention", "attention.mla": "mla"}
 
 
 def register(registry: Registry) -> None:
@@ -69,7 +79,7 @@ def register(registry: Registry) -> None:
     for op, bind, params, numerics, summary in _KERNELS:
         registry.register(
             Implementation(
-                name="torch_cpu." + ("paged_attention" if op == "attention" else op),
+                name="torch_cpu." + _NAMES.get(op, op),
                 op=op,
                 load=f"bidispatch_backends.torch_cpu.{bind}",
                 archs=("cpu",),
