@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bidispatch import ops
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Implementation, Params, Registry
 from bidispatch.requirements import Package
@@ -71,6 +72,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
 )
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _NAMES = {"attention": "paged_attention", "attention.mla": "mla"}
 
 
@@ -83,7 +85,7 @@ def register(registry: Registry) -> None:
                 op=op,
                 load=f"bidispatch_backends.torch_cpu.{bind}",
                 archs=("cpu",),
-                dtypes=("float32", "bfloat16", "float16"),
+                dtypes=tuple(dtype for dtype in _DTYPES if dtype in ops.get(op).dtypes),
                 numerics=numerics,
                 requires=(Package("torch"),),
                 params=params,
