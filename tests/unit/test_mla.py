@@ -1,4 +1,4 @@
-"""`attention.mla`: the entry of the catalogue, reference and stock, the processor's kernel, and what a plan says of it."""
+"""`attention.mla`: the catalogue's entry, reference and stock, the kernel of the processor, and what a plan says."""
 
 from __future__ import annotations
 
