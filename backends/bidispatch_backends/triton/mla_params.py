@@ -63,7 +63,9 @@ def mla_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int 
     """One tile for any number of tokens: the kernel itself chooses between decode and prefill.
 
     The accumulator of a row is kv_lora_rank fp32 numbers, so that tiles are flatter than those of attention. sm90 has
-    64 rows in both paths, one warpgroup instruction; everything else has fewer, all through the same instruction.
+    64 rows in both paths, one warpgroup instruction; everything else has fewer, all through the same instruction. The
+    walk holds a second accumulator, that of the splits before: with 64 rows it lies in local memory while a split is
+    computed, and is read and written once a split.
     """
     arch = device.arch
     if arch.family == "sm90":
