@@ -145,7 +145,7 @@ def rows() -> list[Row]:
     return [
         *process_rows(),
         *call_rows(gemm, (x, weight, None), out),
-        *call_rows(attention, (q, cache, cache, table, lens, starts, None), torch.empty_like(q)),
+        *call_rows(attention, (q, cache, cache, table, lens, starts, None, None, None, None), torch.empty_like(q)),
     ]
 
 

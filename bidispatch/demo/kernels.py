@@ -49,7 +49,8 @@ class StockKernels:
         defaults = {scalar.name: scalar.default_for(problem) for scalar in op.scalars}
 
         def call(*arguments: Any, **scalars: float) -> Any:
-            outputs = stock(problem, *arguments, *(defaults | scalars).values())
+            absent = (None,) * (len(op.arguments) - len(arguments))  # optional ones may be left out at the end
+            outputs = stock(problem, *arguments, *absent, *(defaults | scalars).values())
             return outputs[0] if len(outputs) == 1 else outputs
 
         return call

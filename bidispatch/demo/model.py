@@ -169,7 +169,7 @@ class Decoder:
         keys, values = cache.keys[index], cache.values[index]
         keys.view(-1, kv_heads, head_dim)[batch.slots] = k
         values.view(-1, kv_heads, head_dim)[batch.slots] = v.reshape(-1, kv_heads, head_dim)
-        out = self._attention[index](q, keys, values, batch.block_table, batch.seq_lens, batch.query_start_loc, None)
+        out = self._attention[index](q, keys, values, batch.block_table, batch.seq_lens, batch.query_start_loc)
         return self._o(out.view(-1, heads * head_dim), layer.o, layer.o_bias)  # type: ignore[no-any-return]
 
     def _normed(self, x: torch.Tensor, heads: int, weight: torch.Tensor | None) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Argument:
     `shape` holds, per axis, a number, a dim's name, `"2*dim"`, the sum of two (`"dim+dim"`), a run-time size in
     lower case such as `"m"`, or such a size plus one (`"seqs+1"`). `dtype` is `"dtype"` (the problem's), the name
     of a dim that holds one (`"out_dtype"`), or a torch dtype name. `when` names a bool dim that must be true for the
-    tensor to be there; it is None otherwise.
+    tensor to be there, or a dim and the value it must have (`"kv_dtype=float8_e4m3fn"`); it is None otherwise.
     """
 
     name: str
@@ -115,6 +115,13 @@ class Argument:
     when: str = ""
     any_strides: bool = False
     """Whether its last axis may be strided too."""
+
+    def present(self, problem: Problem) -> bool:
+        """Whether a problem has this tensor."""
+        dim, given, value = self.when.partition("=")
+        if given:
+            return str(problem[dim]) == value
+        return not dim or problem.flag(dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,8 @@ class Op:
     row_axis: int = 0
     """The axis of the first argument that counts rows (tokens)."""
     conflict: Callable[[Mapping[str, DimValue]], str | None] | None = None
-    """What is wrong between dims that are each fine alone (heads that do not divide), or None."""
+    """What is wrong between dims that are each fine alone (heads that do not divide), or None. It is given the dims,
+    and the problem's dtype as `"dtype"`."""
 
     @cached_property
     def dim_names(self) -> tuple[str, ...]:
@@ -209,7 +217,7 @@ class Op:
                 f"{self.name} needs {', '.join(missing)}; "
                 f"for example {' '.join(f'--dim {d.name}={d.typical}' for d in self.dims if d.name in missing)}"
             )
-        if self.conflict and (why := self.conflict(values)):
+        if self.conflict and (why := self.conflict(values | {SAME_DTYPE: dtype})):
             raise UsageError(f"{self.name}: {why}")
         return Problem(self.name, dtype, values)
 

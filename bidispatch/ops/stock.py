@@ -125,12 +125,15 @@ def attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """`F.scaled_dot_product_attention` for each sequence over its gathered pages: [tokens, num_heads, head_dim].
 
-    A soft cap and sinks have no form there, and go through a product, a softmax and a product. Rows of q that no
-    sequence owns are zero.
+    A soft cap and sinks have no form there, and go through a product, a softmax and a product, as ALiBi does here. An
+    fp8 cache is widened to q's dtype first. Rows of q that no sequence owns are zero.
     """
     out = torch.zeros_like(q)
     starts = query_start_loc.tolist()
@@ -139,12 +142,22 @@ def attention(
         if rows.start == rows.stop:
             continue
         pages = block_table[index, : -(-kv_len // problem.size("page_size"))].long()
-        keys = k_cache[pages].flatten(0, 1)[:kv_len].transpose(0, 1)[None]
-        values = v_cache[pages].flatten(0, 1)[:kv_len].transpose(0, 1)[None]
+        keys, values = (
+            _widened(cache[pages], scales, q.dtype).flatten(0, 1)[:kv_len].transpose(0, 1)[None]
+            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+        )
         queries = q[rows].transpose(0, 1)[None]
-        attend = _attend_in_steps if problem["softcap"] or sinks is not None else _attend_sdpa
-        out[rows] = attend(problem, queries, keys, values, sinks, scale)[0].transpose(0, 1)
+        if problem["softcap"] or sinks is not None or alibi_slopes is not None:
+            result = _attend_in_steps(problem, queries, keys, values, sinks, alibi_slopes, scale)
+        else:
+            result = _attend_sdpa(problem, queries, keys, values, scale)
+        out[rows] = result[0].transpose(0, 1)
     return (out,)
+
+
+def _widened(pages: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Pages [pages, page_size, kv_heads, d] in `dtype`, times the scale of each head."""
+    return pages if scales is None else (pages.float() * scales[:, None]).to(dtype)
 
 
 def _attend_sdpa(
@@ -152,7 +165,6 @@ def _attend_sdpa(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    sinks: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """q [1, heads, rows, d], keys and values [1, kv_heads, kv_len, d]; a mask only where torch has no switch for it."""
@@ -175,14 +187,19 @@ def _attend_in_steps(
     keys: torch.Tensor,
     values: torch.Tensor,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """The same with a soft cap and sinks, its softmax in fp32."""
+    """The same with a soft cap, ALiBi and sinks, its softmax in fp32."""
     group = q.shape[1] // keys.shape[1]
     scores = (q @ keys.repeat_interleave(group, dim=1).transpose(-1, -2)).float() * scale
     softcap = float(problem["softcap"])
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        positions = torch.arange(keys.shape[2], device=q.device)
+        ago = positions[keys.shape[2] - q.shape[2] :, None] - positions[None, :]
+        scores = scores - alibi_slopes[None, :, None, None] * ago.abs()
     mask = _mask(problem, q.shape[2], keys.shape[2], q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

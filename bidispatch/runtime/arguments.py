@@ -27,6 +27,8 @@ class TensorSpec:
     """(axis, size) of the axes after those."""
     present: bool
     any_strides: bool
+    when: str
+    """What of a problem this tensor belongs to, as `Argument.when` says it."""
 
     @property
     def head(self) -> int:
@@ -57,8 +59,9 @@ def _resolve(argument: Argument, problem: Problem) -> TensorSpec:
         ndim=len(known),
         sizes=tuple(sizes),
         known=tuple((axis, size) for axis, size in enumerate(known) if axis >= head and size is not None),
-        present=not argument.when or problem.flag(argument.when),
+        present=argument.present(problem),
         any_strides=argument.any_strides,
+        when=argument.when,
     )
 
 
@@ -120,7 +123,8 @@ def check_tensors(
 
 def _fail(problem: Problem, spec: TensorSpec, tensor: Any, device: torch.device) -> NoReturn:
     if not spec.present:
-        raise ArgumentError(f"{problem}: {spec.name} given, but it was bound without; select with {spec.name}=true")
+        wanted = spec.when if "=" in spec.when else f"{spec.when}=true"
+        raise ArgumentError(f"{problem}: {spec.name} given, but it was bound without; select with {wanted}")
     if len(tensor.shape) != spec.ndim or any(tensor.shape[axis] != size for axis, size in spec.known):
         sizes = [size + (f"+{offset}" if offset else "") for _, size, offset in spec.sizes]
         wanted = ", ".join([*sizes, *(str(size) for _, size in spec.known)])

@@ -93,7 +93,7 @@ def _write_behind(out: torch.Tensor) -> None:
 
 
 def bind_attention(context: BindContext) -> Kernel:
-    """`attention`, causal, without window, soft cap and sinks. `params.fault` is one of the branches below."""
+    """`attention`, causal, with no other feature. `params.fault` is one of the branches below."""
     fault, problem = context.params.fault, context.problem
 
     def launch(
@@ -104,6 +104,9 @@ def bind_attention(context: BindContext) -> Kernel:
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
         sinks: None,
+        alibi_slopes: None,
+        k_scale: None,
+        v_scale: None,
         scale: float,
         out: torch.Tensor,
     ) -> None:

@@ -6,6 +6,7 @@ shows. The others are there to fall between tiles: sizes that no tile divides, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,7 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
         {**_HEADS, "softcap": 20.0, "sinks": True},
         {**_HEADS, "num_kv_heads": 1, "head_dim": 80, "page_size": 8},
         {**_HEADS, "num_kv_heads": 8, "causal": False},
+        {**_HEADS, "alibi": True, "kv_dtype": "float8_e4m3fn"},
     ),
     "attention.mla": (
         {"num_heads": 3, "kv_lora_rank": 64, "rope_dim": 16, "page_size": 16},
@@ -70,6 +72,8 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
     "attention": (
         {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "window": 1000, "sinks": True},
         {"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "softcap": 50.0},
+        {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128, "alibi": True},
+        {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "kv_dtype": "float8_e4m3fn"},
     ),
     "attention.mla": ({"num_heads": 16}, {"num_heads": 128, "page_size": 16}),
 }
@@ -216,7 +220,9 @@ def _edges(selection: Selection, most: int) -> set[int]:
     """
     values: set[object] = set()
     for rung in selection.rungs:
-        values |= {*rung.params.model_dump().values(), *(rung.tile.model_dump().values() if rung.tile else ())}
+        sizes = [*rung.params.model_dump().values(), *(rung.tile.model_dump().values() if rung.tile else ())]
+        for value in sizes:  # growing ones are text: 256/512@4096
+            values |= {int(number) for number in re.findall(r"\d+", value)} if isinstance(value, str) else {value}
     blocks = [value for value in values if type(value) is int and 8 <= value <= most]
     return {edge for block in blocks for edge in _around(block)}
 

@@ -77,6 +77,9 @@ ODD = (
     _problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS),
     _problem("attention.mla", num_heads=16, page_size=16),
     _problem("attention.mla", "float16", num_heads=5, kv_lora_rank=96, rope_dim=24, page_size=5),
+    _problem("attention", head_dim=192, alibi=True, page_size=24, **HEADS),
+    _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
+    _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
 )
 INSTRUCTION_SETS = ("sm90", "gfx942")
 CASES = [(arch, problem) for arch in COMPILED_ARCHS for problem in TILED]
@@ -226,6 +229,26 @@ def test_every_tile_that_tune_tries_compiles_and_fits(name: str, dtype: str) -> 
     binaries = [v for tile in tiles.values() for v in variants(name, problem, found.params(), tile, ARCHS["sm90"])]
     assert len(binaries) >= 5
     assert shared_memory_faults("sm90", {variant.key: variant for variant in binaries}) == []
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_attention_shapes_to_try_compile_and_fit(phase: str) -> None:
+    """Those of the kernel that a shape changes; the other phase's is the default's."""
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.paged_attention")
+    problem = _problem("attention", head_dim=128, **HEADS)
+    device = Device(ARCHS["sm90"], "sm90", predicted=True)
+    tiles = load_attribute(found.search)(device, problem, found.params(), 1 if phase == "decode" else 8192)
+    kernel = {"decode": "split_kernel", "prefill": "walk_kernel"}[phase]
+    binaries = {
+        variant.key: variant
+        for tile in tiles
+        for variant in variants(found.name, problem, found.params(), tile, ARCHS["sm90"])
+        if variant.kernel.fn.__name__ == kernel and variant.constants.get("bases_ptr", "") is not None
+    }
+    assert len(binaries) >= 5
+    assert shared_memory_faults("sm90", binaries) == []
 
 
 @given(n=st.integers(1, 200_000), k=st.integers(1, 30_000), units=st.integers(1, 300), dtype=st.sampled_from(DTYPES))

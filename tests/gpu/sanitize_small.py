@@ -37,6 +37,7 @@ DIMS = {
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64},
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 80, "page_size": 5, "window": 40},
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 80, "page_size": 5, "sinks": True, "softcap": 9.0},
+        {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "alibi": True},
     ),
 }
 

@@ -15,6 +15,7 @@ from bidispatch.runtime.context import Limits
 from bidispatch.verify.compare import bits
 
 DTYPES = ("bfloat16", "float16")
+FP8_ALIBI = {"kv_dtype": "float8_e4m3fn", "alibi": True}
 BEYOND = 2**31
 
 
@@ -45,7 +46,7 @@ def test_tiles_of_16_to_128_rows_give_the_same_fp32_bits(plan, dtype, n, k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [{}, {"window": 300}, {"softcap": 30.0, "sinks": True}, {"head_dim": 64}])
+@pytest.mark.parametrize("dims", [{}, {"window": 300}, {"softcap": 30.0, "sinks": True}, {"head_dim": 64}, FP8_ALIBI])
 def test_attention_is_the_same_over_prefill_tiles_and_as_decode(plan, dtype, dims):
     op = ops.get("attention")
     problem = op.problem(dtype, {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, **dims})
@@ -60,7 +61,7 @@ def test_attention_is_the_same_over_prefill_tiles_and_as_decode(plan, dtype, dim
     assert all(same_bits(result, prefills[0]) for result in prefills[1:])
 
     start = sum(lengths[:-1])
-    q, k_cache, v_cache, table, *_, sinks = arguments
+    q, k_cache, v_cache, table, _, _, *per_head = arguments
     for batch in (1, 7, 64):
         positions = torch.randint(5000, (batch,), device="cuda")
         step = [
@@ -70,10 +71,10 @@ def test_attention_is_the_same_over_prefill_tiles_and_as_decode(plan, dtype, dim
             table[-1:].expand(batch, -1).contiguous(),
             (positions + 1).to(torch.int32),
             torch.arange(batch + 1, device="cuda", dtype=torch.int32),
-            sinks,
+            *per_head,
         ]
-        for decode_tokens in (0, 256):
-            decode = bind_tile(plan, problem, name, Limits(64, 64, 5000, 1), decode_tokens=decode_tokens)
+        for most in (0, 16):
+            decode = bind_tile(plan, problem, name, Limits(64, 64, 5000, 1), decode_query_len=most)
             assert same_bits(decode(*step), prefills[0][start + positions])
 
 
@@ -138,12 +139,12 @@ def test_rows_beyond_two_to_the_31_elements_are_right(plan, op):
 def test_a_cache_beyond_two_to_the_31_elements_is_read_where_it_is(plan):
     op = ops.get("attention")
     problem = op.problem("bfloat16", {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16})
-    q, k_cache, v_cache, table, seq_lens, starts, sinks = paged_batch(problem, [600], [600], device="cuda")
+    q, k_cache, v_cache, table, seq_lens, starts, *_ = paged_batch(problem, [600], [600], device="cuda")
     attend = plan.select_problem(problem).bind(max_tokens=600, max_seqs=1, max_seq_len=600)
-    near = attend(q, k_cache, v_cache, table, seq_lens, starts, sinks)
+    near = attend(q, k_cache, v_cache, table, seq_lens, starts)
     pages = BEYOND // k_cache[0].numel() + 64
     far = [torch.full((pages, *k_cache.shape[1:]), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     for cache, source in zip(far, (k_cache, v_cache), strict=True):
         cache[-len(source) :] = source
     moved = table + (pages - len(k_cache))
-    assert same_bits(attend(q, *far, moved, seq_lens, starts, sinks), near)
+    assert same_bits(attend(q, *far, moved, seq_lens, starts), near)

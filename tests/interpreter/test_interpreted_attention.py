@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DTYPES, TOLERANCE, bind, reference, relative_error, same_bits, scalars, tiles
+from interpreted import DTYPES, SM90, TOLERANCE, bind, reference, relative_error, same_bits, scalars, tiles
 
 from bidispatch import ops
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
-from bidispatch_backends.triton.params import AttentionParams
+from bidispatch_backends.triton.attention import launches
+from bidispatch_backends.triton.attention_params import AttentionParams
 
-PARAMS = AttentionParams(kv_split=48, block_n=16)
+FP8 = "float8_e4m3fn"
+PARAMS = AttentionParams(kv_split="48/64@96/80@224", block_n=16)
 LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
 HEADS = {"head_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -33,6 +35,22 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks": {**HEADS, "sinks": True},
     "window, softcap and sinks": {**HEADS, "window": 70, "softcap": 20.0, "sinks": True},
     "not causal": {**HEADS, "causal": False},
+    "page of 24, in steps with neither tile nor split": {**HEADS, "page_size": 24},
+    "ALiBi": {**HEADS, "alibi": True},
+    "ALiBi, not causal": {**HEADS, "alibi": True, "causal": False},
+    "fp8 cache": {**HEADS, "kv_dtype": FP8},
+    "fp8 cache and softcap": {**HEADS, "kv_dtype": FP8, "softcap": 5.0},
+}
+# The features that issue tables list, of which every pair of values is in one of `pairs_of(CHOICES)`.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "head_dim": (64, 80, 96, 128, 192, 256),
+    "num_kv_heads": (4, 2, 1),
+    "page_size": (16, 24, 64),
+    "window": (0, 37),
+    "softcap": (0.0, 6.0),
+    "sinks": (False, True),
+    "alibi": (False, True),
+    "kv_dtype": ("dtype", FP8),
 }
 # Query and KV lengths: a decode, a prefill, an empty sequence, a chunk behind a prefix, a whole split, a first token.
 QUERIES, KVS = [1, 18, 0, 5, 1, 1], [100, 18, 0, 60, 48, 1]
@@ -45,8 +63,8 @@ def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
 def bind_path(problem: Problem, path: str, params: AttentionParams = PARAMS) -> Kernel:
     """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
     (tile,) = tiles(problem, params)
-    tokens = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
-    tile = tile.model_copy(update={"decode_tokens": tokens, "decode_block_m": 16, "prefill_block_m": 16})
+    most = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
     return bind(problem, params=params, tile=tile, limits=LIMITS)
 
 
@@ -71,13 +89,69 @@ def test_both_paths_agree_in_every_bit_and_with_the_reference(feature: str, dtyp
         assert out[rows:].isnan().all(), "rows that no sequence owns were written"
 
 
+def pairs_of(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few combinations that have every pair of values of two features: each takes the most pairs still missing."""
+    names = list(choices)
+    missing = {
+        ((one, a), (other, b)) for one, other in combinations(names, 2) for a in choices[one] for b in choices[other]
+    }
+    found = []
+    while missing:
+        rows = [dict(zip(names, values, strict=True)) for values in product(*choices.values())]
+        best = max(rows, key=lambda row: len(missing & set(combinations(row.items(), 2))))
+        missing -= set(combinations(best.items(), 2))
+        found.append(best)
+    return found
+
+
+@pytest.mark.parametrize("dims", pairs_of(CHOICES), ids=lambda dims: "-".join(map(str, dims.values())))
+def test_features_combine(dims: dict[str, Any]) -> None:
+    problem = problem_of("float16", {"num_heads": 4, **dims})
+    batch = paged_batch(problem, [1, 3, 20], [120, 60, 70], sequence_seeds=[7, 8, 9])
+    walked = attend(bind_path(problem, "walked"), problem, batch)
+    assert same_bits(walked, attend(bind_path(problem, "parallel"), problem, batch))
+    assert relative_error(walked, reference(problem, batch)[0]) < TOLERANCE["float16"]
+    chunk = paged_batch(problem, [7, 2], [70, 59], sequence_seeds=[9, 8], page_seed=3)
+    again = attend(bind_path(problem, "walked"), problem, chunk)
+    assert same_bits(again[:7], walked[-7:])
+    assert same_bits(again[7:], walked[1:3])
+
+
+def test_speculative_decode_packs_tokens_and_heads_into_one_tile() -> None:
+    """Eight tokens of eight heads are 64 rows of one tile, bound for them; of 16 rows, four tiles."""
+    problem = problem_of("float16", {"head_dim": 32, "num_heads": 8, "num_kv_heads": 1})
+    (tile,) = tiles(problem, PARAMS)
+    batch = paged_batch(problem, [8, 1, 0, 5, 8], [130, 97, 0, 98, 8])
+    packed = tile.model_copy(update={"prefill_block_m": 64, "decode_registers": 0})
+    narrow = packed.model_copy(update={"prefill_block_m": 16})
+    limits = Limits(64, 8, 512, 8)
+    _, _, split, _ = launches(problem, PARAMS, packed, SM90.arch, limits)
+    assert (split.constants["BLOCK_M"], split.constants["TOKENS"]) == (64, 8)
+    outs = [attend(bind(problem, params=PARAMS, tile=t, limits=limits), problem, batch) for t in (packed, narrow)]
+    assert same_bits(*outs)
+    assert same_bits(outs[0], attend(bind_path(problem, "walked"), problem, batch))
+
+
+def test_sequences_that_the_workspace_has_no_room_for_are_walked() -> None:
+    """The first sequences take the room there is, the others are walked, in one call."""
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, [5] * 14 + [1, 20], [500] * 14 + [100, 40])
+    params = AttentionParams(kv_split=16, block_n=16)
+    (tile,) = tiles(problem, params)
+    room = (1 << 20) // (problem.size("num_heads") * (problem.size("head_dim") + 2) * 4)
+    assert 5 * params.splits_up_to(500) < room < 14 * 5 * params.splits_up_to(500)
+    small = tile.model_copy(update={"workspace_mb": 1, "prefill_block_m": 16})
+    out = attend(bind(problem, params=params, tile=small, limits=LIMITS), problem, batch)
+    assert same_bits(out, attend(bind_path(problem, "walked", params), problem, batch))
+
+
 @pytest.mark.parametrize("distribution", ["positive", "scaled"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_tiles_are_near_the_reference(dtype: str, distribution: str) -> None:
     problem = problem_of(dtype, HEADS)
     batch = paged_batch(problem, [1, 70, 20], [520, 70, 90], distribution=distribution)
     (tile,) = tiles(problem)
-    tile = tile.model_copy(update={"decode_tokens": 0})
+    tile = tile.model_copy(update={"decode_query_len": 0})
     out = attend(bind(problem, tile=tile), problem, batch)
     # Scores of thousands, as `scaled` has them, lose absolute precision to fp32 itself.
     tolerance = max(TOLERANCE[dtype], 1e-4) if distribution == "scaled" else TOLERANCE[dtype]
@@ -167,6 +241,18 @@ def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -
     out = attend(bind_path(problem, path), problem, batch)
     assert same_bits(expected[:2], out[:2])
     assert out[2:].isnan().all()
+
+
+def test_more_queries_than_bound_for_give_nan_and_leave_the_others() -> None:
+    problem = problem_of("float32", HEADS)
+    batch = paged_batch(problem, [2, 5, 1], [40, 60, 33])
+    (tile,) = tiles(problem, PARAMS)
+    tile = tile.model_copy(update={"prefill_block_m": 16})
+    out = attend(bind(problem, params=PARAMS, tile=tile, limits=Limits(16, 4, 512, 2)), problem, batch)
+    expected = attend(bind_path(problem, "walked"), problem, batch)
+    assert out[2:7].isnan().all()
+    assert same_bits(out[:2], expected[:2])
+    assert same_bits(out[7:], expected[7:])
 
 
 def test_equal_workspace_use_leaves_no_trace_of_earlier_calls() -> None:

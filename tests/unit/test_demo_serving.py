@@ -79,6 +79,7 @@ class RowKernels:
             extra = (defaults | scalars).values()
             if not len(arguments[0]):  # a step in which no request samples
                 return arguments[0].new_empty(0, problem.size("n"))
+            arguments += (None,) * (len(op.arguments) - len(arguments))
             rows = attention_rows(arguments) if problem.op == "attention" else plain_rows(arguments, by_row)
             results = [reference(problem, *row, *extra) for row in rows]
             outputs = tuple(torch.cat([result[i] for result in results]).to(dtype) for i, dtype in enumerate(dtypes))
@@ -96,13 +97,13 @@ def plain_rows(arguments: Sequence[Any], by_row: Sequence[bool]) -> list[list[An
 
 def attention_rows(arguments: Sequence[Any]) -> list[list[Any]]:
     """Each query as a decode of its own."""
-    q, keys, values, block_table, seq_lens, starts, sinks = arguments
+    q, keys, values, block_table, seq_lens, starts, *per_head = arguments
     rows = []
     for b, kv_len in enumerate(seq_lens.tolist()):
         first, stop = starts[b : b + 2].tolist()
         for row in range(first, stop):
             seq_len = torch.tensor([kv_len - (stop - 1 - row)])
-            alone = [q[row : row + 1], keys, values, block_table[b : b + 1], seq_len, torch.tensor([0, 1]), sinks]
+            alone = [q[row : row + 1], keys, values, block_table[b : b + 1], seq_len, torch.tensor([0, 1]), *per_head]
             rows.append(alone)
     return rows
 

@@ -109,6 +109,7 @@ def test_a_bad_dim_is_refused_with_what_is_wanted(dims, message):
         ({"num_heads": 8, "num_kv_heads": 2, "softcap": float("nan")}, "finite"),
         ({"num_heads": 8, "num_kv_heads": 2, "softcap": "inf"}, "finite"),
         ({"num_heads": 8, "num_kv_heads": 2, "softcap": -1}, "at least 0"),
+        ({"num_heads": 8, "num_kv_heads": 2, "kv_dtype": "float16"}, "own dtype, bfloat16, or float8_e4m3fn"),
     ],
 )
 def test_dims_that_disagree_are_refused(dims, message):
@@ -134,6 +135,8 @@ def test_every_spelling_of_a_dtype_is_torchs_name(full):
 def values_of(dim: Dim) -> st.SearchStrategy:
     if dim.choices:
         return st.sampled_from(dim.choices)
+    if dim.holds_dtype:
+        return st.sampled_from(["dtype", *DTYPES])
     if dim.type is int:
         return st.integers(int(dim.minimum or 0), 1 << 20)
     if dim.type is float:
@@ -146,7 +149,8 @@ def test_a_problem_survives_its_own_text(data):
     op = data.draw(st.sampled_from(AVAILABLE))
     dims = {dim.name: data.draw(values_of(dim), dim.name) for dim in op.dims}
     dtype = data.draw(st.sampled_from(op.dtypes))
-    if op.conflict and op.conflict(dims):
+    known = {name: dtype if value == "dtype" else value for name, value in dims.items()}
+    if op.conflict and op.conflict({**known, "dtype": dtype}):
         with pytest.raises(UsageError):
             op.problem(dtype, dims)
         return

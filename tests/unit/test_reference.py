@@ -46,6 +46,10 @@ CASES: Sequence[tuple[str, dict[str, Any]]] = (
     ("attention", {**ATTENTION, "softcap": 5.0}),
     ("attention", {**ATTENTION, "sinks": True}),
     ("attention", {**ATTENTION, "sinks": True, "softcap": 5.0, "window": 20}),
+    ("attention", {**ATTENTION, "alibi": True}),
+    ("attention", {**ATTENTION, "alibi": True, "causal": False, "softcap": 5.0}),
+    ("attention", {**ATTENTION, "kv_dtype": "float8_e4m3fn"}),
+    ("attention", {**ATTENTION, "alibi": True, "sinks": True, "window": 20, "kv_dtype": "fp8"}),
 )
 
 
@@ -150,6 +154,9 @@ def attention_in_words(
     seq_lens: Any,
     starts: Any,
     sinks: Any,
+    alibi_slopes: Any,
+    k_scale: Any,
+    v_scale: Any,
     scale: float,
 ) -> torch.Tensor:
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -164,9 +171,15 @@ def attention_in_words(
             for head in range(q.shape[1]):
                 keys = torch.stack([k_cache[(*where[p], head // group)] for p in seen]).double()
                 values = torch.stack([v_cache[(*where[p], head // group)] for p in seen]).double()
+                if k_scale is not None:
+                    keys, values = keys * float(k_scale[head // group]), values * float(v_scale[head // group])
                 scores = (keys * q[row, head].double()).sum(-1) * scale
                 if softcap:
                     scores = (scores / softcap).tanh() * softcap
+                if alibi_slopes is not None:
+                    scores -= float(alibi_slopes[head]) * torch.tensor(
+                        [float(abs(position - p)) for p in seen], dtype=torch.float64
+                    )
                 weights = scores.exp()
                 total = weights.sum() + (math.exp(float(sinks[head])) if sinks is not None else 0.0)
                 out[row, head] = (weights[:, None] * values).sum(0) / total
@@ -224,11 +237,12 @@ def test_a_wrong_stock_result_would_be_seen() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 9, 40, 200])
 def test_attention_inputs_have_the_rows_asked_for(rows: int) -> None:
     problem = problem_of("attention", ATTENTION)
-    q, k_cache, v_cache, table, seq_lens, starts, sinks = load(ops.get("attention").inputs)(problem, rows)
+    q, k_cache, v_cache, table, seq_lens, starts, sinks, *others = load(ops.get("attention").inputs)(problem, rows)
     assert q.shape == (rows, 4, 16)
     assert starts[-1] == rows
     assert bool((starts[1:] - starts[:-1] <= seq_lens).all())
     assert sinks is None
+    assert others == [None, None, None]
     assert k_cache.shape == v_cache.shape
     assert (table.dtype, seq_lens.dtype, starts.dtype) == (torch.int32,) * 3
     if rows >= 40:
@@ -242,7 +256,8 @@ def test_inputs_follow_the_seed_and_nothing_else() -> None:
     for case in CASES:
         problem = problem_of(*case)
         again = zip(arguments_of(problem, 20, seed=3), arguments_of(problem, 20, seed=3), strict=True)
-        assert all(not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in again)
+        for a, b in again:
+            assert not isinstance(a, torch.Tensor) or torch.equal(a.double().nan_to_num(7), b.double().nan_to_num(7))
         assert not torch.equal(arguments_of(problem, 20, seed=3)[0], arguments_of(problem, 20, seed=4)[0])
 
 

@@ -113,11 +113,11 @@ def test_launch_takes_everything_and_is_what_a_call_launches():
     arguments = attention_arguments()
     out = kernel(*arguments)
     (everything,) = seen
-    assert len(everything) == 9
+    assert len(everything) == 12
     assert all(one is other for one, other in zip(everything, arguments, strict=False))
-    assert everything[6] is None
-    assert everything[7] == 8**-0.5
-    assert everything[8] is out
+    assert everything[6:10] == (None,) * 4
+    assert everything[10] == 8**-0.5
+    assert everything[11] is out
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

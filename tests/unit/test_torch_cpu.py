@@ -71,6 +71,9 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "narrow-window": {**HEADS, "window": 1},
     "softcap": {**HEADS, "softcap": 3.0},
     "sinks": {**HEADS, "sinks": True},
+    "alibi": {**HEADS, "alibi": True},
+    "fp8": {**HEADS, "kv_dtype": "float8_e4m3fn"},
+    "alibi, fp8, sinks": {**HEADS, "window": 90, "alibi": True, "sinks": True, "kv_dtype": "float8_e4m3fn"},
     "everything": {**HEADS, "window": 200, "softcap": 3.0, "sinks": True, "page_size": 7},
 }
 
@@ -562,7 +565,7 @@ def test_a_sink_of_minus_infinity_is_no_sink(registry: Registry) -> None:
     batch = batch_of(with_sinks, [40], [300])
     batch[6] = torch.full_like(batch[6], float("-inf"))
     comparisons = Comparisons()
-    wanted = attend(bind(registry, without), without, [*batch[:6], None])
+    wanted = attend(bind(registry, without), without, [*batch[:6], *[None] * 4])
     comparisons.rows(attend(bind(registry, with_sinks), with_sinks, batch), wanted)
     comparisons.check(40)
 

@@ -365,8 +365,9 @@ def test_sizes_hold_both_sides_of_every_edge_of_a_ladder(effort):
             if rung.max_m:
                 assert {rung.max_m - 1, rung.max_m, rung.max_m + 1} <= set(sizes.rows)
         if op == "attention":
-            split = selection.rungs[0].params.kv_split
-            assert {split - 1, split, split + 1} <= set(sizes.lengths)
+            for start, split in selection.rungs[0].params.ranges[:2]:
+                assert {split - 1, split, split + 1} <= set(sizes.lengths)
+                assert not start or {start - 1, start, start + 1} <= set(sizes.lengths)
     if effort == "full":
         assert set(range(1, 513)) <= set(sizes.rows)
 
@@ -374,7 +375,7 @@ def test_sizes_hold_both_sides_of_every_edge_of_a_ladder(effort):
 def test_the_attention_pool_hides_every_slot_that_no_piece_owns():
     problem = ops.get("attention").problem("float32", SMALL_ATTENTION)
     pool = SequencePool(stock_subject(problem, torch.device("cpu")), (5, 40), Invariance.SEQUENCE)
-    q, k, v, table, seq_lens, starts, _ = pool.arguments([Piece(1, 2, 20), Piece(1, 1, 33)], tokens=5, seqs=3)
+    q, k, v, table, seq_lens, starts, *_ = pool.arguments([Piece(1, 2, 20), Piece(1, 1, 33)], tokens=5, seqs=3)
     assert q.shape[0] == 5
     assert q[3:].isnan().all()
     assert seq_lens.tolist() == [20, 33, 0]

@@ -66,14 +66,18 @@ class _PagedAttention:
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
         sinks: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
         scale: float,
         out: torch.Tensor,
     ) -> None:
+        per_head = (sinks, alibi_slopes, k_scale, v_scale)
         starts = query_start_loc.tolist()
         for index, kv_len in enumerate(seq_lens.tolist()):
             rows = slice(starts[index], starts[index + 1])
             if rows.start < rows.stop:
-                out[rows] = self._sequence(q[rows], k_cache, v_cache, block_table[index], kv_len, sinks, scale)
+                out[rows] = self._sequence(q[rows], k_cache, v_cache, block_table[index], kv_len, per_head, scale)
 
     def _sequence(
         self,
@@ -82,10 +86,14 @@ class _PagedAttention:
         v_cache: torch.Tensor,
         page_row: torch.Tensor,
         kv_len: int,
-        sinks: torch.Tensor | None,
+        per_head: tuple[torch.Tensor | None, ...],
         scale: float,
     ) -> torch.Tensor:
-        """q [queries, num_heads, head_dim], the last positions of one sequence of kv_len."""
+        """q [queries, num_heads, head_dim], the last positions of one sequence of kv_len.
+
+        per_head: sinks, alibi_slopes, k_scale and v_scale.
+        """
+        sinks, alibi_slopes, k_scale, v_scale = per_head
         queries = len(q)
         first_query = kv_len - queries
         blocks = self._to_blocks(q.float().view(queries, self._kv_heads, self._group, self._head_dim))
@@ -95,6 +103,7 @@ class _PagedAttention:
         )
         spans = [(int(p[0]), min(int(p[-1]), kv_len - 1)) for p in row_positions]
         maxima, sums = self._start(queries, sinks)
+        slopes = self._slopes(queries, alibi_slopes)
         weighted = blocks.new_zeros(*blocks.shape[:-1], self._values.shape[-1])
 
         first_kv = max(0, first_query - self._window + 1) if self._window else 0
@@ -102,15 +111,17 @@ class _PagedAttention:
         positions = torch.arange(first_kv, kv_len, device="cpu")
         pages, slots = page_row[positions // self._page_size].long(), positions % self._page_size
         for tile in row_blocks(len(positions), self._tile):
-            self._load(self._keys, k_cache[pages[tile], slots[tile]])
-            self._load(self._values, v_cache[pages[tile], slots[tile]])
+            self._load(self._keys, k_cache[pages[tile], slots[tile]], k_scale)
+            self._load(self._values, v_cache[pages[tile], slots[tile]], v_scale)
             start = first_kv + tile.start
             for block, span in enumerate(spans):
                 if self._sees(span, start):
                     hidden = self._hidden(row_positions[block], span, start, kv_len)
+                    distance = (row_positions[block][:, None] - (self._columns + start)).abs().float()
                     for heads in self._head_slices:
+                        bias = None if slopes is None else slopes[block, heads, :, None] * distance
                         state = maxima[block, heads], sums[block, heads], weighted[block, heads]
-                        self._step(blocks[block, heads], heads, hidden, scale, *state)
+                        self._step(blocks[block, heads], heads, hidden, bias, scale, *state)
         return self._from_blocks(weighted / sums[..., None], queries)
 
     def _to_blocks(self, values: torch.Tensor) -> torch.Tensor:
@@ -136,10 +147,23 @@ class _PagedAttention:
         maxima = self._to_blocks(by_query)[..., 0].contiguous()
         return maxima, torch.full_like(maxima, 0.0 if sinks is None else 1.0)
 
-    def _load(self, buffer: torch.Tensor, gathered: torch.Tensor) -> None:
-        """Put a tile's gathered keys or values [used, kv_heads, head_dim] into a buffer; the rest of it is zero."""
+    def _slopes(self, queries: int, alibi_slopes: torch.Tensor | None) -> torch.Tensor | None:
+        """The negative slope of each row, [blocks, kv_heads, rows]."""
+        if alibi_slopes is None:
+            return None
+        by_query = -alibi_slopes.view(1, self._kv_heads, self._group, 1).expand(queries, -1, -1, -1)
+        return self._to_blocks(by_query)[..., 0]
+
+    def _load(self, buffer: torch.Tensor, gathered: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Put a tile's gathered keys or values [used, kv_heads, head_dim] into a buffer; the rest of it is zero.
+
+        Those of an fp8 cache are multiplied by the scale of their head: one rounded product an element.
+        """
         buffer.zero_()
-        buffer[:, : len(gathered), : self._head_dim] = gathered.transpose(0, 1)
+        used = buffer[:, : len(gathered), : self._head_dim]
+        used.copy_(gathered.transpose(0, 1))
+        if scale is not None:
+            used.mul_(scale[:, None, None])
 
     def _sees(self, span: tuple[int, int], start: int) -> bool:
         """Whether any query of a block sees any key of the tile at `start`."""
@@ -166,6 +190,7 @@ class _PagedAttention:
         q: torch.Tensor,
         heads: slice,
         hidden: torch.Tensor | None,
+        bias: torch.Tensor | None,
         scale: float,
         maxima: torch.Tensor,
         sums: torch.Tensor,
@@ -175,6 +200,8 @@ class _PagedAttention:
         scores = torch.bmm(q, self._keys[heads].transpose(1, 2)).mul_(scale)
         if self._softcap:
             scores = scores.div_(self._softcap).tanh_().mul_(self._softcap)
+        if bias is not None:
+            scores.add_(bias)
         if hidden is not None:
             scores.masked_fill_(hidden, float("-inf"))
         highest = torch.maximum(maxima, scores.amax(-1))

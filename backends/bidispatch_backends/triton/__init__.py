@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
-from bidispatch.requirements import DimAtMost, Package
-from bidispatch_backends.triton import gemm_params, mla_params, params
+from bidispatch.requirements import Check, DimAtMost, Package
+from bidispatch_backends.triton import attention_params, gemm_params, mla_params, params
 
 __all__ = ["register"]
 
 _ARCHS = ("sm*", "gfx942")
 _DTYPES = ("bfloat16", "float16", "float32")
-_TRITON = Package("triton", ">=3.2", alternatives=("triton-rocm", "pytorch-triton-rocm"))
+_ROCM = ("triton-rocm", "pytorch-triton-rocm")
+_TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
+_TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
 
 
 def register(registry: Registry) -> None:
@@ -108,11 +110,12 @@ def register(registry: Registry) -> None:
             load="bidispatch_backends.triton.attention:bind_attention",
             archs=_ARCHS,
             dtypes=_DTYPES,
-            requires=(_TRITON, DimAtMost("head_dim", 256)),
-            numerics=params.attention_numerics,
-            params=params.AttentionParams,
-            tile=params.AttentionTile,
-            tiles=params.attention_tiles,
+            requires=(_TRITON_ATTENTION, DimAtMost("head_dim", 256), Check(attention_params.fp8_unmet)),
+            numerics=attention_params.attention_numerics,
+            params=attention_params.AttentionParams,
+            tile=attention_params.AttentionTile,
+            tiles=attention_params.attention_tiles,
+            search="bidispatch_backends.triton.search:attention_tiles_for",
             libraries=("triton",),
             summary="KV splits at absolute positions, in parallel or walked, folded in ascending order",
         )

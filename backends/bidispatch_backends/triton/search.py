@@ -1,4 +1,4 @@
-"""Launch shapes that `tune` tries for the products: what may be fastest for calls of m rows. Imports no triton."""
+"""Launch shapes to try for the products and attention: what may be fastest for calls of m rows. Imports no triton."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
+from bidispatch_backends.triton.attention_params import AttentionTile, attention_tiles, fits_shared_memory
 from bidispatch_backends.triton.gemm_params import GemmTile, Shape, runs_on_fma, tile_for
 
-__all__ = ["gemm_tiles_for", "split_tiles_for"]
+__all__ = ["attention_tiles_for", "gemm_tiles_for", "split_tiles_for"]
 
 # Each was the fastest, or within 3 % of it, for some shape and M on an H100 (bf16, cold weights), but for those with 16
 # columns and 512 of K, or 64 rows: they are there for few columns (1280x8192, 2048x2048), and have not been timed yet.
@@ -99,3 +100,48 @@ def _fitting(device: Device, problem: Problem, params: Any, m: int, shapes: tupl
     for shape in shapes:
         if enough // 4 <= shape[0] <= enough and (tile := tile_for(device.arch, problem, params, shape)):
             yield tile
+
+
+# Rows, warps, stages and registers (0: as many as the compiler likes) of decode tiles; rows, warps and stages of
+# prefill's. What to expect on sm90, for a head of 128 in bf16: decode is bound by the bytes in flight, 32 KB a program
+# and buffer. Of 3 stages 3 programs fit a multiprocessor, of 4 stages 2, of 2 stages 5, without overlap inside each:
+# the first should win, by little. Fewer warps have fewer barriers a tile (6 with 4 warps of 16 rows), and more
+# registers each. Prefill is bound by the instructions between two products: 375 a warp and tile of 64 positions with
+# 128 rows in 8 warps, 414 with 64 rows in 4, where the products take about 490 cycles of the SM for each 64 rows. 64
+# rows run as two programs that hide each other's starts of a split; 128 rows read keys half as often.
+_DECODE_SHAPES = (
+    (16, 4, 3, 168),
+    (16, 4, 3, 0),
+    (16, 4, 2, 128),
+    (16, 4, 4, 0),
+    (16, 2, 3, 0),
+    (16, 8, 3, 0),
+    (32, 4, 3, 0),
+    (64, 4, 3, 0),
+)
+_DECODE_PROGRAMS = (3, 6, 12)
+_FEW_TOKENS = 256
+"""Calls of up to so many tokens are taken for decode steps."""
+_PREFILL_SHAPES = ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 3), (16, 4, 3))
+
+
+def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[AttentionTile]:
+    """Launch shapes to try for calls of m tokens: those of decode for few, else those of prefill.
+
+    Each differs from the default in one of the two only, all are of one class, and all fit shared memory.
+    """
+    ((_, default),) = attention_tiles(device, problem, params)
+    nvidia = device.arch.vendor == "nvidia"
+    tiles = [default]
+    if m <= _FEW_TOKENS:
+        for rows, warps, stages, registers in _DECODE_SHAPES:
+            if fits_shared_memory(device.arch, problem, params, rows, stages):
+                shape = {"decode_block_m": rows, "decode_warps": warps, "decode_stages": stages}
+                shape["decode_registers"] = registers if nvidia else 0
+                tiles += [default.model_copy(update=shape | {"decode_programs": n}) for n in _DECODE_PROGRAMS]
+    else:
+        for rows, warps, stages in _PREFILL_SHAPES:
+            if fits_shared_memory(device.arch, problem, params, rows, stages):
+                shape = {"prefill_block_m": rows, "prefill_warps": warps, "prefill_stages": stages}
+                tiles.append(default.model_copy(update=shape))
+    yield from dict.fromkeys(tiles)

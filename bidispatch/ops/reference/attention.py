@@ -28,6 +28,9 @@ def attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """Attention of every sequence over its own pages: [tokens, num_heads, head_dim] in float64.
@@ -41,13 +44,19 @@ def attention(
         if first == stop:
             continue
         pages = block_table[index, : -(-kv_len // problem.size("page_size"))].long()
-        keys = k_cache[pages].flatten(0, 1)[:kv_len].double()
-        values = v_cache[pages].flatten(0, 1)[:kv_len].double()
+        keys = _widened(k_cache[pages], k_scale)[:kv_len]
+        values = _widened(v_cache[pages], v_scale)[:kv_len]
         for row in range(first, stop, _QUERY_BLOCK):
             rows = slice(row, min(row + _QUERY_BLOCK, stop))
             positions = torch.arange(rows.start, rows.stop, device=q.device) + (kv_len - stop)
-            out[rows] = _attend(problem, q[rows].double(), keys, values, positions, sinks, scale)
+            out[rows] = _attend(problem, q[rows].double(), keys, values, positions, sinks, alibi_slopes, scale)
     return (out,)
+
+
+def _widened(pages: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Pages [pages, page_size, kv_heads, d] as float64 [positions, kv_heads, d], times the scale of each head."""
+    flat = pages.double().flatten(0, 1)
+    return flat if scale is None else flat * scale.double()[:, None]
 
 
 def _attend(
@@ -57,6 +66,7 @@ def _attend(
     values: torch.Tensor,
     positions: torch.Tensor,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """One sequence: q [rows, heads, d] at `positions` [rows] over keys and values [kv_len, kv_heads, d]."""
@@ -67,8 +77,10 @@ def _attend(
     softcap = float(problem["softcap"])
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    ago = positions[:, None] - torch.arange(len(keys), device=q.device)[None, :]
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.double()[:, None, None] * ago.abs()
     if problem.flag("causal"):
-        ago = positions[:, None] - torch.arange(len(keys), device=q.device)[None, :]
         hidden = ago < 0
         if window := problem.size("window"):
             hidden = hidden | (ago >= window)
@@ -127,10 +139,11 @@ def paged_batch(
     padding_rows: int = 0,
 ) -> list[torch.Tensor | None]:
     """Build the arguments of `attention` for given lengths: q, k_cache, v_cache, block_table, seq_lens,
-    query_start_loc and sinks (None where the problem has none).
+    query_start_loc, sinks, alibi_slopes, k_scale and v_scale (None where the problem has none of them).
 
     Sequence b has kv_lens[b] positions, the last query_lens[b] of which are asked about. q, k and v at position p
-    follow from its entry of `sequence_seeds` (default: seed · 2^20 + b) and p alone. So the same sequence can be put
+    follow from its entry of `sequence_seeds` (default: seed · 2^20 + b) and p alone; an fp8 cache holds them divided by
+    scales that follow from the distribution. So the same sequence can be put
     into other batches, other chunks and other pages with the same data: a decode at p and a prefill over p agree.
 
     seed: of the sinks and, unless `page_seed` is given, of the page order.
@@ -170,11 +183,12 @@ def paged_batch(
 
     kv_shape = (problem.size("num_kv_heads"), problem.size("head_dim"))
     q_shape = (problem.size("num_heads"), problem.size("head_dim"))
-    dtype = getattr(torch, problem.dtype)
+    dtype, kv_dtype = (getattr(torch, name) for name in (problem.dtype, str(problem["kv_dtype"])))
     caches = {
-        name: torch.full((len(order) * page_size, *kv_shape), float("nan"), dtype=dtype, device=device)
+        name: torch.full((len(order) * page_size, *kv_shape), float("nan"), dtype=kv_dtype, device=device)
         for name in ("k", "v")
     }
+    scales = _cache_scales(problem, distribution, device)
     q = torch.full((sum(query_lens) + padding_rows, *q_shape), float("nan"), dtype=dtype, device=device)
     block_table = torch.full((seqs, width), poison, dtype=torch.int32)
 
@@ -202,13 +216,16 @@ def paged_batch(
             positions = torch.arange(kv)
             slots = (pages.long()[positions // page_size] * page_size + positions % page_size).to(device)
             for name, cache in caches.items():
-                cache[slots] = stream(name, seeds[index], 0, kv, kv_shape)
+                rows = stream(name, seeds[index], 0, kv, kv_shape)
+                scale = scales[name]
+                cache[slots] = rows if scale is None else (rows.float() / scale[:, None]).to(kv_dtype)
         if query:
             q[row : row + query] = stream("q", seeds[index], kv - query, kv, q_shape)
             row += query
 
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     sinks = draw(q_shape[:1], (seed, "sinks"), dtype="float32", device=device) if problem.flag("sinks") else None
+    slopes = 2.0 ** -torch.linspace(1, 8, q_shape[0], device=device) if problem.flag("alibi") else None
     return [
         q,
         caches["k"].view(len(order), page_size, *kv_shape),
@@ -217,4 +234,16 @@ def paged_batch(
         torch.tensor(list(kv_lens), dtype=torch.int32, device=device),
         starts.to(device),
         sinks,
+        slopes,
+        scales["k"],
+        scales["v"],
     ]
+
+
+def _cache_scales(problem: Problem, distribution: str, device: str | torch.device) -> dict[str, torch.Tensor | None]:
+    """Scales of an fp8 cache, one a KV head, that keep what `draw` gives below its largest value, 448."""
+    if problem["kv_dtype"] == problem.dtype:
+        return {"k": None, "v": None}
+    heads = torch.arange(problem.size("num_kv_heads"), dtype=torch.float32, device=device)
+    widest = 2.0**7 if distribution == "scaled" else 2.0**-5
+    return {"k": widest * (1 + heads / 8), "v": widest * (2 - heads / (1 + heads))}

@@ -1,0 +1,416 @@
+"""Kernels of paged attention: splits in parallel and their fold, or one program that walks the splits of a query tile.
+
+Which of them serves a sequence is decided on the GPU, from its number of query tokens and the room in the workspace, so
+a captured CUDA graph serves any lengths. The bits do not follow the choice: all call `attention_state`.
+"""
+
+# Kernel arguments are Triton values, which no annotation describes.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from bidispatch_backends.triton.attention_state import attend, finish, fold, split_at, split_start, visible_range
+
+__all__ = ["fold_kernel", "split_kernel", "walk_kernel"]
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_AT_ONCE = tl.constexpr(8)
+"""Splits of a turn of the fold, whose loads are in flight two turns ahead; one that is not there changes nothing."""
+
+
+@triton.jit
+def _last_at_most(starts_ptr, seqs, place, TOKENS: tl.constexpr):
+    """The last sequence b with starts[b] // TOKENS + b <= place. starts[0] is 0."""
+    low = tl.full((), 0, tl.int32)
+    high = low + seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(starts_ptr + middle) // TOKENS + middle <= place
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def _splits_of(query_len, kv_len, max_kv, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
+    """The first split that a sequence's queries see, and how many; none past max_kv, which gives NaN later."""
+    low, high = visible_range(kv_len - query_len, kv_len - 1, kv_len, CAUSAL, WINDOW)
+    first_split = split_at(low, SPLITS)
+    splits = split_at(tl.maximum(high - 1, 0), SPLITS) - first_split + 1
+    return first_split, tl.where((high > low) & (kv_len <= max_kv), splits, 0)
+
+
+@triton.jit
+def _rows_of_tile(head_block, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile holds TOKENS query tokens of a sequence, HEADS heads of one KV head each.
+
+    Returns the KV head, and per row the token within the tile, the query head and whether there is such a row.
+    """
+    head_blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = head_block // head_blocks
+    rows = tl.arange(0, BLOCK_M)
+    group_heads = head_block % head_blocks * HEADS + rows % HEADS
+    valid = (rows < TOKENS * HEADS) & (group_heads < GROUP)
+    return kv_head, rows // HEADS, tl.where(valid, kv_head * GROUP + group_heads, 0), valid
+
+
+@triton.jit
+def _score_scales(score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP: tl.constexpr):
+    """What scores are multiplied by before the soft cap, and on their way to exp2; with the scale of the keys."""
+    if k_scales_ptr is not None:
+        k_scale = tl.load(k_scales_ptr + kv_head * stride_k_scale)
+        if SOFTCAP:
+            score_scale = score_scale * k_scale
+        else:
+            exp2_scale = exp2_scale * k_scale
+    return score_scale, exp2_scale
+
+
+@triton.jit
+def _negative_slopes(slopes_ptr, heads):
+    """ALiBi's slope of each row's head, negative and in units of log2; zeros, unused, where there are none."""
+    slopes = tl.zeros_like(heads).to(tl.float32)
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads) * -_LOG2_E
+    return slopes
+
+
+@triton.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table", "stride_k_scale"])
+def split_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    kv_lens_ptr,
+    query_start_ptr,
+    slopes_ptr,
+    k_scales_ptr,
+    bases_ptr,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
+    score_scale,
+    exp2_scale,
+    seqs,
+    max_kv,
+    capacity,
+    stride_table,
+    stride_k_scale,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MOST_QUERIES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Splits in parallel, for every sequence of up to MOST_QUERIES query tokens that the workspace has room for.
+
+    A work item is one split of one query tile and KV head. The programs, whose number is fixed, share out the items
+    there are: the captured grid does not follow the longest sequence possible, only the loop follows the lengths. So
+    that no second kernel has to make a schedule, each program counts the items of all sequences, BLOCK_B of them or
+    fewer: three loads and two prefix sums.
+
+    A state (maximum, sum, accumulator) of a token's split has a slot for each head: maxima and totals are
+    [capacity, heads], accs [capacity, heads, BLOCK_D], all fp32. Sequence b's slots start at bases[b], its tokens in
+    order, each with the sequence's number of splits; bases[b] is -1 where the sequence is left to `walk_kernel`.
+    """
+    batch = tl.arange(0, BLOCK_B)
+    there = batch < seqs
+    starts = tl.load(query_start_ptr + batch, mask=there, other=0)
+    query_lens = tl.load(query_start_ptr + batch + 1, mask=there, other=0) - starts
+    kv_lens = tl.load(kv_lens_ptr + batch, mask=there, other=0)
+    _, splits = _splits_of(query_lens, kv_lens, max_kv, CAUSAL, WINDOW, SPLITS)
+    parallel = (query_lens > 0) & (query_lens <= MOST_QUERIES)
+    slots = tl.where(parallel, query_lens * splits, 0)
+    slot_ends = tl.cumsum(slots, 0)
+    parallel = parallel & (slot_ends <= capacity)
+    if tl.program_id(0) == 0:
+        tl.store(bases_ptr + batch, tl.where(parallel, slot_ends - slots, -1), mask=there)
+    items = tl.where(parallel, tl.cdiv(query_lens, TOKENS) * splits, 0)
+    item_ends = tl.cumsum(items, 0)
+
+    head_blocks: tl.constexpr = KV_HEADS * ((GROUP + HEADS - 1) // HEADS)
+    dims = tl.arange(0, BLOCK_D)
+    for work in range(tl.program_id(0), tl.sum(items) * head_blocks, tl.num_programs(0)):
+        item = work // head_blocks
+        before = item_ends <= item
+        seq = tl.sum(before.to(tl.int32))
+        item = item - tl.max(tl.where(before, item_ends, 0))
+        base = tl.max(tl.where(before, slot_ends, 0)).to(tl.int64)
+
+        query_start = tl.load(query_start_ptr + seq)
+        query_len = tl.load(query_start_ptr + seq + 1) - query_start
+        kv_len = tl.load(kv_lens_ptr + seq)
+        first_split, seq_splits = _splits_of(query_len, kv_len, max_kv, CAUSAL, WINDOW, SPLITS)
+        # The last splits first: they are the longest. A split's tiles come one after another and share its keys.
+        tiles = tl.cdiv(query_len, TOKENS)
+        split = first_split + seq_splits - 1 - item // tiles
+        first_token = item % tiles * TOKENS
+        first = kv_len - query_len + first_token
+        last = tl.minimum(first + TOKENS, kv_len) - 1
+        low, high = visible_range(first, last, kv_len, CAUSAL, WINDOW)
+        begin = tl.maximum(split_start(split, SPLITS), low // BLOCK_N * BLOCK_N)
+        end = tl.minimum(split_start(split + 1, SPLITS), high)
+
+        kv_head, tile_tokens, heads, valid = _rows_of_tile(work % head_blocks, GROUP, HEADS, TOKENS, BLOCK_M)
+        tokens = first_token + tile_tokens
+        valid = valid & (tokens < query_len)
+        rows = (query_start + tokens).to(tl.int64) * stride_q_token + heads * stride_q_head
+        inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        if begin < end:  # else none of this tile's rows sees the split, and no fold reads it
+            q = tl.load(q_ptr + rows[:, None] + dims[None, :], mask=inside, other=0.0)
+            own_score_scale, own_exp2_scale = _score_scales(
+                score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP
+            )
+            maximum, total, acc = attend(
+                q,
+                k_ptr + kv_head.to(tl.int64) * stride_k_head,
+                v_ptr + kv_head.to(tl.int64) * stride_v_head,
+                table_ptr + seq.to(tl.int64) * stride_table,
+                begin,
+                end,
+                low,
+                high,
+                first,
+                last,
+                kv_len - query_len + tokens,
+                _negative_slopes(slopes_ptr, heads),
+                own_score_scale,
+                own_exp2_scale,
+                stride_k_page,
+                stride_k_slot,
+                stride_v_page,
+                stride_v_slot,
+                HEAD_DIM,
+                PAGE_SIZE,
+                CAUSAL,
+                WINDOW,
+                SOFTCAP,
+                ALIBI,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+            states = (base + tokens * seq_splits + (split - first_split)) * (KV_HEADS * GROUP) + heads
+            tl.store(maxima_ptr + states, maximum, mask=valid)
+            tl.store(totals_ptr + states, tl.max(total, axis=1), mask=valid)
+            tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["max_kv", "alone", "stride_v_scale"])
+def fold_kernel(
+    kv_lens_ptr,
+    query_start_ptr,
+    sinks_ptr,
+    v_scales_ptr,
+    bases_ptr,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
+    out_ptr,
+    max_kv,
+    alone,
+    stride_v_scale,
+    stride_out_token,
+    stride_out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Fold what `split_kernel` wrote: a program has a sequence, a head and every num_programs(2)-th of its tokens.
+
+    alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
+    """
+    seq = tl.program_id(0)
+    base = tl.load(bases_ptr + seq)
+    if (base < 0) & (alone == 0):
+        return
+    query_start = tl.load(query_start_ptr + seq)
+    query_len = tl.load(query_start_ptr + seq + 1) - query_start
+    kv_len = tl.load(kv_lens_ptr + seq)
+    first_split, splits = _splits_of(query_len, kv_len, max_kv, CAUSAL, WINDOW, SPLITS)
+
+    head = tl.program_id(1) + tl.arange(0, 1)
+    kv_head = tl.program_id(1) // GROUP
+    dims = tl.arange(0, BLOCK_D)
+    inside = (dims < HEAD_DIM)[None, :]
+    for token in range(tl.program_id(2), query_len, tl.num_programs(2)):
+        row = (query_start + token).to(tl.int64) * stride_out_token
+        out_ptrs = out_ptr + row + (head * stride_out_head)[:, None] + dims[None, :]
+        position = kv_len - query_len + token
+        low, high = visible_range(position, position, kv_len, CAUSAL, WINDOW)
+        begin, end = split_at(low, SPLITS), split_at(tl.maximum(high - 1, 0), SPLITS) + 1
+        slot = base.to(tl.int64) + token * splits - first_split
+        maximum = tl.full((1,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((1,), dtype=tl.float32)
+        acc = tl.zeros((1, BLOCK_D), dtype=tl.float32)
+        if (splits == 0) | (base < 0):  # past a limit
+            maximum = maximum * float("nan")
+            total, acc = total * float("nan"), acc * float("nan")
+        else:
+            for first in tl.range(begin, end, _AT_ONCE, num_stages=3):
+                for step in tl.static_range(_AT_ONCE):
+                    split = first + step
+                    state = (slot + split) * HEADS + head
+                    there = state * 0 + split < end
+                    maximum, total, acc = fold(
+                        maximum,
+                        total,
+                        acc,
+                        tl.load(maxima_ptr + state, mask=there, other=float("-inf")),
+                        tl.load(totals_ptr + state, mask=there, other=0.0),
+                        tl.load(accs_ptr + state[:, None] * BLOCK_D + dims[None, :], mask=there[:, None], other=0.0),
+                    )
+        result = finish(maximum, total, acc, sinks_ptr, head, v_scales_ptr, kv_head, stride_v_scale)
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seqs", "max_kv", "stride_table", "stride_k_scale", "stride_v_scale"])
+def walk_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    kv_lens_ptr,
+    query_start_ptr,
+    sinks_ptr,
+    slopes_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    bases_ptr,
+    out_ptr,
+    score_scale,
+    exp2_scale,
+    seqs,
+    max_kv,
+    stride_table,
+    stride_k_scale,
+    stride_v_scale,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    stride_out_token,
+    stride_out_head,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Prefill: a program has a query tile and walks every split it sees.
+
+    Axis 0 counts tiles: sequence b owns those from query_start[b] // TOKENS + b on, which leaves room for its last,
+    partly filled one, whatever the lengths are. The last tiles, which see most, start first. With bases_ptr, sequences
+    that `split_kernel` took (bases[b] >= 0) are left alone.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    seq = _last_at_most(query_start_ptr, seqs, tile, TOKENS)
+    query_start = tl.load(query_start_ptr + seq)
+    query_len = tl.load(query_start_ptr + seq + 1) - query_start
+    first_token = (tile - query_start // TOKENS - seq) * TOKENS
+    if first_token >= query_len:
+        return
+    if bases_ptr is not None:  # noqa: SIM102 - decided when it is compiled
+        if tl.load(bases_ptr + seq) >= 0:
+            return
+    kv_len = tl.load(kv_lens_ptr + seq)
+
+    kv_head, tile_tokens, heads, valid = _rows_of_tile(tl.program_id(1), GROUP, HEADS, TOKENS, BLOCK_M)
+    tokens = first_token + tile_tokens
+    valid = valid & (tokens < query_len)
+    positions = kv_len - query_len + tokens
+    dims = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    rows = (query_start + tokens).to(tl.int64)
+    out_ptrs = out_ptr + (rows * stride_out_token + heads * stride_out_head)[:, None] + dims[None, :]
+    if kv_len > max_kv:
+        nothing = tl.full((BLOCK_M, BLOCK_D), float("nan"), dtype=tl.float32)
+        tl.store(out_ptrs, nothing.to(out_ptr.dtype.element_ty), mask=inside)
+        return
+    q = tl.load(
+        q_ptr + (rows * stride_q_token + heads * stride_q_head)[:, None] + dims[None, :], mask=inside, other=0.0
+    )
+    first = kv_len - query_len + first_token
+    last = tl.minimum(first + TOKENS, kv_len) - 1
+    low, high = visible_range(first, last, kv_len, CAUSAL, WINDOW)
+    score_scale, exp2_scale = _score_scales(score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP)
+    negative_slopes = _negative_slopes(slopes_ptr, heads)
+
+    maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    last_split = tl.where(high > low, split_at(tl.maximum(high - 1, 0), SPLITS), -1)
+    for split in range(split_at(low, SPLITS), last_split + 1):
+        split_maximum, split_total, split_acc = attend(
+            q,
+            k_ptr + kv_head.to(tl.int64) * stride_k_head,
+            v_ptr + kv_head.to(tl.int64) * stride_v_head,
+            table_ptr + seq.to(tl.int64) * stride_table,
+            tl.maximum(split_start(split, SPLITS), low // BLOCK_N * BLOCK_N),
+            tl.minimum(split_start(split + 1, SPLITS), high),
+            low,
+            high,
+            first,
+            last,
+            positions,
+            negative_slopes,
+            score_scale,
+            exp2_scale,
+            stride_k_page,
+            stride_k_slot,
+            stride_v_page,
+            stride_v_slot,
+            HEAD_DIM,
+            PAGE_SIZE,
+            CAUSAL,
+            WINDOW,
+            SOFTCAP,
+            ALIBI,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        maximum, total, acc = fold(maximum, total, acc, split_maximum, tl.max(split_total, axis=1), split_acc)
+    result = finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale)
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,94 @@
+"""`triton.paged_attention` on a GPU: splits that grow with the position, speculative decode, sequences that are walked.
+
+Shown against the same rows of one prefill, which is near the fp64 reference.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bidispatch import ops
+from bidispatch.device import Device
+from bidispatch.ops.reference.attention import paged_batch
+from bidispatch.registry import Rung, default_registry
+from bidispatch.runtime.bind import bind, load_attribute
+from bidispatch.runtime.context import Limits
+from bidispatch.verify.compare import bits
+
+NAME = "triton.paged_attention"
+HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16}
+FP8 = {"kv_dtype": "float8_e4m3fn"}
+FEATURES = [{}, {"alibi": True}, {"window": 1000, "sinks": True}, {"page_size": 64, "softcap": 30.0}]
+
+
+def bound(problem, device, limits, **sizes):
+    implementation = default_registry().get(NAME)
+    if why := implementation.unmet(device, problem):
+        pytest.skip(why[0])
+    params = implementation.params()
+    ((_, tile),) = implementation.tiles(device, problem, params)
+    return bind(problem, device, (Rung(implementation, params, tile.model_copy(update=sizes)),), limits)
+
+
+def same_bits(one, other):
+    return torch.equal(bits(one), bits(other))
+
+
+def steps(problem, arguments, ends, queries):
+    """The last `queries` positions before each of `ends` of the one sequence in `arguments`, as a batch of its own."""
+    q, k_cache, v_cache, table, _, _, *per_head = arguments
+    rows = torch.cat([torch.arange(end - queries, end) for end in ends]).to(q.device)
+    batch = [
+        q[rows],
+        k_cache,
+        v_cache,
+        table.expand(len(ends), -1).contiguous(),
+        torch.tensor(ends, dtype=torch.int32, device=q.device),
+        torch.arange(0, len(rows) + 1, queries, dtype=torch.int32, device=q.device),
+        *per_head,
+    ]
+    return rows, batch
+
+
+@pytest.mark.parametrize("dims", [*FEATURES, FP8, {**FP8, "alibi": True, "page_size": 24}], ids=str)
+def test_decode_is_prefill_on_both_sides_of_every_size_of_split(dims):
+    device = Device.detect()
+    problem = ops.get("attention").problem("bfloat16", {**HEADS, **dims})
+    length = 66000
+    arguments = paged_batch(problem, [length], [length], device="cuda")
+    whole = bound(problem, device, Limits(length, 1, length, length))(*arguments)
+    edges = [1, 255, 256, 257, 4095, 4096, 4097, 4608, 16384, 16385, 17408, 65536, 65537, 65999, 66000]
+    for queries in (1, 2, 3, 8):
+        ends = [end for end in edges if end >= queries]
+        rows, batch = steps(problem, arguments, ends, queries)
+        for limits in (
+            Limits(len(rows), len(ends), 131072, queries),
+            Limits(8192, 256, 131072),
+        ):
+            for sizes in ({}, {"decode_programs": 1}, {"workspace_mb": 32}, {"decode_query_len": 0}):
+                out = bound(problem, device, limits, **sizes)(*batch)
+                assert same_bits(out, whole[rows]), (queries, limits, sizes)
+    (reference,) = load_attribute(ops.get("attention").reference)(problem, *batch, problem.size("head_dim") ** -0.5)
+    assert float((whole[rows].double() - reference).norm() / reference.norm()) < 1e-2
+
+
+def test_a_graph_captured_at_the_longest_context_serves_short_ones():
+    device = Device.detect()
+    problem = ops.get("attention").problem("bfloat16", HEADS)
+    length, batch = 9000, 16
+    arguments = paged_batch(problem, [length], [length], device="cuda", max_pages=131072 // 16)
+    whole = bound(problem, device, Limits(length, 1, 131072, length))(*arguments)
+    attend = bound(problem, device, Limits(batch, batch, 131072, 1))
+    _, static = steps(problem, arguments, [length] * batch, 1)
+    out = torch.empty_like(static[0])
+    attend(*static, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(*static, out=out)
+    for ends in ([1] * batch, [length] * batch, torch.randint(1, length, (batch,)).tolist()):
+        rows, moved = steps(problem, arguments, ends, 1)
+        for tensor, value in zip(static[:6], moved[:6], strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        assert same_bits(out, whole[rows])
