@@ -406,6 +406,11 @@ class _Packing:
         return cls(heads, block_m // heads, ceil_div(problem.size("num_heads"), heads))
 
 
+def _block_c(problem: Problem) -> int:
+    """Columns of the compressed part: a power of two, 16 at least."""
+    return max(16, power_of_two(problem.size("kv_lora_rank")))
+
+
 def launches(problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch) -> tuple[Launch, Launch, Launch]:
     """The launches of `walk_kernel`, `split_kernel` and `fold_kernel`."""
     data, state, index = pointer(problem.dtype), pointer("float32"), pointer("int32")
@@ -426,7 +431,7 @@ def launches(problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch) -> 
         "NUM_HEADS": heads,
         "RANK": rank,
         "KV_SPLIT": params.kv_split,
-        "BLOCK_C": max(16, power_of_two(rank)),
+        "BLOCK_C": _block_c(problem),
     }
     attend: dict[str, Constant] = fold | {
         "ROPE": rope,
@@ -479,7 +484,7 @@ def bind_attention_mla(context: BindContext) -> Kernel:
     prefill = _Packing.of(problem, tile.prefill_block_m)
     decode = _Packing.of(problem, tile.decode_block_m)
 
-    width = int(split.constants["BLOCK_C"])
+    width = _block_c(problem)
     states = heads * ceil_div(limits.max_seq_len, params.kv_split)  # of one token
     affordable = (tile.workspace_mb << 20) // (states * (width + 2) * 4)
     parallel_tokens = min(tile.decode_tokens, limits.max_tokens, affordable)
