@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache, and multi-head latent attention, which is planned.
+"""Attention over a paged KV cache.
 
 One call holds any mix of prefill, chunked prefill and decode. Sequence b owns the query rows
 `query_start_loc[b]` to `query_start_loc[b + 1]`; they are the last of its `seq_lens[b]` KV positions, whose
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from bidispatch.ops.heads import heads_conflict
 from bidispatch.ops.schema import SAME_DTYPE, Argument, Dim, DimValue, Op, Scalar
 
-__all__ = ["FP8", "OPS"]
+__all__ = ["ATTENTION", "FP8", "OPS"]
 
 FP8 = "float8_e4m3fn"
 _FP8_CACHE = f"kv_dtype={FP8}"
@@ -69,19 +69,8 @@ ATTENTION = Op(
     reference="bidispatch.ops.reference.attention:attention",
     inputs="bidispatch.ops.reference.attention:attention_inputs",
     stock="bidispatch.ops.stock:attention",
+    sequences="bidispatch.ops.reference.attention:paged_batch",
     conflict=_conflict,
 )
 
-ATTENTION_MLA = Op(
-    name="attention.mla",
-    summary="multi-head latent attention (DeepSeek-V2): one compressed KV head of kv_lora_rank + rope",
-    dims=(
-        Dim("num_heads", int, "query heads", minimum=1, typical=128),
-        Dim("kv_lora_rank", int, "width of the compressed KV", minimum=1, default=512),
-        Dim("rope_dim", int, "width of the rotary part", minimum=1, default=64),
-        Dim("page_size", int, "KV positions a page holds", minimum=1, default=64),
-    ),
-    dtypes=("bfloat16", "float16"),
-)
-
-OPS = (ATTENTION, ATTENTION_MLA)
+OPS = (ATTENTION,)

@@ -103,10 +103,10 @@ def _from_text(text: str, kind: type, wanted: str) -> DimValue:
 class Argument:
     """A tensor an op takes or gives.
 
-    `shape` holds, per axis, a number, a dim's name, `"2*dim"`, a run-time size in lower case such as `"m"`,
-    or such a size plus one (`"seqs+1"`). `dtype` is `"dtype"` (the problem's), the name of a dim that holds
-    one (`"out_dtype"`), or a torch dtype name. `when` names a bool dim that must be true for the tensor to
-    be there, or a dim and the value it must have (`"kv_dtype=float8_e4m3fn"`); the tensor is None otherwise.
+    `shape` holds, per axis, a number, a dim's name, `"2*dim"`, the sum of two (`"dim+dim"`), a run-time size in
+    lower case such as `"m"`, or such a size plus one (`"seqs+1"`). `dtype` is `"dtype"` (the problem's), the name
+    of a dim that holds one (`"out_dtype"`), or a torch dtype name. `when` names a bool dim that must be true for the
+    tensor to be there, or a dim and the value it must have (`"kv_dtype=float8_e4m3fn"`); it is None otherwise.
     """
 
     name: str
@@ -158,6 +158,11 @@ class Op:
     reference: str = ""
     inputs: str = ""
     stock: str = ""
+    sequences: str = ""
+    """Of an op on sequences over a paged cache, `"module:attribute"` of what builds its batches for given lengths:
+    `f(problem, query_lens, kv_lens, **options)` with the options of `bidispatch.ops.reference.attention.paged_batch`.
+    `verify` then compares chunks, decodes and prefills. The op's arguments are `q`, caches whose first axis is `pages`,
+    `block_table`, `seq_lens`, `query_start_loc`, and whatever does not follow the batch."""
     row_axis: int = 0
     """The axis of the first argument that counts rows (tokens)."""
     conflict: Callable[[Mapping[str, DimValue]], str | None] | None = None
@@ -167,6 +172,11 @@ class Op:
     @cached_property
     def dim_names(self) -> tuple[str, ...]:
         return tuple(dim.name for dim in self.dims)
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Names of the arguments that are paged caches."""
+        return tuple(argument.name for argument in self.arguments if argument.shape[0] == "pages")
 
     @property
     def available(self) -> bool:

@@ -13,6 +13,7 @@ from bidispatch.ops.schema import Problem
 
 __all__ = [
     "attention",
+    "attention_mla",
     "bmm",
     "fused_add_rms_norm",
     "gelu_tanh_and_mul",
@@ -217,3 +218,34 @@ def _mask(problem: Problem, rows: int, kv_len: int, device: torch.device) -> tor
     positions = torch.arange(kv_len, device=device)
     ago = positions[kv_len - rows :, None] - positions[None, :]
     return (ago >= 0) & (ago < window) if window else ago >= 0
+
+
+def attention_mla(
+    problem: Problem,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """`F.scaled_dot_product_attention` for each sequence over its gathered pages: [tokens, num_heads, kv_lora_rank].
+
+    Rows of q that no sequence owns are zero.
+    """
+    rank = problem.size("kv_lora_rank")
+    out = q.new_zeros(*q.shape[:2], rank)
+    starts = query_start_loc.tolist()
+    for index, kv_len in enumerate(seq_lens.tolist()):
+        rows = slice(starts[index], starts[index + 1])
+        if rows.start == rows.stop:
+            continue
+        pages = block_table[index, : -(-kv_len // problem.size("page_size"))].long()
+        latent = kv_cache[pages].flatten(0, 1)[:kv_len].expand(1, q.shape[1], -1, -1)
+        positions = torch.arange(kv_len, device=q.device)
+        seen = positions[None, :] <= positions[kv_len - (rows.stop - rows.start) :, None]
+        attended = F.scaled_dot_product_attention(
+            q[rows].transpose(0, 1)[None], latent, latent[..., :rank], attn_mask=seen, scale=scale
+        )
+        out[rows] = attended[0].transpose(0, 1)
+    return (out,)

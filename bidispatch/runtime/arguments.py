@@ -71,7 +71,8 @@ def _known_size(axis: str | int, problem: Problem) -> int | None:
     factor, times, dim = axis.partition("*")
     if times:
         return int(factor) * problem.size(dim)
-    return problem.size(axis) if axis in problem.dims else None
+    summands = axis.split("+")
+    return sum(map(problem.size, summands)) if all(dim in problem.dims for dim in summands) else None
 
 
 def output_shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:

@@ -10,11 +10,11 @@ import math
 
 import torch
 
-from bidispatch.ops.schema import Problem
+from bidispatch import ops
 from bidispatch.registry import Params
 from bidispatch.runtime.context import BindContext, Kernel
 
-__all__ = ["ControlParams", "bind_attention", "bind_product"]
+__all__ = ["ControlParams", "bind_attention", "bind_attention_mla", "bind_product"]
 
 _HIDDEN_M, _EDGE = 37, 600
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23  # of an fp32 number
@@ -132,7 +132,7 @@ def bind_attention(context: BindContext) -> Kernel:
         elif fault == "splits follow the limits":
             width[:] = max(1, context.limits.max_seq_len // 16)
         factor = 0.9 * scale if fault == "wrong scale" else scale
-        result = _attend(problem, q[:owned] * factor, keys, values, seen, width)
+        result = _attend(q[:owned] * factor, keys, values, seen, width)
         if fault == "neighbours leak":
             result = result + 0 * q[:owned].sum()
         elif fault == "unused slots leak":
@@ -145,23 +145,43 @@ def bind_attention(context: BindContext) -> Kernel:
     return launch
 
 
+def bind_attention_mla(context: BindContext) -> Kernel:
+    """`attention.mla` through the kernel above: its cache holds the keys, and in its first columns the values."""
+    attention = bind_attention(context)
+    rank = context.problem.size("kv_lora_rank")
+    absent = [None for argument in ops.get("attention").arguments if argument.when]
+
+    def launch(
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        keys = kv_cache[:, :, None]
+        attention(q, keys, keys[..., :rank], block_table, seq_lens, query_start_loc, *absent, scale, out)
+
+    return launch
+
+
 def _attend(
-    problem: Problem,
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     seen: torch.Tensor,
     width: torch.Tensor,
 ) -> torch.Tensor:
-    """q [t, heads, d] over keys and values [t, p, kv_heads, d], its sums cut every `width` [t] positions."""
-    group = problem.size("num_heads") // problem.size("num_kv_heads")
+    """q [t, heads, d] over keys and values [t, p, kv_heads, d or less], its sums cut every `width` [t] positions."""
+    group = q.shape[1] // keys.shape[2]
     keys, values = keys.repeat_interleave(group, dim=2), values.repeat_interleave(group, dim=2)
     scores = torch.zeros(keys.shape[:3], device=q.device)
     for d in range(q.shape[2]):
         scores = scores + q[:, None, :, d] * keys[..., d]
     scores = scores.masked_fill(~seen[..., None], -math.inf)
     weights = _exp(scores - scores.amax(dim=1, keepdim=True))
-    total = torch.zeros(*q.shape[:2], q.shape[2] + 1, device=q.device)
+    total = torch.zeros(*q.shape[:2], values.shape[3] + 1, device=q.device)
     partial = torch.zeros_like(total)
     for p in range(keys.shape[1]):
         with_sum = torch.cat([values[:, p], torch.ones_like(values[:, p, :, :1])], dim=-1)

@@ -48,6 +48,10 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
         {**_HEADS, "num_kv_heads": 8, "causal": False},
         {**_HEADS, "alibi": True, "kv_dtype": "float8_e4m3fn"},
     ),
+    "attention.mla": (
+        {"num_heads": 3, "kv_lora_rank": 64, "rope_dim": 16, "page_size": 16},
+        {"num_heads": 20, "kv_lora_rank": 96, "rope_dim": 24, "page_size": 5},
+    ),
 }
 _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
     "gemm": (
@@ -71,6 +75,7 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
         {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128, "alibi": True},
         {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "kv_dtype": "float8_e4m3fn"},
     ),
+    "attention.mla": ({"num_heads": 16}, {"num_heads": 128, "page_size": 16}),
 }
 
 
@@ -202,8 +207,9 @@ def widest_dim(problem: Problem) -> int:
 
 def _work_of_a_row(problem: Problem) -> int:
     """Roughly how many multiplications a row takes, where that can be many."""
-    if problem.op == "attention":
-        return problem.size("num_heads") * problem.size("head_dim") * _TYPICAL_CONTEXT
+    if ops.get(problem.op).sequences:
+        width = sum(problem.size(dim) for dim in ("head_dim", "kv_lora_rank", "rope_dim") if dim in problem.dims)
+        return problem.size("num_heads") * width * _TYPICAL_CONTEXT
     return problem.size("n") * problem.size("k") if "k" in problem.dims else 0
 
 

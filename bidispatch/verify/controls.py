@@ -6,7 +6,7 @@ nothing here, and fails the run; so does a sound kernel that does not pass. Impo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bidispatch import ops
 from bidispatch.device import Device
@@ -19,7 +19,14 @@ from bidispatch.verify.cases import Sizes
 from bidispatch.verify.ladder import verify_selection
 from bidispatch.verify.report import SOUND, ControlResult, ProblemResult
 
-__all__ = ["ATTENTION_FAULTS", "LADDER_FAULTS", "PRODUCT_FAULTS", "control_selection", "run_controls"]
+__all__ = [
+    "ATTENTION_FAULTS",
+    "LADDER_FAULTS",
+    "PRODUCT_FAULTS",
+    "SEQUENCE_PROBLEMS",
+    "control_selection",
+    "run_controls",
+]
 
 _ACCURACY = "accuracy"
 
@@ -69,13 +76,22 @@ _SIZES = Sizes(
     max_tokens=640,
 )
 _PRODUCT = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
-_ATTENTION = ops.get("attention").problem("float32", {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "page_size": 4})
+SEQUENCE_PROBLEMS: Mapping[str, Problem] = {
+    "attention": ops.get("attention").problem(
+        "float32", {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "page_size": 4}
+    ),
+    # In fp32, which the op itself does not take: 16 bits round most of a fault away.
+    "attention.mla": Problem(
+        "attention.mla", "float32", {"num_heads": 2, "kv_lora_rank": 8, "rope_dim": 2, "page_size": 4}
+    ),
+}
+"""What the controls of each op over sequences are given; every such op has one."""
 
 
 def run_controls(
-    device: Device, *, rows: bool = True, attention: bool = True, cuda_graph: bool = False
+    device: Device, *, rows: bool = True, over_sequences: Iterable[str] = SEQUENCE_PROBLEMS, cuda_graph: bool = False
 ) -> Iterator[ControlResult]:
-    """Run the controls of the row-wise checks, of attention's, and of graph replay."""
+    """Run the controls of the row-wise checks, of those of the ops over sequences named, and of graph replay."""
     if rows:
         yield _must_pass("a sound product", device, _PRODUCT)
         for fault, by in PRODUCT_FAULTS.items():
@@ -83,10 +99,11 @@ def run_controls(
         for fault, params in LADDER_FAULTS.items():
             result = _verify(device, _PRODUCT, [ControlParams(), params])
             yield _must_fail(f"second rung: {fault}", "rung 2", result)
-    if attention:
-        yield _must_pass("a sound attention", device, _ATTENTION)
+    for op in over_sequences:
+        problem = SEQUENCE_PROBLEMS[op]
+        yield _must_pass(f"a sound {op}", device, problem)
         for fault, by in ATTENTION_FAULTS.items():
-            yield _must_fail(f"attention: {fault}", by, _verify(device, _ATTENTION, [ControlParams(fault=fault)]))
+            yield _must_fail(f"{op}: {fault}", by, _verify(device, problem, [ControlParams(fault=fault)]))
     if cuda_graph:
         result = _verify(device, _PRODUCT, [ControlParams(fault=_CAPTURE)], cuda_graph=True)
         yield _must_fail(f"product: {_CAPTURE}", "CUDA graph replay", result)
@@ -100,7 +117,8 @@ def control_selection(device: Device, problem: Problem, rungs: Sequence[Params])
 
 
 def _kernel(problem: Problem, params: Params) -> Implementation:
-    kernel = "attention" if problem.op == "attention" else "product"
+    over_sequences = problem.op in SEQUENCE_PROBLEMS
+    kernel = problem.op.replace(".", "_") if over_sequences else "product"
     return Implementation(
         name=f"control.{kernel}",
         op=problem.op,
@@ -111,7 +129,7 @@ def _kernel(problem: Problem, params: Params) -> Implementation:
         params=ControlParams,
         libraries=("torch",),
         chooses_inside=isinstance(params, ControlParams) and params.fault.startswith("another split"),
-        cuda_graph=problem.op != "attention",
+        cuda_graph=not over_sequences,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from bidispatch import ops
 from bidispatch.errors import BidispatchError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
@@ -105,13 +106,13 @@ class _Findings:
         stock: bool,
     ) -> None:
         device = torch.device(selection.device.torch_device)
-        attention = selection.problem.op == "attention"
+        over_sequences = bool(ops.get(selection.problem.op).sequences)
 
         def rebind(limits: Limits) -> Subject:
             bound = bind(selection.problem, selection.device, selection.rungs, limits)
             return Subject(selection.problem, device, bound.launch)
 
-        if attention:
+        if over_sequences:
             subject = rebind(sequences.sequence_limits(selection.problem, sizes))
             self.checks.extend(sequences.check_sequences(subject, level, sizes, rebind))
         else:
@@ -126,7 +127,7 @@ class _Findings:
             if selection.problem.op == "gemm":
                 self.classes.append(check_merged(selection, sizes, select))
         if plain is not None:
-            self.stock = (sequences if attention else rows).stock_check(plain, sizes)
+            self.stock = (sequences if over_sequences else rows).stock_check(plain, sizes)
 
     def _rungs(self, selection: Selection, sizes: Sizes) -> None:
         for rungs, check in check_ladder(selection, sizes):
@@ -141,7 +142,7 @@ class _Findings:
         if refusing:
             self.checks.append(Check("CUDA graph replay", note=f"{', '.join(refusing)} cannot be captured"))
             return
-        if selection.problem.op == "attention":
+        if ops.get(selection.problem.op).sequences:
             groups = sequences.graph_trials(subject, sizes, level)
         else:
             groups = rows.graph_trials(subject, sizes)

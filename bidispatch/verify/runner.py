@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from bidispatch import ops as catalogue
 from bidispatch.errors import DeviceError, SelectionError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
@@ -86,8 +87,10 @@ def verify_plan(
             )
         )
     tell(total - 1, total, "controls")
-    kinds = {selection.problem.op == "attention" for selection in selections}
-    controls = run_controls(plan.device, attention=True in kinds, rows=False in kinds, cuda_graph=cuda_graph)
+    verified = dict.fromkeys(selection.problem.op for selection in selections)
+    over_sequences = [op for op in verified if catalogue.get(op).sequences]
+    rows = len(over_sequences) < len(verified)
+    controls = run_controls(plan.device, rows=rows, over_sequences=over_sequences, cuda_graph=cuda_graph)
     tell(total, total, "")
     return Report(plan.device, tuple(results), tuple(controls), tuple(skipped), now(), seconds=time.monotonic() - began)
 

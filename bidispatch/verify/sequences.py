@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bidispatch.errors import UsageError
 from bidispatch.invariance import Invariance
-from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.schema import Problem
+from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import Limits
 from bidispatch.verify.cases import Sizes
 from bidispatch.verify.report import Check
@@ -51,9 +52,10 @@ class SequencePool:
         seed: int = 0,
     ) -> None:
         self.subject, self.lengths, self.level = subject, tuple(lengths), level
-        self.causal = subject.problem.flag("causal")
+        self.causal = bool(subject.problem.dims.get("causal", True))
         self.page_size = subject.problem.size("page_size")
-        arguments = paged_batch(
+        build: Callable[..., Arguments] = load_attribute(subject.op.sequences)
+        arguments = build(
             subject.problem,
             self.lengths,
             self.lengths,
@@ -63,11 +65,20 @@ class SequencePool:
             page_order=page_order,
             page_seed=seed,
         )
-        self._q, self._k, self._v, self._table = (tensor for tensor in arguments[:4] if tensor is not None)
-        self._per_head = arguments[6:]
+        self._given = dict(zip((argument.name for argument in subject.op.arguments), arguments, strict=True))
+        self._q, self._table = self._tensor("q"), self._tensor("block_table")
         self._starts = [sum(self.lengths[:index]) for index in range(len(self.lengths))]
         self._generator = torch.Generator().manual_seed(seed)
         self._alone: dict[Piece, tuple[torch.Tensor, ...]] = {}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """An argument that every problem of the op has."""
+        tensor = self._given[name]
+        if tensor is None:
+            raise UsageError(
+                f"{self.subject.op.name}: its batches have no {name}; {self.subject.op.sequences} makes them"
+            )
+        return tensor
 
     def integer(self, low: int, high: int) -> int:
         """A random integer, both ends included."""
@@ -93,7 +104,7 @@ class SequencePool:
         """The arguments of a call. Cache slots that no piece may look at hold NaN.
 
         tokens, seqs: pad to these with rows of NaN that nobody owns and with sequences of length 0. width: of the
-        block table. spoil: sequences whose q, k and v are overwritten, and with what.
+        block table. spoil: sequences whose q and cache are overwritten, and with what.
         """
         q = torch.cat([self._q[self._starts[p.sequence] + p.kv - p.query :][: p.query] for p in pieces])
         owned = len(q)
@@ -104,25 +115,25 @@ class SequencePool:
         index = torch.tensor([p.sequence for p in pieces] + [0] * empty, device=self.subject.device)
         kv_lens = [p.kv for p in pieces] + [0] * empty
         query_lens = [p.query for p in pieces] + [0] * empty
-        k, v = self._visible(pieces)
+        caches = self._visible(pieces)
         if spoil is not None:
             sequences, value = spoil
             row = 0
             for piece in pieces:
                 if piece.sequence in sequences:
                     q[row : row + piece.query] = value
-                    for cache in (k, v):
+                    for cache in caches.values():
                         cache.flatten(0, 1)[self._slots(piece)] = value
                 row += piece.query
-        return [
-            q,
-            k,
-            v,
-            self._table[index, :pages].contiguous(),
-            torch.tensor(kv_lens, dtype=torch.int32, device=self.subject.device),
-            torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.subject.device),
-            *self._per_head,
-        ]
+        starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        made = {
+            "q": q,
+            **caches,
+            "block_table": self._table[index, :pages].contiguous(),
+            "seq_lens": torch.tensor(kv_lens, dtype=torch.int32, device=self.subject.device),
+            "query_start_loc": starts.to(self.subject.device),
+        }
+        return [made.get(name, given) for name, given in self._given.items()]
 
     @property
     def full_width(self) -> int:
@@ -135,19 +146,19 @@ class SequencePool:
         pages = self._table[piece.sequence].long()[positions // self.page_size]
         return pages * self.page_size + positions % self.page_size
 
-    def _visible(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _visible(self, pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
         """Copies of the caches with NaN in every slot that no piece owns."""
         longest: dict[int, Piece] = {}
         for piece in pieces:
             if piece.sequence not in longest or longest[piece.sequence].kv < piece.kv:
                 longest[piece.sequence] = piece
         slots = torch.cat([self._slots(piece) for piece in longest.values()])
-        caches = []
-        for cache in (self._k, self._v):
-            copy = torch.full_like(cache, float("nan"))
-            copy.flatten(0, 1)[slots] = cache.flatten(0, 1)[slots]
-            caches.append(copy)
-        return caches[0], caches[1]
+        caches = {}
+        for name in self.subject.op.caches:
+            cache = self._tensor(name)
+            caches[name] = torch.full_like(cache, float("nan"))
+            caches[name].flatten(0, 1)[slots] = cache.flatten(0, 1)[slots]
+        return caches
 
     def _expected_of(self, piece: Piece) -> tuple[torch.Tensor, ...]:
         source = piece
@@ -335,7 +346,7 @@ def _pages(pool: SequencePool, sizes: Sizes) -> Iterator[Trial]:
 
 
 def _neighbours(pool: SequencePool, sizes: Sizes) -> Iterator[Trial]:
-    """About half of the sequences keep their values; q, k and v of the others hold what must not leak."""
+    """About half of the sequences keep their values; q and the caches of the others hold what must not leak."""
     huge = torch.finfo(pool.subject.argument_specs[0].dtype).max
     for bad in (float("nan"), float("inf"), float("-inf"), huge):
         for tokens in (size for size in (17, 200) if size <= max(sizes.rows)):

@@ -51,6 +51,7 @@ TILED = (
     _problem("qk_norm", head_dim=128, **HEADS),
     *(_problem("attention", dtype, head_dim=128, **HEADS) for dtype in DTYPES),
     *(_problem("attention", dtype, head_dim=256, **HEADS) for dtype in DTYPES),
+    *(_problem("attention.mla", dtype, num_heads=128) for dtype in ("bfloat16", "float16")),
 )
 # A row op's rows and warps follow n: one arch of each vendor is enough.
 OTHER_ROWS = tuple(_row_problem(op, "bfloat16", n) for op in SUMMING_OPS for n in (64, 256, 1024, 2048, 8192, 16384))
@@ -74,6 +75,8 @@ ODD = (
     _problem("attention", head_dim=64, causal=False, **HEADS),
     _problem("attention", head_dim=96, page_size=5, num_heads=40, num_kv_heads=1),
     _problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS),
+    _problem("attention.mla", num_heads=16, page_size=16),
+    _problem("attention.mla", "float16", num_heads=5, kv_lora_rank=96, rope_dim=24, page_size=5),
     _problem("attention", head_dim=192, alibi=True, page_size=24, **HEADS),
     _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
     _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
@@ -137,6 +140,7 @@ def test_every_registered_kernel_is_compiled() -> None:
     register(registry)
     compiled = {(f"triton.{problem.op}", problem.dtype) for problem in (*TILED, *ODD)}
     compiled |= {("triton.paged_attention", dtype) for op, dtype in compiled if op == "triton.attention"}
+    compiled |= {("triton.mla", dtype) for op, dtype in compiled if op == "triton.attention.mla"}
     compiled |= {(name, problem.dtype) for name, problem, *_ in SPLIT}
     registered = {(found.name, dtype) for found in registry for dtype in found.dtypes}
     assert registered <= compiled

@@ -587,7 +587,7 @@ def test_every_op_of_the_catalogue_has_one_implementation(registry: Registry) ->
         assert implementation.claims is Invariance.SEQUENCE
         assert not implementation.cuda_graph
         assert implementation.libraries == ("torch",)
-        problem = ops.get(implementation.op).typical("float32")
+        problem = ops.get(implementation.op).typical(implementation.dtypes[0])
         assert implementation.unmet(Device.parse("cpu"), problem) == ()
         assert any("needs cpu" in why for why in implementation.unmet(Device.parse("sm90"), problem))
     assert "torch_cpu.paged_attention" in registry

@@ -36,14 +36,19 @@ def verify_control(problem, fault="", **options):
 def test_every_fault_is_caught_and_a_sound_kernel_passes():
     results = list(controls.run_controls(CPU))
     assert [control for control in results if not control.caught] == []
-    faults = [*controls.PRODUCT_FAULTS, *controls.ATTENTION_FAULTS, *controls.LADDER_FAULTS]
-    expected = len(faults) + len(["a sound product", "a sound attention"])
+    of_products = len(controls.PRODUCT_FAULTS) + len(controls.LADDER_FAULTS) + 1  # and a sound one
+    expected = of_products + len(controls.SEQUENCE_PROBLEMS) * (len(controls.ATTENTION_FAULTS) + 1)
     assert len({control.name for control in results}) == len(results) == expected
 
 
 def test_only_the_controls_of_what_is_verified_run():
-    names = {control.name.split(":")[0] for control in controls.run_controls(CPU, rows=False)}
+    found = controls.run_controls(CPU, rows=False, over_sequences=["attention"])
+    names = {control.name.split(":")[0] for control in found}
     assert names == {"a sound attention", "attention"}
+
+
+def test_every_op_over_sequences_has_controls():
+    assert set(controls.SEQUENCE_PROBLEMS) == {op.name for op in ops.CATALOGUE.values() if op.sequences}
 
 
 def test_a_control_that_is_not_caught_fails_the_run_and_withholds_its_records(monkeypatch):
@@ -72,13 +77,19 @@ def test_the_smallest_pair_of_a_split_that_follows_m_is_in_the_smallest_batch():
 
 
 def test_a_kernel_that_follows_chunks_holds_level_batch_and_fails_level_sequence():
-    assert verify_control(controls._ATTENTION, "splits follow the chunk", level=Invariance.BATCH).passed
-    result = verify_control(controls._ATTENTION, "splits follow the chunk", level=Invariance.SEQUENCE)
+    assert verify_control(
+        controls.SEQUENCE_PROBLEMS["attention"], "splits follow the chunk", level=Invariance.BATCH
+    ).passed
+    result = verify_control(
+        controls.SEQUENCE_PROBLEMS["attention"], "splits follow the chunk", level=Invariance.SEQUENCE
+    )
     assert {check.name for check in result.checks if not check.passed} >= {"decode against prefill"}
 
 
 def test_a_kernel_that_follows_the_longest_sequence_fails_level_batch():
-    result = verify_control(controls._ATTENTION, "splits follow the longest", level=Invariance.BATCH)
+    result = verify_control(
+        controls.SEQUENCE_PROBLEMS["attention"], "splits follow the longest", level=Invariance.BATCH
+    )
     assert not result.passed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bidispatch import ops
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Implementation, Params, Registry
 from bidispatch.requirements import Package
@@ -61,7 +62,18 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
         _attention_class,
         "online softmax in fp32 over KV tiles at absolute positions",
     ),
+    (
+        "attention.mla",
+        "mla:bind_attention_mla",
+        AttentionParams,
+        _attention_class,
+        "the same with one KV head, whose first columns are the values",
+    ),
 )
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_NAMES = {"attention": "paged_attention", "attention.mla": "mla"}
 
 
 def register(registry: Registry) -> None:
@@ -69,11 +81,11 @@ def register(registry: Registry) -> None:
     for op, bind, params, numerics, summary in _KERNELS:
         registry.register(
             Implementation(
-                name="torch_cpu." + ("paged_attention" if op == "attention" else op),
+                name="torch_cpu." + _NAMES.get(op, op),
                 op=op,
                 load=f"bidispatch_backends.torch_cpu.{bind}",
                 archs=("cpu",),
-                dtypes=("float32", "bfloat16", "float16"),
+                dtypes=tuple(dtype for dtype in _DTYPES if dtype in ops.get(op).dtypes),
                 numerics=numerics,
                 requires=(Package("torch"),),
                 params=params,

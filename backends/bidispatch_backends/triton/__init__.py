@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
 from bidispatch.requirements import Check, DimAtMost, Package
-from bidispatch_backends.triton import attention_params, gemm_params, params
+from bidispatch_backends.triton import attention_params, gemm_params, mla_params, params
 
 __all__ = ["register"]
 
@@ -118,5 +118,21 @@ def register(registry: Registry) -> None:
             search="bidispatch_backends.triton.search:attention_tiles_for",
             libraries=("triton",),
             summary="KV splits at absolute positions, in parallel or walked, folded in ascending order",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="triton.mla",
+            op="attention.mla",
+            load="bidispatch_backends.triton.mla:bind_attention_mla",
+            archs=_ARCHS,
+            dtypes=("bfloat16", "float16"),
+            requires=(_TRITON, DimAtMost("kv_lora_rank", 512), DimAtMost("rope_dim", 64)),
+            numerics=mla_params.mla_numerics,
+            params=mla_params.MlaParams,
+            tile=mla_params.MlaTile,
+            tiles=mla_params.mla_tiles,
+            libraries=("triton",),
+            summary="absorbed in every phase; KV splits at absolute positions, folded in ascending order",
         )
     )

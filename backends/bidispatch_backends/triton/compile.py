@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, norm, reduction, softmax, split_gemm
+from bidispatch_backends.triton import activation, attention, gemm, mla, norm, reduction, softmax, split_gemm
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
@@ -34,6 +34,7 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.silu_and_mul": activation.launches,
     "triton.gelu_tanh_and_mul": activation.launches,
     "triton.paged_attention": attention.launches,
+    "triton.mla": mla.launches,
 }
 
 

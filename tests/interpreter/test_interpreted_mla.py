@@ -1,0 +1,169 @@
+"""Multi-head latent attention: near the reference, and the same bits however a sequence is cut, cached or batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from interpreted import TOLERANCE, bind, reference, relative_error, same_bits, scalars, tiles
+
+from bidispatch import ops
+from bidispatch.errors import ArgumentError, UsageError
+from bidispatch.ops.reference.mla import latent_batch
+from bidispatch.ops.schema import Problem
+from bidispatch.runtime.context import Kernel, Limits
+from bidispatch_backends.triton.mla_params import MlaParams
+
+PARAMS = MlaParams(kv_split=48, block_n=16)
+LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
+SMALL = {"num_heads": 4, "kv_lora_rank": 32, "rope_dim": 16, "page_size": 16}
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": SMALL,
+    "page of 1": {**SMALL, "page_size": 1},
+    "widths that are no powers of two, page of 5": {**SMALL, "kv_lora_rank": 24, "rope_dim": 10, "page_size": 5},
+    "18 heads, more than a tile has rows": {**SMALL, "num_heads": 18},
+    "3 heads": {**SMALL, "num_heads": 3},
+    "DeepSeek-V3 in 8 shards": {"num_heads": 16},
+}
+# Query and KV lengths: a decode, a prefill, an empty sequence, a chunk behind a prefix, a whole split, a first token.
+QUERIES, KVS = [1, 18, 0, 5, 1, 1], [100, 18, 0, 60, 48, 1]
+
+
+def problem_of(dims: dict[str, Any]) -> Problem:
+    """In fp16: Triton's interpreter has no arithmetic of bf16."""
+    return ops.get("attention.mla").problem("float16", dims)
+
+
+def bind_path(problem: Problem, path: str, params: MlaParams = PARAMS) -> Kernel:
+    """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
+    (tile,) = tiles(problem, params)
+    tokens = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    tile = tile.model_copy(update={"decode_tokens": tokens, "decode_block_m": 16, "prefill_block_m": 16})
+    return bind(problem, params=params, tile=tile, limits=LIMITS)
+
+
+def attend(kernel: Kernel, problem: Problem, batch: Sequence[Any]) -> torch.Tensor:
+    """Run into a poisoned output."""
+    out = batch[0].new_full((*batch[0].shape[:2], problem.size("kv_lora_rank")), float("nan"))
+    kernel(*batch, *scalars(problem), out)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_paths_agree_in_every_bit_and_with_the_reference(shape: str) -> None:
+    problem = problem_of(SHAPES[shape])
+    batch = latent_batch(problem, QUERIES, KVS, padding_rows=2)
+    walked = attend(bind_path(problem, "walked"), problem, batch)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    rows = sum(QUERIES)
+    assert same_bits(walked[:rows], parallel[:rows])
+    assert relative_error(walked[:rows], reference(problem, batch)[0][:rows]) < TOLERANCE["float16"]
+    for out in (walked, parallel):
+        assert out[rows:].isnan().all(), "rows that no sequence owns were written"
+
+
+@pytest.mark.parametrize("distribution", ["normal", "positive"])
+def test_default_params_and_tiles_are_near_the_reference(distribution: str) -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1, 40, 20], [1100, 40, 90], distribution=distribution)
+    kernel = bind(problem, limits=Limits(1024, 16, 2048))
+    assert relative_error(attend(kernel, problem, batch), reference(problem, batch)[0]) < TOLERANCE["float16"]
+
+
+def rows_that_differ(problem: Problem, kernel_for: Callable[[int], Kernel], length: int = 110) -> dict[str, int]:
+    """Rows of one sequence that differ from its whole prefill alone, by how the sequence was served instead."""
+    seed = 7
+
+    def serve(kv: int, query: int, neighbours: Sequence[tuple[int, int]] = (), **paging: Any) -> torch.Tensor:
+        queries, kvs = [n[0] for n in neighbours] + [query], [n[1] for n in neighbours] + [kv]
+        seeds = [*range(100, 100 + len(neighbours)), seed]
+        batch = latent_batch(problem, queries, kvs, sequence_seeds=seeds, **paging)
+        return attend(kernel_for(len(batch[0])), problem, batch)[-query:]
+
+    whole = serve(length, length)
+
+    def count(out: torch.Tensor, start: int) -> int:
+        expected = whole[start : start + len(out)]
+        return sum(not same_bits(a, b) for a, b in zip(out, expected, strict=True))
+
+    ends = [0, 1, 40, 48, 49, 97, length]
+    others = [(3, 90), (1, 40), (5, 5)]
+    return {
+        "decoded": sum(count(serve(p + 1, 1), p) for p in (0, 15, 16, 47, 48, 96, 109)),
+        "in chunks": sum(count(serve(b, b - a), a) for a, b in pairwise(ends)),
+        "behind a cached prefix": count(serve(length, length - 64), 64),
+        "among others": count(serve(length, length, others), 0),
+        "a chunk among others": count(serve(length, 20, others), length - 20),
+        "in other pages of a wider table": count(serve(length, 20, page_seed=5, max_pages=30), length - 20),
+    }
+
+
+@pytest.mark.parametrize("shape", ["small", "3 heads", "18 heads, more than a tile has rows"])
+def test_a_sequence_has_the_same_bits_however_it_is_served(shape: str) -> None:
+    problem = problem_of(SHAPES[shape])
+    kernels = {path: bind_path(problem, path) for path in ("parallel", "walked")}
+    differ = rows_that_differ(problem, lambda tokens: kernels["parallel" if tokens < 12 else "walked"])
+    assert differ == dict.fromkeys(differ, 0)
+
+
+def test_splits_that_follow_the_batch_are_caught() -> None:
+    """Negative control: a split width that follows the number of tokens, as an occupancy heuristic would choose it."""
+    problem = problem_of(SMALL)
+    wide = bind_path(problem, "walked", MlaParams(kv_split=96, block_n=16))
+    narrow = bind_path(problem, "parallel")
+    differ = rows_that_differ(problem, lambda tokens: narrow if tokens < 12 else wide)
+    assert differ["decoded"] > 0
+    assert differ["in chunks"] > 0
+
+
+@pytest.mark.parametrize("path", ["parallel", "walked"])
+def test_queries_cache_and_output_may_be_strided_views(path: str) -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, QUERIES, KVS)
+    plain = attend(bind_path(problem, path), problem, batch)
+    wide_q = batch[0].new_full((len(batch[0]), 6, 64), float("nan"))
+    wide_q[:, 1:5, 8:56] = batch[0]
+    wide_cache = batch[1].new_full((len(batch[1]), 20, 56), float("nan"))
+    wide_cache[:, :16, :48] = batch[1]
+    wide_out = batch[0].new_full((len(batch[0]), 6, 40), float("nan"))
+    out = wide_out[:, 2:6, 4:36]
+    bind_path(problem, path)(wide_q[:, 1:5, 8:56], wide_cache[:, :16, :48], *batch[2:], *scalars(problem), out)
+    assert same_bits(plain, out)
+    out.fill_(float("nan"))
+    assert wide_out.isnan().all(), "memory around the output was written"
+
+
+@pytest.mark.parametrize("path", ["parallel", "walked"])
+def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [2, 2], [40, 120])
+    expected = attend(bind_path(problem, path), problem, batch)
+    batch[2] = batch[2][:, :3].contiguous()  # 48 positions: enough for the first alone
+    out = attend(bind_path(problem, path), problem, batch)
+    assert same_bits(expected[:2], out[:2])
+    assert out[2:].isnan().all()
+
+
+def test_the_workspace_limit_changes_the_path_and_not_the_bits() -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1, 1], [130, 40])
+    (tile,) = tiles(problem, PARAMS)
+    walking = tile.model_copy(update={"workspace_mb": 0, "prefill_block_m": 16})
+    out = attend(bind(problem, params=PARAMS, tile=walking, limits=LIMITS), problem, batch)
+    assert same_bits(out, attend(bind_path(problem, "parallel"), problem, batch))
+
+
+def test_limits_without_a_sequence_length_are_refused() -> None:
+    with pytest.raises(UsageError, match="max_seq_len"):
+        bind(problem_of(SMALL), limits=Limits(max_tokens=4))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1], [3])
+    with pytest.raises(ArgumentError, match="scale"):
+        bind_path(problem, "walked")(*batch, scale, torch.empty(1, 4, 32, dtype=torch.float16))
