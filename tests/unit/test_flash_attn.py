@@ -156,6 +156,8 @@ def test_only_one_split_claims_prefill_equal_to_decode(name):
         ("fa2", "sm90", "bfloat16", {"page_size": 24}, ["vllm needs page_size a multiple of 16, asked for 24"]),
         ("fa2", "sm90", "bfloat16", {"window": 128}, ["needs window=0, asked for 128"]),
         ("fa2", "sm90", "bfloat16", {"sinks": True}, ["FA2 takes no sinks"]),
+        ("fa2", "sm90", "bfloat16", {"alibi": True}, ["needs alibi=False"]),
+        ("fa3", "sm90", "bfloat16", {"kv_dtype": "float8_e4m3fn"}, ["needs a cache of bfloat16"]),
         ("fa2_kv_split", "sm90", "bfloat16", {"page_size": 48}, ["needs page_size to divide 256, asked for 48"]),
         ("fa3", "sm90", "bfloat16", {"head_dim": 64}, []),
         ("fa3", "sm90", "bfloat16", {"head_dim": 96}, ["needs head_dim in 64, 128, asked for 96"]),

@@ -27,6 +27,7 @@ def _fa2(libraries: Libraries) -> tuple[Requirement, ...]:
         DimAtMost("head_dim", 256),
         Check(params.no_window),
         Check(params.no_sinks),
+        Check(params.plain_scores_and_cache),
     )
 
 
@@ -37,6 +38,7 @@ _FA3: tuple[Requirement, ...] = (
     Check(params.pages_below_a_tile),
     Check(params.no_window),
     Check(params.no_sinks),
+    Check(params.plain_scores_and_cache),
 )
 
 

@@ -8,6 +8,7 @@ limits a kernel was bound for; of these only the bound of FA2's grid follows the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -174,10 +175,10 @@ class _Attention:
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
-        sinks: torch.Tensor | None,
-        scale: float,
-        out: torch.Tensor,
+        *rest: Any,
     ) -> None:
+        # Between them are the op's optional tensors: none is ever there, by the requirements.
+        scale, out = rest[-2:]
         if not scale > 0:
             raise ArgumentError(f"{self._problem}: scale must be above 0, not {scale}")
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):

@@ -53,6 +53,7 @@ __all__ = [
     "one_split_tiles",
     "pages_below_a_tile",
     "pages_divide_splits",
+    "plain_scores_and_cache",
     "search_one_split",
     "workspace_tiles",
 ]
@@ -193,6 +194,15 @@ def no_sinks(device: Device, problem: Problem) -> str | None:
     if not problem.flag("sinks"):
         return None
     return "needs sinks=False: FA2 takes no sinks, FA3 takes them in bf16"
+
+
+def plain_scores_and_cache(device: Device, problem: Problem) -> str | None:
+    """ALiBi's slopes and a cache's scales are not handed to the libraries yet."""
+    if problem.flag("alibi"):
+        return "needs alibi=False"
+    if problem["kv_dtype"] != problem.dtype:
+        return f"needs a cache of {problem.dtype}, asked for kv_dtype={problem['kv_dtype']}"
+    return None
 
 
 def causal_kept(device: Device, problem: Problem) -> str | None:
