@@ -44,9 +44,7 @@ def rms_norm(handle: int, input: Any, normalized_shape: Any, weight: Any = None,
     if weight is not None and weight.dtype is input.dtype and len(over) == 1 and not widened:
         return torch_ops.rms_norm(handle, input, weight, eps)
     x = input.float()
-    result = x / torch.sqrt(_mean(handle, x * x, over) + eps)
-    if weight is not None:
-        result = result * weight.float()
+    result = _scaled(x / torch.sqrt(_mean(handle, x * x, over) + eps), weight, None, input.shape[over[0] :])
     return result if widened else result.to(input.dtype)
 
 
@@ -63,11 +61,7 @@ def layer_norm(
     over = _trailing(input, normalized_shape, weight, bias)
     if over is None:
         return NotImplemented
-    result = _standardized(handle, input.float(), over, eps)
-    if weight is not None:
-        result = result * weight.float()
-    if bias is not None:
-        result = result + bias.float()
+    result = _scaled(_standardized(handle, input.float(), over, eps), weight, bias, input.shape[over[0] :])
     return result if is_widened("layer_norm", input) else result.to(input.dtype)
 
 
@@ -87,11 +81,7 @@ def batch_norm(
         return NotImplemented
     column = (input.shape[1], *(1 for _ in input.shape[2:]))
     result = (input.float() - running_mean.float().view(column)) / torch.sqrt(running_var.float().view(column) + eps)
-    if weight is not None:
-        result = result * weight.float().view(column)
-    if bias is not None:
-        result = result + bias.float().view(column)
-    return result.to(input.dtype)
+    return _scaled(result, weight, bias, column).to(input.dtype)
 
 
 def group_norm(
@@ -111,10 +101,7 @@ def group_norm(
     groups = input.float().reshape(input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups)
     result = _standardized(handle, groups, [2], eps).reshape(input.shape)
     column = (input.shape[1], *(1 for _ in input.shape[2:]))
-    if weight is not None:
-        result = result * weight.float().view(column)
-    if bias is not None:
-        result = result + bias.float().view(column)
+    result = _scaled(result, weight, bias, column)
     return result if is_widened("group_norm", input) else result.to(input.dtype)
 
 
@@ -132,6 +119,13 @@ def _trailing(x: Any, shape: Any, *scales: Any) -> list[int] | None:
 
 def _mean(handle: int, x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return torch_ops.reduce(handle, x, dims, True, torch.float32, True)
+
+
+def _scaled(x: torch.Tensor, weight: Any, bias: Any, shape: Sequence[int]) -> torch.Tensor:
+    """x · weight + bias in fp32, each viewed in a shape that broadcasts to x's."""
+    if weight is not None:
+        x = x * weight.float().view(shape)
+    return x if bias is None else x + bias.float().view(shape)
 
 
 def _standardized(handle: int, x: torch.Tensor, dims: Sequence[int], eps: float) -> torch.Tensor:
