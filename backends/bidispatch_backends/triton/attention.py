@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
@@ -539,13 +540,13 @@ def bind_attention(context: BindContext) -> Kernel:
     decode = _Packing.of(problem, tile.decode_block_m)
 
     max_splits = ceil_div(limits.max_seq_len, params.kv_split)
-    width = split.constants["BLOCK_D"]
+    width = cast("int", split.constants["BLOCK_D"])
     states = heads * max_splits  # of one token
-    affordable = (tile.workspace_mb << 20) // (states * (int(width) + 2) * 4)
+    affordable = (tile.workspace_mb << 20) // (states * (width + 2) * 4)
     parallel_tokens = min(tile.decode_tokens, limits.max_tokens, affordable)
     maxima, totals, accs = (
         torch.empty(parallel_tokens * states * size, dtype=torch.float32, device=context.device.torch_device)
-        for size in (1, 1, int(width))
+        for size in (1, 1, width)
     )
 
     def attention(

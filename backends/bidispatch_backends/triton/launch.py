@@ -12,7 +12,7 @@ from bidispatch.device import Arch
 
 __all__ = ["ArgumentType", "Constant", "Launch", "ceil_div", "options", "pointer", "power_of_two"]
 
-Constant = int | float | bool | str
+Constant = int | float | bool | str | tuple[int, ...]
 """What a `tl.constexpr` argument of these kernels may be."""
 
 ArgumentType = str | int | None
@@ -25,6 +25,7 @@ _SIZES = ("i32", "i64")
 _BEYOND_32_BITS = 2**31
 
 _TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+_TRITON_TYPES |= {"float8_e4m3fn": "fp8e4nv"}
 
 
 @dataclass(frozen=True)
