@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import logging
@@ -38,6 +39,7 @@ BIT_VARIABLES: dict[str, str] = {
     "OMP_NUM_THREADS": "how torch's CPU kernels divide a sum",
     "MKL_NUM_THREADS": "how MKL divides a sum",
 }
+_COMPUTED_IMPORTS = {"import_module", "__import__"}
 
 
 def describe(device: Device, implementations: Iterable[Implementation]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def describe(device: Device, implementations: Iterable[Implementation]) -> dict[
         "arch": device.arch.name,
         "bidispatch": bidispatch.__version__,
         "libraries": {name: installed_version(name) for name in libraries},
-        "code": {package: code_digest(package) for package in sorted({_package(i) for i in used})},
+        "code": {module: code_digest(module) for module in sorted({i.load.partition(":")[0] for i in used})},
         "variables": {name: os.environ[name] for name in BIT_VARIABLES if name in os.environ},
         **(_processor() if device.arch.vendor == "cpu" else {}),
         "soft": {
@@ -66,23 +68,61 @@ def hard_part(environment: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in environment.items() if name != "soft"}
 
 
-def _package(implementation: Implementation) -> str:
-    """The outermost package of a kernel: a backend may use code of those beside it, as ours do for labels and folds."""
-    return implementation.load.partition(":")[0].partition(".")[0]
+@lru_cache(maxsize=256)
+def code_digest(module: str) -> str:
+    """A hash of a kernel's module and of what it imports from its own package, so that no record outlives its kernel.
 
-
-@lru_cache(maxsize=64)
-def code_digest(package: str) -> str:
-    """A hash of the Python files of a backend, so that a record does not outlive the kernel it was made with."""
-    spec = importlib.util.find_spec(package)
+    A file that imports by computed names counts as importing all that is in its folder.
+    """
+    top = module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
     if spec is None or spec.origin is None:
         return "unknown"
     origin = Path(spec.origin)
-    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    files = _imported(origin.parent, module) if origin.name == "__init__.py" else {origin}
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+    for file in sorted(files):
+        digest.update(str(file.relative_to(origin.parent)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16] if files else "unknown"
+
+
+def _imported(package: Path, module: str) -> set[Path]:
+    """The files of a package that a module of it comes to, by its imports and theirs."""
+    found: set[Path] = set()
+    left = [_file_of(package, module)]
+    while left:
+        file = left.pop()
+        if file is not None and file not in found:
+            found.add(file)
+            left += _imports(file, package)
+    return found
+
+
+def _file_of(package: Path, module: str) -> Path | None:
+    """A module's file; for a package its first one. None where the name is not a module of it: an object in one."""
+    path = package.parent.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _imports(file: Path, package: Path) -> list[Path | None]:
+    """What a file may import of its own package, in functions too."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except SyntaxError:
+        return []  # it does not import either
+    place = file.parent.relative_to(package.parent).parts
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = place[: len(place) - node.level + 1] if node.level else ()
+            source = ".".join((*above, *([node.module] if node.module else ())))
+            names += [source, *(f"{source}.{alias.name}" for alias in node.names)]
+        elif {getattr(node, "id", None), getattr(node, "attr", None)} & _COMPUTED_IMPORTS:
+            return [*sorted(file.parent.rglob("*.py"))]
+    # Importing a.b.c runs a and a.b too: registration, which is in a record as the kernel's name and params.
+    return [_file_of(package, name) for name in names if name.partition(".")[0] == package.name]
 
 
 def _processor() -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _one(
     plan: Plan, problem: Problem, path: Path, timer: Timer, rows: Sequence[int], only: Sequence[str], again: bool
 ) -> Outcome:
     file = read_tuned(path) if path.exists() else None
-    environment = describe(plan.device, list(plan.registry))
+    environment = describe(plan.device, [each for each in plan.registry if each.op == problem.op])
     same = file is not None and hard_part(dict(file.environment)) == hard_part(environment)
     known = file.find(problem) if file is not None and not again else None
     twin = file.find(_twin(problem)) if file is not None and same and not again else None

@@ -143,6 +143,8 @@ def test_an_interrupt_ends_with_130_and_one_line():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it puts in the background with the signal ignored, and this inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline().startswith("device")  # it has started, and has a minute of work before it
     time.sleep(0.5)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from fakes import CPU, H200, fake
 
-from bidispatch.environment import BIT_VARIABLES, code_digest, describe, hard_part
+import bidispatch_backends
+from bidispatch.environment import BIT_VARIABLES, _imported, code_digest, describe, hard_part
+from bidispatch.registry import default_registry
 
 
 @pytest.fixture
@@ -30,38 +33,83 @@ def package(tmp_path, monkeypatch):
     sys.modules.pop("acme_kernels", None)
 
 
-def test_a_change_in_any_file_of_a_backends_package_changes_its_environment(package):
-    used = [fake("acme.gemm", load="acme_kernels.gemm:bind")]
-    seen = [describe(H200, used)["code"]["acme_kernels"]]
-    for code, name in (("x = 2\n", "gemm.py"), ("y = 1\n", "helpers.py"), ("y = 1\n", "renamed.py")):
-        package(code, name)
-        seen.append(describe(H200, used)["code"]["acme_kernels"])
-    assert len(set(seen)) == 4
+GEMM = fake("acme.gemm", load="acme_kernels.gemm:bind")
+
+
+def code_of(*used):
+    return describe(H200, used or [GEMM])["code"]
+
+
+def test_a_change_in_a_kernels_file_changes_its_environment_and_undoing_it_changes_it_back(package):
+    before = code_of()
     package("x = 2\n")
-    assert describe(H200, used)["code"]["acme_kernels"] == seen[3]
+    assert code_of() != before
+    package("x = 1\n")
+    assert code_of() == before
 
 
-def test_every_package_of_a_backend_is_covered(package, tmp_path):
+def test_every_kernels_module_is_named(package, tmp_path):
     (tmp_path / "acme_attention.py").write_text("x = 1\n")
-    used = [fake("acme.gemm", load="acme_kernels.gemm:bind"), fake("acme.mean", op="mean", load="acme_attention:bind")]
-    assert set(describe(H200, used)["code"]) == {"acme_kernels", "acme_attention"}
+    other = fake("acme.mean", op="mean", load="acme_attention:bind")
+    assert set(code_of(GEMM, other)) == {"acme_kernels.gemm", "acme_attention"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import acme_kernels.fold",
+        "from acme_kernels import fold",
+        "from acme_kernels.fold import merge",
+        "from . import fold",
+        "from .fold import merge",
+        "def bind():\n    from acme_kernels.fold import merge",
+        "from acme_kernels import middle",
+    ],
+)
+def test_what_a_kernel_imports_from_its_package_is_part_of_its_code_and_nothing_else_is(package, line):
+    package("from .fold import merge\n", "middle.py")
+    package("x = 1\n", "fold.py")
+    package("x = 1\n", "other.py")
+    package(line)
+    before = code_of()
+    package("x = 2\n", "other.py")
+    assert code_of() == before
+    package("x = 2\n", "fold.py")
+    assert code_of() != before
+
+
+@pytest.mark.parametrize("line", ["importlib.import_module(name)", "__import__(name)", "load = x.import_module"])
+def test_a_kernel_that_imports_by_computed_names_is_made_of_all_in_its_folder(package, line):
+    package(line)
+    package("x = 1\n", "other.py")
+    before = code_of()
+    package("x = 2\n", "other.py")
+    assert code_of() != before
 
 
 def test_code_that_backends_share_is_covered(package, tmp_path):
     """A fold or a label in a package beside the kernel's own is part of what a record was made with."""
     (tmp_path / "acme_kernels" / "blas").mkdir()
-    (tmp_path / "acme_kernels" / "blas" / "gemm.py").write_text("x = 1\n")
-    used = [fake("acme.gemm", load="acme_kernels.blas.gemm:bind")]
-    before = describe(H200, used)["code"]
+    (tmp_path / "acme_kernels" / "blas" / "gemm.py").write_text("from ..fold import merge\n")
+    used = fake("acme.gemm", load="acme_kernels.blas.gemm:bind")
+    package("fold = 1\n", "fold.py")
+    before = code_of(used)
     package("fold = 2\n", "fold.py")
-    assert set(before) == {"acme_kernels"}
-    assert describe(H200, used)["code"] != before
+    assert code_of(used) != before
 
 
 def test_it_imports_no_kernel(package):
     package("raise RuntimeError('imported')\n")
-    assert describe(H200, [fake("acme.gemm", load="acme_kernels.gemm:bind")])["code"]["acme_kernels"] != "unknown"
+    assert code_of()["acme_kernels.gemm"] != "unknown"
     assert "acme_kernels.gemm" not in sys.modules
+
+
+def test_our_kernels_do_not_depend_on_other_ops_kernels():
+    gemm = default_registry().get("triton.gemm")
+    assert code_digest(gemm.load.partition(":")[0]) != "unknown"
+    files = {file.name for file in _imported(Path(bidispatch_backends.__file__).parent, gemm.load.partition(":")[0])}
+    assert {"gemm.py", "launch.py", "gemm_params.py", "numerics.py"} <= files
+    assert not files & {"attention.py", "norm.py", "softmax.py"}
 
 
 @pytest.mark.parametrize("name", sorted(BIT_VARIABLES))
