@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from bidispatch.device import Arch
 from bidispatch.errors import ArgumentError, UsageError
@@ -128,6 +129,7 @@ def launches(
         "PAGE_SIZE": problem.size("page_size"),
         "SOFTCAP": float(problem["softcap"]) > 0,
         "ALIBI": problem.flag("alibi"),
+        "FENCED": scaled and arch.vendor == "nvidia" and not triton.knobs.runtime.interpret,
         "BLOCK_N": params.block_n,
     }
 

@@ -10,7 +10,9 @@ What keeps a row's bits free of the tile it lies in:
 - a tile or split the row does not see changes nothing: its weights are 0 and the others are scaled by exp2(0) = 1. So
   the tiles that every row of a program sees whole go without a mask, which would be all true.
 - keys and values of an fp8 cache are widened to q's dtype, which is exact; their scales, one a KV head, join the scale
-  of the scores and the last division, where they meet whole rows.
+  of the scores and the last division, where they meet whole rows. FENCED hides from the compiler that they were narrow:
+  for mma.sync, which decode's tiles have, it would give each instruction other elements of the sum (kWidth 4 instead of
+  2, Triton 3.6 and 3.9) than wgmma has, which prefill's have. A row in 50 differed so on an H100.
 """
 
 # Kernel arguments are Triton values, which no annotation describes.
@@ -81,6 +83,15 @@ def _load_rows(pointers, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _widen(values, dtype: tl.constexpr, FENCED: tl.constexpr):
+    """Values of a cache in q's dtype."""
+    wide = values.to(dtype)
+    if FENCED:  # a move that may have effects is where the compiler's look at a product's operand ends
+        wide = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [wide], dtype=wide.dtype, is_pure=False, pack=2)
+    return wide
+
+
+@triton.jit
 def _find_pages(start, pages_ptr, low, high, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
     """The page of each position of a tile, and its slot there.
 
@@ -139,6 +150,7 @@ def _attend_tiles(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    FENCED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
@@ -169,7 +181,7 @@ def _attend_tiles(
         else:
             k_tile, v_tile = k_ptrs + k_rows[None, :], v_ptrs + v_rows[:, None]
         k = _load_rows(k_tile, (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+        scores = tl.dot(q, _widen(k, q.dtype, FENCED), input_precision="ieee")
         if SOFTCAP:
             # tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|) cannot overflow. The cap itself is in exp2_scale.
             u = scores * score_scale
@@ -195,7 +207,7 @@ def _attend_tiles(
         weights = weights.to(q.dtype)
         v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
         total = tl.dot(weights, ones, total * decay, input_precision="ieee")
-        acc = tl.dot(weights, v.to(q.dtype), acc * decay, input_precision="ieee")
+        acc = tl.dot(weights, _widen(v, q.dtype, FENCED), acc * decay, input_precision="ieee")
         maximum = new_maximum
     return maximum, total, acc
 
@@ -226,6 +238,7 @@ def attend(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    FENCED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -276,6 +289,7 @@ def attend(
             WINDOW,
             SOFTCAP,
             ALIBI,
+            FENCED,
             BLOCK_N,
             BLOCK_D,
             True,
@@ -306,6 +320,7 @@ def attend(
         WINDOW,
         SOFTCAP,
         ALIBI,
+        FENCED,
         BLOCK_N,
         BLOCK_D,
         False,
@@ -336,6 +351,7 @@ def attend(
         WINDOW,
         SOFTCAP,
         ALIBI,
+        FENCED,
         BLOCK_N,
         BLOCK_D,
         True,
