@@ -213,13 +213,15 @@ def split_kernel(
                 SOFTCAP,
                 ALIBI,
                 FENCED,
+                SPLITS,
+                False,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
             )
             states = (base + tokens * seq_splits + (split - first_split)) * (KV_HEADS * GROUP) + heads
             tl.store(maxima_ptr + states, maximum, mask=valid)
-            tl.store(totals_ptr + states, tl.max(total, axis=1), mask=valid)
+            tl.store(totals_ptr + states, total, mask=valid)
             tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
 
 
@@ -371,50 +373,50 @@ def walk_kernel(
         nothing = tl.full((BLOCK_M, BLOCK_D), float("nan"), dtype=tl.float32)
         tl.store(out_ptrs, nothing.to(out_ptr.dtype.element_ty), mask=inside)
         return
-    q = tl.load(
-        q_ptr + (rows * stride_q_token + heads * stride_q_head)[:, None] + dims[None, :], mask=inside, other=0.0
-    )
     first = kv_len - query_len + first_token
     last = tl.minimum(first + TOKENS, kv_len) - 1
     low, high = visible_range(first, last, kv_len, CAUSAL, WINDOW)
+    if high <= low:
+        nothing = tl.zeros((BLOCK_M, BLOCK_D), dtype=out_ptr.dtype.element_ty)
+        tl.store(out_ptrs, nothing, mask=inside)
+        return
+    q = tl.load(
+        q_ptr + (rows * stride_q_token + heads * stride_q_head)[:, None] + dims[None, :], mask=inside, other=0.0
+    )
     score_scale, exp2_scale = _score_scales(score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP)
     negative_slopes = _negative_slopes(slopes_ptr, heads)
 
-    maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    last_split = tl.where(high > low, split_at(tl.maximum(high - 1, 0), SPLITS), -1)
-    for split in range(split_at(low, SPLITS), last_split + 1):
-        split_maximum, split_total, split_acc = attend(
-            q,
-            k_ptr + kv_head.to(tl.int64) * stride_k_head,
-            v_ptr + kv_head.to(tl.int64) * stride_v_head,
-            table_ptr + seq.to(tl.int64) * stride_table,
-            tl.maximum(split_start(split, SPLITS), low // BLOCK_N * BLOCK_N),
-            tl.minimum(split_start(split + 1, SPLITS), high),
-            low,
-            high,
-            first,
-            last,
-            positions,
-            negative_slopes,
-            score_scale,
-            exp2_scale,
-            stride_k_page,
-            stride_k_slot,
-            stride_v_page,
-            stride_v_slot,
-            HEAD_DIM,
-            PAGE_SIZE,
-            CAUSAL,
-            WINDOW,
-            SOFTCAP,
-            ALIBI,
-            FENCED,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-        )
-        maximum, total, acc = fold(maximum, total, acc, split_maximum, tl.max(split_total, axis=1), split_acc)
+    maximum, total, acc = attend(
+        q,
+        k_ptr + kv_head.to(tl.int64) * stride_k_head,
+        v_ptr + kv_head.to(tl.int64) * stride_v_head,
+        table_ptr + seq.to(tl.int64) * stride_table,
+        low // BLOCK_N * BLOCK_N,
+        high,
+        low,
+        high,
+        first,
+        last,
+        positions,
+        negative_slopes,
+        score_scale,
+        exp2_scale,
+        stride_k_page,
+        stride_k_slot,
+        stride_v_page,
+        stride_v_slot,
+        HEAD_DIM,
+        PAGE_SIZE,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        ALIBI,
+        FENCED,
+        SPLITS,
+        True,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
     result = finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale)
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)

@@ -124,10 +124,23 @@ def _row_offsets(
 
 
 @triton.jit
+def _fresh(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A state that has seen nothing: maximum, sum (in every column) and accumulator."""
+    maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, _SUM_COLUMNS), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    return maximum, total, acc
+
+
+@triton.jit
 def _attend_tiles(
     maximum,
     total,
     acc,
+    folded_maximum,
+    folded_total,
+    folded_acc,
+    boundary,
     begin,
     end,
     q,
@@ -151,11 +164,18 @@ def _attend_tiles(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     FENCED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WALKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Carry a state over the tiles at begin, begin + BLOCK_N, ... Without MASKED every row sees all positions."""
+    """Carry a state over the tiles at begin, begin + BLOCK_N, ... Without MASKED every row sees all positions.
+
+    With WALKS the tiles may go on past `boundary`, where the state's split ends: it is folded there into the folded
+    one, and starts afresh. A loop for each split would drain the pipeline of loads at every boundary.
+    """
     dims = tl.arange(0, BLOCK_D)
     ones = tl.full((BLOCK_N, _SUM_COLUMNS), 1.0, dtype=q.dtype)
     # In tiles that all rows see whole, a position's slot is the same in every tile of a loop, and is added once. That
@@ -181,6 +201,8 @@ def _attend_tiles(
         else:
             k_tile, v_tile = k_ptrs + k_rows[None, :], v_ptrs + v_rows[:, None]
         k = _load_rows(k_tile, (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
+        if WALKS:  # with the keys, so that one wait and one barrier serve both
+            v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, _widen(k, q.dtype, FENCED), input_precision="ieee")
         if SOFTCAP:
             # tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|) cannot overflow. The cap itself is in exp2_scale.
@@ -200,16 +222,35 @@ def _attend_tiles(
                 visible = visible & (kv[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
 
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
+        before = maximum
+        starts_split = False
+        if WALKS:
+            starts_split = start == boundary
+            before = tl.where(starts_split, float("-inf"), maximum)
+        new_maximum = tl.maximum(before, tl.max(scores, axis=1) * scale)
         reference = _no_lower_than_zero(new_maximum)
         weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - reference[:, None]))
-        decay = tl.exp2(maximum - reference)[:, None]
         weights = weights.to(q.dtype)
-        v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
-        total = tl.dot(weights, ones, total * decay, input_precision="ieee")
-        acc = tl.dot(weights, _widen(v, q.dtype, FENCED), acc * decay, input_precision="ieee")
+        decay = tl.exp2(before - reference)
+        if WALKS:
+            decay = tl.where(starts_split, 1.0, decay)
+        total = total * decay[:, None]
+        acc = acc * decay[:, None]
+        if WALKS:  # noqa: SIM102 - decided when it is compiled
+            # After what scales the accumulator, by 1 here: were that not the first to read it, Triton would wait for
+            # its product as soon as it is asked for, and not in the next turn, with that of the scores.
+            if starts_split:
+                folded_maximum, folded_total, folded_acc = fold(
+                    folded_maximum, folded_total, folded_acc, maximum, tl.max(total, axis=1), acc
+                )
+                _, total, acc = _fresh(BLOCK_M, BLOCK_D)
+                boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
+        if not WALKS:
+            v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
+        total = tl.dot(weights, ones, total, input_precision="ieee")
+        acc = tl.dot(weights, _widen(v, q.dtype, FENCED), acc, input_precision="ieee")
         maximum = new_maximum
-    return maximum, total, acc
+    return maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary
 
 
 @triton.jit
@@ -239,19 +280,23 @@ def attend(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     FENCED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WALKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attend from a fresh state over the tiles of one split: those that start at begin, begin + BLOCK_N, ... below end.
+    """Attend from a fresh state over the tiles that start at begin, begin + BLOCK_N, ... below end.
 
     begin is a multiple of BLOCK_N, `low < high`; the tile's queries are at positions first..last and see [low, high)
-    between them. Returns the maximum [BLOCK_M] in units of log2, the sum of the weights [BLOCK_M, _SUM_COLUMNS] and the
-    accumulator [BLOCK_M, BLOCK_D].
+    between them. Without WALKS all is in one split. Returns the maximum [BLOCK_M] in units of log2, the sum of the
+    weights [BLOCK_M] and the accumulator [BLOCK_M, BLOCK_D]; with WALKS those of all splits, folded.
     """
-    maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M, _SUM_COLUMNS), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    maximum, total, acc = _fresh(BLOCK_M, BLOCK_D)
+    folded_maximum, folded_total, folded_acc = maximum, tl.max(total, axis=1), acc
+    boundary = begin
+    if WALKS:
+        boundary = split_start(split_at(begin, SPLITS) + 1, SPLITS)
 
     # The tiles that all rows see whole, [full_begin, full_end): in the middle, none of them where first..last is wide.
     full_begin = begin
@@ -263,10 +308,14 @@ def attend(
         full_begin = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N)
         full_end = tl.maximum(full_end, full_begin)
-        maximum, total, acc = _attend_tiles(
+        maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _attend_tiles(
             maximum,
             total,
             acc,
+            folded_maximum,
+            folded_total,
+            folded_acc,
+            boundary,
             begin,
             full_begin,
             q,
@@ -290,14 +339,21 @@ def attend(
             SOFTCAP,
             ALIBI,
             FENCED,
+            SPLITS,
+            WALKS,
+            BLOCK_M,
             BLOCK_N,
             BLOCK_D,
             True,
         )
-    maximum, total, acc = _attend_tiles(
+    maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _attend_tiles(
         maximum,
         total,
         acc,
+        folded_maximum,
+        folded_total,
+        folded_acc,
+        boundary,
         full_begin,
         full_end,
         q,
@@ -321,14 +377,21 @@ def attend(
         SOFTCAP,
         ALIBI,
         FENCED,
+        SPLITS,
+        WALKS,
+        BLOCK_M,
         BLOCK_N,
         BLOCK_D,
         False,
     )
-    maximum, total, acc = _attend_tiles(
+    maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _attend_tiles(
         maximum,
         total,
         acc,
+        folded_maximum,
+        folded_total,
+        folded_acc,
+        boundary,
         full_end,
         end,
         q,
@@ -352,11 +415,17 @@ def attend(
         SOFTCAP,
         ALIBI,
         FENCED,
+        SPLITS,
+        WALKS,
+        BLOCK_M,
         BLOCK_N,
         BLOCK_D,
         True,
     )
-    return maximum, total, acc
+    row_total = tl.max(total, axis=1)
+    if WALKS:
+        maximum, row_total, acc = fold(folded_maximum, folded_total, folded_acc, maximum, row_total, acc)
+    return maximum, row_total, acc
 
 
 @triton.jit
