@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from typing import Any
 
@@ -42,11 +42,10 @@ def attention(call: Any) -> Peer:
 
 
 def _function() -> Any:
-    found = [importlib.util.find_spec(name) for name in _MODULES] if importlib.util.find_spec("vllm") else []
-    spec = next((one for one in found if one), None)
-    if spec is None:
-        raise AbsentError("no vllm with a module triton_unified_attention is installed")
-    try:
-        return importlib.import_module(spec.name).unified_attention
-    except (ImportError, AttributeError) as error:
-        raise AbsentError(f"{spec.name} has no unified_attention: {error}") from error
+    reasons = []
+    for name in _MODULES:
+        try:
+            return importlib.import_module(name).unified_attention
+        except (ImportError, AttributeError) as error:  # noqa: PERF203 - another version's place
+            reasons.append(f"{name}: {error}")
+    raise AbsentError(f"no vllm with unified_attention is installed: {'; '.join(reasons)}")

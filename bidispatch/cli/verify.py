@@ -47,7 +47,9 @@ def command(
     classes: Annotated[
         bool, typer.Option("--classes/--no-classes", help="Compare the rungs of each ladder with one another.")
     ] = True,
-    full: Annotated[bool, typer.Option("--full", help="Take every M up to 512 (128 on a CPU).")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every M up to 512 (128 on a CPU), and longer sequences.")
+    ] = False,
     part: Annotated[
         str, typer.Option("--part", help="Only every N-th problem from the I-th on, to share a run.", metavar="I/N")
     ] = "1/1",

@@ -189,6 +189,9 @@ def sizes_for(selection: Selection, effort: str) -> Sizes:
         # Libraries choose inside a rung, where nobody sees the edges: every M.
         rows |= set(range(1, 129 if on_cpu else 513))
         lengths |= {257, 300, 513, 777}
+        if not on_cpu:
+            lengths |= {9001, 40_000}
+            base = replace(base, chunks=(*base.chunks, 2048), max_seqs=256)
     width = widest_dim(selection.problem)
     rungs = {edge for rung in selection.rungs if rung.max_m for edge in _around(rung.max_m)}
     return replace(

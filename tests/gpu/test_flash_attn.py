@@ -10,20 +10,31 @@ import time
 import pytest
 import torch
 
-import bidispatch as bid
 from bidispatch import ops
 from bidispatch.ops.reference.attention import attention, paged_batch
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
-from bidispatch.verify import verify_plan
+from bidispatch.verify.cases import Sizes
 from bidispatch.verify.compare import bits
+from bidispatch.verify.sequences import check_sequences, sequence_limits
+from bidispatch.verify.subject import Subject
 from bidispatch_backends.flash_attn import discovery
 
 NAMES = ("fa2", "fa2_splits", "fa2_capacity_splits", "fa2_kv_split", "fa3", "fa3_kv_split")
 DTYPES = ("bfloat16", "float16")
 CONTEXTS = (300, 1000, 2049, 5000)
 NO_WINDOW = (-1, -1)
+SIZES = Sizes(
+    rows=(1, 2, 7, 16, 33, 200, 1000),
+    pool=64,
+    graph_rows=(1, 16),
+    lengths=(1, 17, 100, 512, 777, 2049, 5000),
+    chunks=(1, 7, 64, 512),
+    decodes=40,
+    singles=8,
+    max_seqs=64,
+)
 
 
 def same_bits(one, other):
@@ -89,18 +100,17 @@ SHAPES = (
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", SHAPES, ids=str)
-def test_every_check_of_verify_holds(plan, name, dtype, dims, record_property):
-    """At the level it claims, with CUDA graphs. What a shape is refused for is in the skip."""
+def test_every_check_of_sequences_holds(plan, name, dtype, dims, record_property):
+    """At the level it claims. What a shape is refused for is in the skip."""
     problem = problem_of(dtype, **{**dims, **({"page_size": 256} if page_size_of(name) == 256 else {})})
     claim = implementation(plan, name, problem).claims
-    with bid.override(f"attention=flash_attn.{name}"):
-        report = verify_plan(
-            bid.plan("cuda", require=claim.name.lower()), problems=[problem], cuda_graph=True, classes=False
-        )
-    record_property("comparisons", report.comparisons)
-    assert report.faults == ()
-    assert report.differing == 0
-    assert report.passed
+
+    def rebind(limits):
+        return Subject(problem, torch.device(plan.device.torch_device), bound(plan, name, problem, limits).launch)
+
+    checks = list(check_sequences(rebind(sequence_limits(problem, SIZES)), claim, SIZES, rebind))
+    record_property("rows", sum(check.rows for check in checks))
+    assert [str(check) for check in checks if not check.passed] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
