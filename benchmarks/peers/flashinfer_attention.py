@@ -9,7 +9,7 @@ import torch
 
 from peers.installed import AbsentError, Peer
 
-__all__ = ["decode", "prefill"]
+__all__ = ["decode"]
 
 _WORKSPACE = 384 << 20
 
@@ -64,23 +64,6 @@ def decode(call: Any) -> Peer:
         for i, planned in enumerate(wrappers):
             pages = call.table(i)[:, : call.pages_of(call.context)].reshape(-1)
             planned.plan(starts, pages, last, *_heads(call), **_options(call))
-
-    cache = (call["k_cache"], call["v_cache"])
-    return Peer(lambda i: wrappers[i % len(wrappers)].run(call["q"], cache, out=call.out), prepare)
-
-
-def prefill(call: Any) -> Peer:
-    """Its own kernels for the GPU: FA3's on Hopper."""
-    library, device = _library(), call.pool.device
-    workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=device)
-    wrappers = [library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="auto") for _ in range(call.sets)]
-
-    def prepare() -> None:
-        starts, last = _lengths(call)
-        queries = torch.arange(call.batch + 1, dtype=torch.int32) * call.query
-        for i, planned in enumerate(wrappers):
-            pages = call.table(i)[:, : call.pages_of(call.context)].reshape(-1)
-            planned.plan(queries, starts, pages, last, *_heads(call), causal=True, **_options(call))
 
     cache = (call["k_cache"], call["v_cache"])
     return Peer(lambda i: wrappers[i % len(wrappers)].run(call["q"], cache, out=call.out), prepare)
