@@ -21,8 +21,7 @@ from bidispatch_backends.flash_mla import decode, register
 PROBLEM = ops.get("attention.mla").problem("float16", {"num_heads": 16})
 PREDICTED = Device(ARCHS["sm90"], "sm90", predicted=True)
 SCALE = 192**-0.5
-NAMES = ["q", "kcache", "head_size_v", "seqlens_k", "block_table", "softmax_scale", "is_causal"]
-NAMES += ["tile_scheduler_metadata", "num_splits", "out"]
+TYPES = ["Tensor", "Tensor", "int", "Tensor", "Tensor", "float", "bool", *["Optional[Tensor]"] * 3]
 
 
 def implementation():
@@ -34,12 +33,13 @@ def implementation():
 class Forward:
     """`dense_decode_fwd` in words: each part walks its requests, the last one up to its last block."""
 
-    def __init__(self, names=NAMES):
-        self._schema = SimpleNamespace(arguments=[SimpleNamespace(name=name) for name in names])
+    def __init__(self, types=TYPES):
+        self._schema = SimpleNamespace(arguments=[SimpleNamespace(type=kind) for kind in types])
         self.parts = []
 
-    def __call__(self, q, kcache, head_size_v, seqlens, table, scale, is_causal, metadata, num_splits):
+    def __call__(self, q, kcache, head_size_v, seqlens, table, scale, is_causal, metadata, num_splits, out):
         assert not is_causal
+        assert out is None
         assert seqlens.dtype == table.dtype == metadata.dtype == num_splits.dtype == torch.int32
         assert num_splits.diff().tolist() == [1] * len(q)
         out = torch.full((*q.shape[:3], head_size_v), float("nan"), dtype=q.dtype)
@@ -105,8 +105,8 @@ def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(monkeypatch)
 
 
 def test_another_versions_arguments_are_refused(monkeypatch):
-    with pytest.raises(BackendError, match="tile_scheduler_metadata"):
-        bind(monkeypatch, Forward([*NAMES[:7], "num_splits", "tile_scheduler_metadata"]))
+    with pytest.raises(BackendError, match=r"takes Tensor, .* not Tensor"):
+        bind(monkeypatch, Forward(TYPES[:-1]))
 
 
 def test_bad_limits_and_scales_are_refused(monkeypatch):

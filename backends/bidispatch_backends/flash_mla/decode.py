@@ -25,8 +25,9 @@ _BLOCK = 64
 """KV positions of a block of the schedule, and rows of q of a thread block."""
 _FIELDS = 8
 _END_REQUEST, _END_BLOCK = 1, 3
-# Where the arguments that bits rest on must be (vllm 0.25.1, _flashmla_C::dense_decode_fwd).
-_SCHEMA = {3: "seqlens_k", 4: "block_table", 6: "is_causal", 7: "tile_scheduler_metadata", 8: "num_splits"}
+# q, kcache, head_size_v, seqlens_k, block_table, scale, is_causal, tile_scheduler_metadata, num_splits, out. The types
+# are all there is to tell versions apart by: vllm 0.25.1 registers the function without the arguments' names.
+_TYPES = ("Tensor", "Tensor", "int", "Tensor", "Tensor", "float", "bool", *("Optional[Tensor]",) * 3)
 
 
 def schedule(lengths: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,6 +95,7 @@ def bind_decode(context: BindContext) -> Kernel:
             False,
             metadata,
             splits,
+            None,
         )[0].view(len(q), heads, rank)
         result = torch.where(served[:, None, None], result, float("nan"))
         out.copy_(torch.where(owned[:, None, None], result, out))
@@ -110,12 +112,11 @@ def _multiprocessors(context: BindContext) -> int:
 def _forward() -> Callable[..., Any]:
     importlib.import_module("vllm._flashmla_C")  # registers its operators
     operator = torch.ops._flashmla_C.dense_decode_fwd.default
-    names = [argument.name for argument in operator._schema.arguments]
-    moved = {place: name for place, name in _SCHEMA.items() if place >= len(names) or names[place] != name}
-    if moved:
+    types = tuple(str(argument.type) for argument in operator._schema.arguments)
+    if types != _TYPES:
         raise BackendError(
-            f"_flashmla_C::dense_decode_fwd takes {', '.join(names)}; expected {moved} (argument: name), "
-            "as vllm 0.25.1 has them. Choose another implementation: BIDISPATCH_IMPL=attention.mla=triton.mla"
+            f"_flashmla_C::dense_decode_fwd takes {', '.join(types)}, not {', '.join(_TYPES)}, as vllm 0.25.1's does. "
+            "Choose another implementation: BIDISPATCH_IMPL=attention.mla=triton.mla"
         )
     found: Callable[..., Any] = operator
     return found

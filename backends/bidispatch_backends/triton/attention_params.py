@@ -185,9 +185,9 @@ def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
         decode_block_m=_MATRIX_ROWS,
         decode_warps=4,
         decode_stages=_stages(arch, problem, params, _MATRIX_ROWS),
-        # ptxas takes all 255 registers, of which two programs fill a multiprocessor. With 168 three fit, as they do in
-        # shared memory (71 KB each), and the loop over whole tiles still spills nothing (read in the SASS of sm90).
-        decode_registers=168 if arch.vendor == "nvidia" and not single and not wide else 0,
+        # Two programs of 255 registers a multiprocessor: three of 168, which spill, were 1 to 5 % slower on an H100
+        # from 16 sequences of 8192 on, and as fast below.
+        decode_registers=0,
         prefill_block_m=prefill,
         prefill_warps=warps,
         prefill_stages=_stages(arch, problem, params, prefill),
