@@ -47,6 +47,18 @@ def _splits_of(query_len, kv_len, max_kv, CAUSAL: tl.constexpr, WINDOW: tl.const
 
 
 @triton.jit
+def _larger(a, b, c, d, e, f, other_a, other_b, other_c, other_d, other_e, other_f):
+    return (
+        tl.maximum(a, other_a),
+        tl.maximum(b, other_b),
+        tl.maximum(c, other_c),
+        tl.maximum(d, other_d),
+        tl.maximum(e, other_e),
+        tl.maximum(f, other_f),
+    )
+
+
+@triton.jit
 def _rows_of_tile(head_block, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr):
     """A tile holds TOKENS query tokens of a sequence, HEADS heads of one KV head each.
 
@@ -158,14 +170,22 @@ def split_kernel(
     dims = tl.arange(0, BLOCK_D)
     for work in range(tl.program_id(0), tl.sum(items) * head_blocks, tl.num_programs(0)):
         item = work // head_blocks
-        before = item_ends <= item
-        seq = tl.sum(before.to(tl.int32))
-        item = item - tl.max(tl.where(before, item_ends, 0))
-        base = tl.max(tl.where(before, slot_ends, 0)).to(tl.int64)
-
-        query_start = tl.load(query_start_ptr + seq)
-        query_len = tl.load(query_start_ptr + seq + 1) - query_start
-        kv_len = tl.load(kv_lens_ptr + seq)
+        # All that the item's sequence has, in one reduction: each would wait for all warps, and a load for memory.
+        its = (item_ends - items <= item) & (item < item_ends)
+        seq, before, base, query_start, query_len, kv_len = tl.reduce(
+            (
+                tl.where(its, batch, 0),
+                tl.where(its, item_ends - items, 0),
+                tl.where(its, slot_ends - slots, 0),
+                tl.where(its, starts, 0),
+                tl.where(its, query_lens, 0),
+                tl.where(its, kv_lens, 0),
+            ),
+            0,
+            _larger,
+        )
+        item = item - before
+        base = base.to(tl.int64)
         first_split, seq_splits = _splits_of(query_len, kv_len, max_kv, CAUSAL, WINDOW, SPLITS)
         # The last splits first: they are the longest. A split's tiles come one after another and share its keys.
         tiles = tl.cdiv(query_len, TOKENS)
