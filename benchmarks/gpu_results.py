@@ -3,7 +3,7 @@
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
 The parts: host-time, gemm-host, gemm, rows and attention run the scripts of these names; verify is
-`bidispatch verify --all --cuda-graph`, verify-gemm the same over the shapes of sweeps/; demo is `bidispatch demo`;
+`bidispatch verify --all --cuda-graph`, verify-gemm and verify-attention the same over the shapes of sweeps/; demo is `bidispatch demo`;
 tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1
 if any of them does; the others still run.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,9 +28,10 @@ SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
 SWEEPS = ROOT / "benchmarks" / "sweeps"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention", "verify", "verify-gemm", "demo", "tests", "sanitizer")
-WORKERS = 6
-"""Processes that share the tests, or a verification: most of their time is the host's."""
+PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention")
+PARTS += ("verify", "verify-gemm", "verify-attention", "demo", "tests", "sanitizer")
+WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
+"""Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
 
 
@@ -53,6 +55,12 @@ def main() -> int:
         "verify-gemm": lambda: max(
             verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")
             for name, dtypes in (("gemm", ("--dtype", "bf16", "--dtype", "fp16")), ("gemm_fp32", ("--dtype", "fp32")))
+        ),
+        "verify-attention": lambda: max(
+            verify(
+                ("attention", "--shapes", str(SWEEPS / "attention_features.yaml")), folder / "verify_attention.json"
+            ),
+            verify(("attention", "--dtype", "bf16", "--full"), folder / "verify_attention_long.json"),
         ),
         "demo": lambda: run((*BIDISPATCH, "demo", "--json"), folder / "demo.json"),
         "tests": lambda: run((*tests, "--results", str(folder / "gpu_tests.json"))),

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,6 +17,7 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.bench.timing import Captures, Timing, interleaved
 from bidispatch.ops.reference.attention import attention as reference
+from bidispatch.ops.shapes import read_shapes
 from bidispatch.registry import Tile, default_registry
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -471,3 +473,23 @@ def test_a_graph_is_captured_once_for_each_number_of_launches(graphs):
 def test_rivals_timed_once_are_captured_once(graphs):
     timed = interleaved({"a": lambda i: None}, operand_sets=30, estimate_us=1.0, replays=5)
     assert (graphs, timed["a"].median_us) == ([30], 3.0)
+
+
+def test_the_features_of_attention_occur_in_pairs():
+    """Every value of one with every value of each other, but for a window without causality, which no layer has."""
+    shapes = read_shapes(BENCHMARKS / "sweeps" / "attention_features.yaml")
+    problems = [ops.get("attention").problem("bfloat16", shape.dims) for shape in shapes]
+    seen = [
+        {name: value for name, value in problem.dims.items() if name not in ("num_heads", "num_kv_heads")}
+        | {"group": problem.size("num_heads") // problem.size("num_kv_heads"), "window": problem.size("window")}
+        for problem in problems
+    ]
+    values = {name: {dims[name] for dims in seen} for name in seen[0]}
+    assert values["head_dim"] == {64, 80, 96, 128, 192, 256}
+    assert all(len(found) > 1 for found in values.values())
+    for one, other in combinations(values, 2):
+        pairs = {(dims[one], dims[other]) for dims in seen}
+        wanted = set(product(values[one], values[other]))
+        if (one, other) == ("causal", "window"):
+            wanted = {(causal, window) for causal, window in wanted if causal or not window}
+        assert wanted <= pairs, (one, other, wanted - pairs)
