@@ -3,9 +3,9 @@
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
 The parts: host-time, gemm-host, gemm, rows and attention run the scripts of these names; verify is
-`bidispatch verify --all --cuda-graph`, verify-gemm and verify-attention the same over the shapes of sweeps/; demo is `bidispatch demo`;
-tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1
-if any of them does; the others still run.
+`bidispatch verify --all --cuda-graph`, verify-gemm and verify-attention the same over the shapes of sweeps/; demo is
+`bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on
+small shapes. Exits 1 if any of them does; the others still run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bidispatch.device import Device
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
 SWEEPS = ROOT / "benchmarks" / "sweeps"
+FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
 PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention")
