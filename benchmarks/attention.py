@@ -11,8 +11,8 @@ prefill is one whole prompt. `--libraries` names folders that hold vLLM's FlashA
 vllm is not installed.
 
 Prints the figures of attention_judge.py last, and exits 1 if one is missed. `--try` times launch shapes of
-triton.paged_attention of one class of bits, in decode if no phase is named, over the cells of `--quick`; it judges
-nothing.
+triton.paged_attention, or of triton.mla for the phase mla, of one class of bits, in decode if no phase is named, over
+the cells of `--quick`; it judges nothing.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ SWEEPS = {
     "mla": HERE / "sweeps" / "attention_mla.yaml",
 }
 OPS = {"decode": "attention", "prefill": "attention", "mla": "attention.mla"}
+TRIED = {"attention": "triton.paged_attention", "attention.mla": "triton.mla"}
 DTYPE = "bfloat16"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, MAX_CONTEXT)
@@ -302,7 +303,7 @@ def rivals_of(
 def try_shapes(
     plan: bid.Plan, phase: str, problem: Problem, cells: Mapping[int, Sequence[int]], say: Say, peaks: Peaks
 ) -> list[tuple[int, int, str, float]]:
-    """Time triton.paged_attention with every launch shape of its search, or around its ladder's where it has none: one
+    """Time the op's Triton kernel with every launch shape of its search, or around its ladder's where it has none: one
     set of params, so one class of bits. Returns (batch, context, the best, its time over the ladder's own).
     """
     bench = Bench({LEVELS[-1]: plan}, peaks, (), say)
@@ -310,11 +311,11 @@ def try_shapes(
     pool = Pool(shape, max(batch * context for batch, contexts in cells.items() for context in contexts), bench.device)
     best = []
     for batch, contexts in cells.items():
-        groups = [contexts] if phase == "decode" else [[context] for context in contexts]
+        groups = [contexts] if phase != "prefill" else [[context] for context in contexts]
         for together in groups:
-            query = 1 if phase == "decode" else together[0]
+            query = 1 if phase != "prefill" else together[0]
             call = Call(pool, batch, query, bench.sets(shape, batch, min(together)))
-            call.set_context(MAX_CONTEXT if phase == "decode" else query)
+            call.set_context(MAX_CONTEXT if phase != "prefill" else query)
             captures = Captures(_tried(plan, call, say))
             for context in together:
                 call.set_context(context)
@@ -332,7 +333,7 @@ def try_shapes(
 
 def _tried(plan: bid.Plan, call: Call, say: Say) -> dict[str, Callable[[int], Any]]:
     """The ladder and every other launch shape that compiles."""
-    found = default_registry().get("triton.paged_attention")
+    found = default_registry().get(TRIED[call.problem.op])
     params = found.params()
     problem, limits = call.problem, Limits(call.tokens, call.batch, MAX_CONTEXT, call.query)
     ladder = found.tiles(plan.device, problem, params)
@@ -432,9 +433,6 @@ def cells_of(phase: str, shape: Shape, arguments: argparse.Namespace) -> dict[in
 
 def _try(arguments: argparse.Namespace, plan: bid.Plan, peaks: Peaks, say: Say) -> int:
     for phase in arguments.phase or ("decode",):
-        if phase == "mla":
-            say("mla: --try has the shapes of triton.paged_attention alone; skipped")
-            continue
         for shape in shapes_of(phase, arguments.shape):
             problem = ops.get(OPS[phase]).problem(DTYPE, shape.dims)
             cells = cells_of(phase, Shape.of(problem), arguments)

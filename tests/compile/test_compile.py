@@ -32,6 +32,7 @@ SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_soft
 ROW_OPS = (*SUMMING_OPS, "silu_and_mul", "gelu_tanh_and_mul")
 HEADS = {"num_heads": 32, "num_kv_heads": 8}
 DTYPES = ("bfloat16", "float16", "float32")
+DTYPES_16_BIT = ("bfloat16", "float16")
 
 
 def _problem(op: str, dtype: str = "bfloat16", **dims: Any) -> Problem:
@@ -51,7 +52,7 @@ TILED = (
     _problem("qk_norm", head_dim=128, **HEADS),
     *(_problem("attention", dtype, head_dim=128, **HEADS) for dtype in DTYPES),
     *(_problem("attention", dtype, head_dim=256, **HEADS) for dtype in DTYPES),
-    *(_problem("attention.mla", dtype, num_heads=128) for dtype in ("bfloat16", "float16")),
+    *(_problem("attention.mla", dtype, num_heads=heads) for dtype in DTYPES_16_BIT for heads in (128, 32, 16)),
 )
 # A row op's rows and warps follow n: one arch of each vendor is enough.
 OTHER_ROWS = tuple(_row_problem(op, "bfloat16", n) for op in SUMMING_OPS for n in (64, 256, 1024, 2048, 8192, 16384))
@@ -168,6 +169,9 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
             for heads in ((8, 8), (32, 8), (16, 1)):
                 dims = {"head_dim": head_dim, "num_heads": heads[0], "num_kv_heads": heads[1]}
                 assert tiles(_problem("attention", dtype, **dims)) <= compiled, f"attention {dtype} {dims}"
+    for dtype in DTYPES_16_BIT:
+        for heads in (1, 16, 20, 32, 64, 96, 128):
+            assert tiles(_problem("attention.mla", dtype, num_heads=heads)) <= compiled, f"MLA {dtype} {heads}"
 
 
 @pytest.mark.parametrize("arch", COMPILED_ARCHS)
@@ -251,6 +255,35 @@ def test_attention_shapes_to_try_compile_and_fit(phase: str) -> None:
     assert shared_memory_faults("sm90", binaries) == []
 
 
+@pytest.mark.parametrize("arch", ["sm90", "sm86"])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_latent_attention_shapes_to_try_compile_and_fit(phase: str, arch: str) -> None:
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.mla")
+    problem = _problem("attention.mla", num_heads=128)
+    device = Device(ARCHS[arch], arch, predicted=True)
+    tiles = load_attribute(found.search)(device, problem, found.params(), 1 if phase == "decode" else 8192)
+    kernel = {"decode": "latent_split_kernel", "prefill": "latent_walk_kernel"}[phase]
+    binaries = {
+        variant.key: variant
+        for tile in tiles
+        for variant in variants(found.name, problem, found.params(), tile, ARCHS[arch])
+        if variant.kernel.fn.__name__ == kernel and variant.constants.get("bases_ptr", "") is not None
+    }
+    assert len(binaries) >= (3 if arch == "sm90" else 2)
+    assert shared_memory_faults(arch, binaries) == []
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_every_tile_of_latent_attention_gives_a_product_the_same_elements(heads: int) -> None:
+    """kWidth: neighbours in K that a thread gives the matrix unit, part of the order of the sum. wgmma's is 2."""
+    widths = set()
+    for variant in selected_variants("sm90", _problem("attention.mla", num_heads=heads)).values():
+        widths |= set(re.findall(r"kWidth = (\d+)", compile_variant(variant, target_of(ARCHS["sm90"])).asm["ttgir"]))
+    assert widths == {"2"}
+
+
 @given(n=st.integers(1, 200_000), k=st.integers(1, 30_000), units=st.integers(1, 300), dtype=st.sampled_from(DTYPES))
 def test_few_rows_never_get_a_tall_tile(n: int, k: int, units: int, dtype: str) -> None:
     """For a shape that nobody tuned, on a device of any size."""
@@ -293,7 +326,7 @@ def test_a_kernel_compiled_with_fusion_is_seen_to_leave_some() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm100", "sm103"])
-@pytest.mark.parametrize("op", ["gemm", "bmm", "attention"])
+@pytest.mark.parametrize("op", ["gemm", "bmm", "attention", "attention.mla"])
 def test_no_ladder_crosses_to_another_matrix_unit_where_their_bits_were_never_compared(op: str, arch: str) -> None:
     """Under 64 rows a product is mma.sync there, else tcgen05."""
     units = {
@@ -301,7 +334,7 @@ def test_no_ladder_crosses_to_another_matrix_unit_where_their_bits_were_never_co
         for _, text in assembly(arch, ops.get(op).typical("bfloat16"))
         for unit in re.findall(r"tcgen05\.mma|mma\.sync", text)
     }
-    assert units == {"mma.sync" if op == "attention" else "tcgen05.mma"}
+    assert units == {"mma.sync" if op.startswith("attention") else "tcgen05.mma"}
 
 
 def test_a_ladder_that_crosses_is_seen_to() -> None:
@@ -319,8 +352,11 @@ def test_a_ladder_that_crosses_is_seen_to() -> None:
     assert units == {"mma.sync", "tcgen05.mma"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["gemm", "bmm", "attention"])
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(op, dtype) for op in ("gemm", "bmm", "attention") for dtype in DTYPES]
+    + [("attention.mla", dtype) for dtype in DTYPES_16_BIT],
+)
 def test_amd_uses_one_shape_of_matrix_instruction(op: str, dtype: str) -> None:
     """The shape is part of the order of additions, so no tile may change it."""
     problem = ops.get(op).typical(dtype)

@@ -39,6 +39,10 @@ DIMS = {
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 80, "page_size": 5, "sinks": True, "softcap": 9.0},
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "alibi": True},
     ),
+    "attention.mla": (
+        {"num_heads": 16},
+        {"num_heads": 3, "kv_lora_rank": 80, "rope_dim": 24, "page_size": 5},
+    ),
 }
 
 

@@ -17,14 +17,14 @@ from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
 from bidispatch_backends.triton.mla_params import MlaParams
 
-PARAMS = MlaParams(kv_split=48, block_n=16)
+PARAMS = MlaParams(kv_split="48/64@96/80@224", block_n=16)
 LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
 SMALL = {"num_heads": 4, "kv_lora_rank": 32, "rope_dim": 16, "page_size": 16}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": SMALL,
-    "page of 1": {**SMALL, "page_size": 1},
+    "one head, page of 1": {**SMALL, "num_heads": 1, "page_size": 1},
     "widths that are no powers of two, page of 5": {**SMALL, "kv_lora_rank": 24, "rope_dim": 10, "page_size": 5},
-    "18 heads, more than a tile has rows": {**SMALL, "num_heads": 18},
+    "18 heads, more than a tile has rows": {**SMALL, "num_heads": 18, "page_size": 64},
     "3 heads": {**SMALL, "num_heads": 3},
     "DeepSeek-V3 in 8 shards": {"num_heads": 16},
 }
@@ -40,8 +40,8 @@ def problem_of(dims: dict[str, Any]) -> Problem:
 def bind_path(problem: Problem, path: str, params: MlaParams = PARAMS) -> Kernel:
     """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
     (tile,) = tiles(problem, params)
-    tokens = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
-    tile = tile.model_copy(update={"decode_tokens": tokens, "decode_block_m": 16, "prefill_block_m": 16})
+    most = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
     return bind(problem, params=params, tile=tile, limits=LIMITS)
 
 
@@ -65,10 +65,11 @@ def test_both_paths_agree_in_every_bit_and_with_the_reference(shape: str) -> Non
         assert out[rows:].isnan().all(), "rows that no sequence owns were written"
 
 
-@pytest.mark.parametrize("distribution", ["normal", "positive"])
+@pytest.mark.parametrize("distribution", ["normal", "positive", "scaled"])
 def test_default_params_and_tiles_are_near_the_reference(distribution: str) -> None:
+    """A decode and a short chunk in parallel; the longest query is left to the walk."""
     problem = problem_of(SMALL)
-    batch = latent_batch(problem, [1, 40, 20], [1100, 40, 90], distribution=distribution)
+    batch = latent_batch(problem, [1, 40, 12], [1100, 40, 90], distribution=distribution)
     kernel = bind(problem, limits=Limits(1024, 16, 2048))
     assert relative_error(attend(kernel, problem, batch), reference(problem, batch)[0]) < TOLERANCE["float16"]
 
@@ -97,11 +98,14 @@ def rows_that_differ(problem: Problem, kernel_for: Callable[[int], Kernel], leng
         "behind a cached prefix": count(serve(length, length - 64), 64),
         "among others": count(serve(length, length, others), 0),
         "a chunk among others": count(serve(length, 20, others), length - 20),
+        "in ascending pages": count(serve(length, length, page_order="ascending"), 0),
         "in other pages of a wider table": count(serve(length, 20, page_seed=5, max_pages=30), length - 20),
     }
 
 
-@pytest.mark.parametrize("shape", ["small", "3 heads", "18 heads, more than a tile has rows"])
+@pytest.mark.parametrize(
+    "shape", ["small", "3 heads", "18 heads, more than a tile has rows", "widths that are no powers of two, page of 5"]
+)
 def test_a_sequence_has_the_same_bits_however_it_is_served(shape: str) -> None:
     problem = problem_of(SHAPES[shape])
     kernels = {path: bind_path(problem, path) for path in ("parallel", "walked")}
@@ -154,6 +158,26 @@ def test_the_workspace_limit_changes_the_path_and_not_the_bits() -> None:
     walking = tile.model_copy(update={"workspace_mb": 0, "prefill_block_m": 16})
     out = attend(bind(problem, params=PARAMS, tile=walking, limits=LIMITS), problem, batch)
     assert same_bits(out, attend(bind_path(problem, "parallel"), problem, batch))
+
+
+def test_decode_steps_bound_apart_are_not_walked_and_have_the_bits_of_a_mixed_call() -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1, 2, 1], [130, 40, 7])
+    (tile,) = tiles(problem, PARAMS)
+    tile = tile.model_copy(update={"decode_block_m": 16, "prefill_block_m": 16})
+    steps = bind(problem, params=PARAMS, tile=tile, limits=Limits(16, 16, 512, 2))
+    out = attend(steps, problem, batch)
+    assert same_bits(out, attend(bind_path(problem, "walked"), problem, batch))
+
+
+def test_more_query_tokens_than_the_limits_name_give_nan_and_leave_the_others() -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1, 3], [130, 40])
+    (tile,) = tiles(problem, PARAMS)
+    tile = tile.model_copy(update={"decode_block_m": 16, "prefill_block_m": 16})
+    out = attend(bind(problem, params=PARAMS, tile=tile, limits=Limits(16, 16, 512, 2)), problem, batch)
+    assert same_bits(out[:1], attend(bind_path(problem, "walked"), problem, batch)[:1])
+    assert out[1:].isnan().all()
 
 
 def test_limits_without_a_sequence_length_are_refused() -> None:

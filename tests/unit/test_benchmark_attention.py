@@ -316,13 +316,15 @@ class Width(Tile):
     width: int = 4
 
 
-def test_launch_shapes_are_timed_beside_the_ladder(attention, on_the_processor, monkeypatch, capsys):
-    tiled = replace(
-        default_registry().get("torch_cpu.paged_attention"),
-        tile=Width,
-        tiles=lambda device, problem, params: ((2, Width()), (None, Width(width=8))),
-    )
-    monkeypatch.setattr(attention, "default_registry", lambda: SimpleNamespace(get=lambda name: tiled))
+def test_launch_shapes_are_timed_beside_the_ladder(attention, on_the_processor, monkeypatch, tmp_path, capsys):
+    def tiled(name):
+        return replace(
+            default_registry().get(name.replace("triton", "torch_cpu")),
+            tile=Width,
+            tiles=lambda device, problem, params: ((2, Width()), (None, Width(width=8))),
+        )
+
+    monkeypatch.setattr(attention, "default_registry", lambda: SimpleNamespace(get=tiled))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert attention.main(["--try", "--batch", "1", "--context", "9"]) == 0
@@ -331,10 +333,13 @@ def test_launch_shapes_are_timed_beside_the_ladder(attention, on_the_processor, 
     assert [line.split()[-1] for line in printed.splitlines() if line.startswith("    ")][2:] == [
         "width=2", "width=8", "width=16"
     ]  # fmt: skip
-    assert attention.main(["--try", "--phase", "prefill", "--phase", "mla", "--context", "9"]) == 0
+    latent = tmp_path / "latent.yaml"
+    latent.write_text("- {name: small latent, num_heads: 4, kv_lora_rank: 8, rope_dim: 4, page_size: 4}\n")
+    monkeypatch.setitem(attention.SWEEPS, "mla", latent)
+    assert attention.main(["--try", "--phase", "prefill", "--phase", "mla", "--batch", "1", "--context", "9"]) == 0
     printed = capsys.readouterr().out
     assert "best for prefill small batch 1 context 9: ladder" in printed
-    assert "mla: --try has the shapes of triton.paged_attention alone; skipped" in printed
+    assert "best for mla small latent batch 1 context 9: ladder" in printed
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

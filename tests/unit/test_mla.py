@@ -21,7 +21,7 @@ from bidispatch.runtime.arguments import check_tensors, tensor_specs
 from bidispatch.runtime.context import BindContext, Limits
 from bidispatch_backends.torch_cpu.mla import bind_attention_mla
 from bidispatch_backends.torch_cpu.params import AttentionParams
-from bidispatch_backends.triton.mla_params import MlaParams
+from bidispatch_backends.triton.mla_params import MlaParams, mla_tiles, mla_tiles_for
 
 CPU = Device.parse("cpu")
 MLA = ops.get("attention.mla")
@@ -147,7 +147,7 @@ def test_every_gpu_is_served_at_level_sequence(arch, heads):
     selection = plan.select_problem(MLA.problem("bfloat16", {"num_heads": heads}))
     assert [rung.implementation.name for rung in selection.rungs] == ["triton.mla"]
     assert selection.level is Invariance.SEQUENCE
-    assert selection.numerics == "mla.1024.32.exp2"
+    assert selection.numerics == "kv_split_mla.256/512@4096/1024@16384/2048@65536.32.exp2"
 
 
 @pytest.mark.parametrize(("dims", "why"), [({"kv_lora_rank": 1024}, "kv_lora_rank"), ({"rope_dim": 128}, "rope_dim")])
@@ -157,11 +157,26 @@ def test_widths_that_the_kernel_was_not_made_for_are_refused_with_a_reason(dims,
         plan.select_problem(MLA.problem("bfloat16", {"num_heads": 128, **dims}))
 
 
-def test_both_kinds_of_hopper_tile_run_one_instruction():
-    """64 rows are one warpgroup's; fewer would be another instruction, which nobody has compared in fp16."""
-    plan = bidispatch.plan(device=Device(ARCHS["sm90"], "sm90", predicted=True))
-    (rung,) = plan.select_problem(MLA.problem("float16", {"num_heads": 16})).rungs
-    assert rung.tile.decode_block_m == rung.tile.prefill_block_m == 64
+def hopper(heads):
+    return Device(ARCHS["sm90"], "sm90", predicted=True), MLA.problem("bfloat16", {"num_heads": heads}), MlaParams()
+
+
+@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (20, 32), (64, 64), (128, 64)])
+def test_a_tile_of_decode_is_as_tall_as_the_heads_fill(heads, rows):
+    ((_, tile),) = mla_tiles(*hopper(heads))
+    assert tile.decode_block_m == rows
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("tokens", [1, 256, 257, 8192])
+def test_shapes_to_try_start_with_the_default_and_change_one_phase(heads, tokens):
+    ((_, default),) = mla_tiles(*hopper(heads))
+    tiles = list(mla_tiles_for(*hopper(heads), tokens))
+    assert tiles[0] == default
+    assert len(tiles) == len(set(tiles)) >= 3
+    other = "prefill" if tokens <= 256 else "decode"
+    for tile in tiles:
+        assert not any(name.startswith(other) for name, value in tile if value != getattr(default, name))
 
 
 def test_splits_hold_whole_tiles():

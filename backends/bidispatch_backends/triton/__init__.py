@@ -124,15 +124,16 @@ def register(registry: Registry) -> None:
         Implementation(
             name="triton.mla",
             op="attention.mla",
-            load="bidispatch_backends.triton.mla:bind_attention_mla",
+            load="bidispatch_backends.triton.mla:bind_mla",
             archs=_ARCHS,
             dtypes=("bfloat16", "float16"),
-            requires=(_TRITON, DimAtMost("kv_lora_rank", 512), DimAtMost("rope_dim", 64)),
+            requires=(_TRITON_ATTENTION, DimAtMost("kv_lora_rank", 512), DimAtMost("rope_dim", 64)),
             numerics=mla_params.mla_numerics,
             params=mla_params.MlaParams,
             tile=mla_params.MlaTile,
             tiles=mla_params.mla_tiles,
+            search="bidispatch_backends.triton.mla_params:mla_tiles_for",
             libraries=("triton",),
-            summary="absorbed in every phase; KV splits at absolute positions, folded in ascending order",
+            summary="absorbed in every phase; KV splits at absolute positions, in parallel or walked, folded in order",
         )
     )

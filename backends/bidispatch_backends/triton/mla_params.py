@@ -1,87 +1,140 @@
-"""Reduction params, tiles and class label of multi-head latent attention. Imports no triton, no torch."""
+"""Reduction params, tiles, the default tile, tiles to try and the class label of latent attention. No triton here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from bidispatch.device import Device
+from bidispatch.device import Arch, Device
 from bidispatch.ops.schema import Problem
-from bidispatch.registry import Params, Tile
-from bidispatch_backends.triton.fields import power_of_two_field
+from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
 
-__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles"]
+__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for"]
 
-_KB = 1024
-
-
-class MlaParams(Params):
-    """The order of the sums over KV: tiles and splits at absolute positions, the same for decode and prefill."""
-
-    kv_split: int = Field(default=1024, ge=16)
-    """KV positions that start from a fresh accumulator. With 128 heads, the state of a split is written and read in
-    512 KB; 1024 positions of the cache are 1.1 MB."""
-    block_n: int = Field(default=32, ge=16, le=128)
-    """KV positions of one tile, which share one running maximum. 32 of 576 elements take 36 KB, which fits a block of
-    every arch."""
-
-    _sizes = field_validator("block_n")(power_of_two_field)
-
-    @model_validator(mode="after")
-    def _splits_hold_whole_tiles(self) -> MlaParams:
-        if self.kv_split % self.block_n:
-            raise ValueError(f"kv_split={self.kv_split} is not a multiple of block_n={self.block_n}")
-        return self
+_MATRIX_ROWS = 16
+"""Rows of the narrowest tile a matrix unit takes."""
+_ASYNC_ROWS = 64
+"""Rows from which a product on Hopper is wgmma."""
+_ELEMENT_BYTES = 2
 
 
-class MlaTile(Tile):
-    """Launch shapes: `decode` where splits run in parallel, `prefill` where one program walks them."""
+class MlaParams(AttentionParams):
+    """The order of latent attention's sums: KV tiles and splits at absolute positions, the same for decode and prefill.
 
-    decode_block_m: int = Field(ge=16, le=128)
-    """Rows (query tokens times heads) of a tile."""
-    decode_warps: int = Field(ge=1, le=16)
-    decode_stages: int = Field(ge=1)
-    prefill_block_m: int = Field(ge=16, le=128)
-    prefill_warps: int = Field(ge=1, le=16)
-    prefill_stages: int = Field(ge=1)
-    decode_tokens: int = Field(default=256, ge=0)
-    """Calls of up to this many tokens run their splits in parallel, workspace allowing."""
+    A score is summed over the compressed KV first, then over the rotary part, in one accumulator.
+    """
+
+    block_n: int = Field(default=32, ge=16)
+    """KV positions of one tile, which share one running maximum. A tile of 32 takes 36 KB for 512 + 64, which leaves
+    room for the queries on every GPU; 64 do not fit the 64 KB of gfx942."""
+
+
+class MlaTile(AttentionTile):
+    """Launch shapes of latent attention, as attention has them; rows are query tokens times heads."""
+
+    decode_block_m: int = Field(ge=16)
+    """Rows of a tile of parallel splits."""
     workspace_mb: int = Field(default=1024, ge=0)
-    """The most MiB a bound kernel may hold for the partial results of parallel splits. One token of 128 heads takes
-    257 KB for each split: 1 GiB is 31 tokens at 131072 positions, 127 at 32768."""
-
-    _sizes = field_validator("decode_block_m", "decode_warps", "prefill_block_m", "prefill_warps")(power_of_two_field)
+    """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
+    KB for 128 heads."""
 
 
 def mla_numerics(params: Any, problem: Problem) -> str:
-    """`mla.<split>.<tile>.exp2`: absolute splits, left fold, scores as compressed part, then rotary part."""
-    return f"mla.{params.kv_split}.{params.block_n}.exp2"
+    """`kv_split_mla.<sizes>.<tile>.exp2`, as attention writes it; the rotary part comes after the compressed KV."""
+    return f"kv_split_mla.{params.kv_split}.{params.block_n}.exp2"
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
+    """Whether queries, KV tiles and weights are sure to fit a program's shared memory.
+
+    A product that is asynchronous (wgmma, from 64 rows on) has a KV tile more in flight than `mma.sync`. On AMD the
+    queries stay in registers. What else the compiler keeps there took an eighth of it at most.
+    """
+    width = _padded(problem.size("kv_lora_rank")) + _padded(problem.size("rope_dim"))
+    tiles = stages if rows >= _ASYNC_ROWS else max(1, stages - 1)
+    queries = 0 if arch.vendor == "amd" else rows * (width + params.block_n)
+    needed: int = _ELEMENT_BYTES * (queries + tiles * params.block_n * width)
+    return needed <= arch.shared_memory * 7 // 8
+
+
+def _tallest(arch: Arch, problem: Problem, params: Any) -> int:
+    """Rows of the tallest tile of parallel splits. Its accumulator of 512 columns fills 8 warps' registers at 64.
+
+    Only Hopper gets 64: under 64 rows Blackwell has mma.sync, from there on tcgen05, whose bits nobody has compared;
+    on the others 64 rows leave no registers or shared memory.
+    """
+    most = _ASYNC_ROWS if arch.name == "sm90" else 32
+    while most > _MATRIX_ROWS and not _fits(arch, problem, params, most, 2):
+        most //= 2
+    return most
+
+
+def _stages(arch: Arch, problem: Problem, params: Any, rows: int) -> int:
+    """2 where a product is asynchronous, else one more where it fits. 1 on AMD, whose shared memory holds one tile."""
+    if arch.vendor == "amd":
+        return 1
+    return 3 if rows < _ASYNC_ROWS and _fits(arch, problem, params, rows, 3) else 2
 
 
 def mla_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, MlaTile], ...]:
-    """One tile for any number of tokens: the kernel itself chooses between decode and prefill.
+    """One tile for any number of tokens: the kernels themselves choose between decode and prefill.
 
-    The accumulator of a row is kv_lora_rank fp32 numbers, so that tiles are flatter than those of attention. sm90 has
-    64 rows in both paths, one warpgroup instruction; everything else has fewer, all through the same instruction. The
-    walk holds a second accumulator, that of the splits before: with 64 rows it lies in local memory while a split is
-    computed, and is read and written once a split.
+    All heads share a KV row, so that a tile of parallel splits is as tall as the heads fill: each row of tiles reads
+    the cache once more. One program that walks the splits holds two accumulators, a split's own and that of those
+    before.
     """
-    arch = device.arch
-    if arch.family == "sm90":
-        decode, prefill = (64, 8, 2), (64, 8, 2)
-    elif arch.vendor == "amd":
-        decode, prefill = (16, 4, 1), (16, 4, 1)
-    elif arch.shared_memory < 128 * _KB:
-        decode, prefill = (16, 4, 2), (16, 4, 2)
-    else:
-        decode, prefill = (16, 4, 2), (32, 8, 2)
+    most = _tallest(device.arch, problem, params)
+    rows = min(most, _padded(problem.size("num_heads")))
+    walked = min(most, 32)
     tile = MlaTile(
-        decode_block_m=decode[0],
-        decode_warps=decode[1],
-        decode_stages=decode[2],
-        prefill_block_m=prefill[0],
-        prefill_warps=prefill[1],
-        prefill_stages=prefill[2],
+        decode_block_m=rows,
+        decode_warps=8 if rows > _MATRIX_ROWS else 4,
+        decode_stages=_stages(device.arch, problem, params, rows),
+        prefill_block_m=walked,
+        prefill_warps=8,
+        prefill_stages=_stages(device.arch, problem, params, walked),
+        decode_programs=2,
     )
     return ((None, tile),)
+
+
+_FEW_TOKENS = 256
+_DECODE_SHAPES = (
+    (16, 4, 2),
+    (16, 4, 3),
+    (16, 8, 3),
+    (32, 4, 2),
+    (32, 8, 2),
+    (32, 8, 3),
+    (64, 8, 1),
+    (64, 8, 2),
+    (64, 8, 3),
+)
+_DECODE_PROGRAMS = (1, 2, 4)
+_PREFILL_SHAPES = ((16, 4, 2), (16, 8, 2), (32, 8, 2), (32, 8, 3))
+
+
+def mla_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[MlaTile]:
+    """Launch shapes to try for calls of m tokens: those of decode up to 256 tokens, else those of prefill.
+
+    Each differs from the default in one of the two only, all are of one class, and all fit shared memory.
+    """
+    ((_, default),) = mla_tiles(device, problem, params)
+    most = _tallest(device.arch, problem, params)
+    phase = "decode" if m <= _FEW_TOKENS else "prefill"
+    counts = _DECODE_PROGRAMS if phase == "decode" else (default.decode_programs,)
+    yield default
+    for rows, warps, stages in _DECODE_SHAPES if phase == "decode" else _PREFILL_SHAPES:
+        if rows > most or not _fits(device.arch, problem, params, rows, stages):
+            continue
+        shape = {f"{phase}_block_m": rows, f"{phase}_warps": warps, f"{phase}_stages": stages}
+        for count in counts:
+            tile = default.model_copy(update=shape | {"decode_programs": count})
+            if tile != default:
+                yield tile
