@@ -181,6 +181,7 @@ def _attend_tiles(
     # In tiles that all rows see whole, a position's slot is the same in every tile of a loop, and is added once. That
     # takes most of the arithmetic on addresses out of the loop, which else outweighs that of the softmax.
     ALIGNED: tl.constexpr = (not MASKED) and (BLOCK_N % PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0)
+    EARLY: tl.constexpr = WALKS and q.dtype != tl.float32  # whose wide tiles do not both fit shared memory
     columns = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + dims[:, None]
     v_ptrs = v_ptr + dims[None, :]
@@ -201,7 +202,7 @@ def _attend_tiles(
         else:
             k_tile, v_tile = k_ptrs + k_rows[None, :], v_ptrs + v_rows[:, None]
         k = _load_rows(k_tile, (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
-        if WALKS:  # with the keys, so that one wait and one barrier serve both
+        if EARLY:  # with the keys, so that one wait and one barrier serve both
             v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, _widen(k, q.dtype, FENCED), input_precision="ieee")
         if SOFTCAP:
@@ -245,7 +246,7 @@ def _attend_tiles(
                 )
                 _, total, acc = _fresh(BLOCK_M, BLOCK_D)
                 boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
-        if not WALKS:
+        if not EARLY:
             v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
         total = tl.dot(weights, ones, total, input_precision="ieee")
         acc = tl.dot(weights, _widen(v, q.dtype, FENCED), acc, input_precision="ieee")
