@@ -3,7 +3,7 @@
 The kernels are in `attention_kernels`, the arithmetic that they share in `attention_state`. A call launches, of these:
 
 - `split_kernel` and `fold_kernel`, for sequences of few query tokens (decode, speculative decode, short chunks);
-- `walk_kernel`, for the others, unless the limits rule them out; its twin in `attention_hopper` where `overlaps` holds.
+- `walk_kernel`, for the others, unless the limits rule them out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from bidispatch.device import Arch
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel, Limits
-from bidispatch_backends.triton.attention_hopper import overlapped_walk_kernel
 from bidispatch_backends.triton.attention_kernels import fold_kernel, split_kernel, walk_kernel
-from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, overlaps
+from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
 
 __all__ = ["bind_attention", "launches"]
@@ -142,13 +141,10 @@ def launches(
     # The bound was chosen for a tile of one matrix instruction's rows.
     bounded = tile.decode_registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
     registers = {"maxnreg": tile.decode_registers} if bounded else {}
-    walk = walk_kernel
-    if overlaps(arch, problem, params, tile) and not triton.knobs.runtime.interpret:  # Gluon is not interpreted
-        walk = overlapped_walk_kernel
     # Without the fusion: the compiler would contract a product and a sum in one kernel and not in the other.
     walks = tuple(
         Launch(
-            walk,
+            walk_kernel,
             inputs
             | optional
             | {"bases_ptr": bases, "out_ptr": data}
