@@ -22,7 +22,7 @@ from bidispatch_backends.triton.attention_kernels import fold_kernel, split_kern
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
 
-__all__ = ["bind_attention", "launches"]
+__all__ = ["bind_attention", "dependent_launch", "launches"]
 
 _MOST_SEQS = 4096
 """Sequences whose lengths one program of `split_kernel` can count; bound for more, every sequence is walked."""
@@ -83,6 +83,15 @@ def _block_d(problem: Problem) -> int:
     return max(16, power_of_two(problem.size("head_dim")))
 
 
+def dependent_launch(arch: Arch) -> dict[str, bool]:
+    """Options of a fold that starts while its splits still run, and waits for them; none where there is no such launch.
+
+    Programmatic dependent launch, sm90 and later (PTX ISA 9.0, griddepcontrol): hides the µs that a launch takes.
+    """
+    there = arch.vendor == "nvidia" and arch.order >= 90 and not triton.knobs.runtime.interpret
+    return {"launch_pdl": True} if there else {}
+
+
 def launches(
     problem: Problem, params: AttentionParams, tile: AttentionTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
@@ -137,6 +146,7 @@ def launches(
         packing = _Packing.of(problem, block_m)
         return walked | {"BLOCK_M": block_m, "HEADS": packing.heads, "TOKENS": packing.tokens}
 
+    dependent = dependent_launch(arch)
     decode = _Decode.of(problem, params, tile, limits)
     # The bound was chosen for a tile of one matrix instruction's rows.
     bounded = tile.decode_registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
@@ -168,7 +178,8 @@ def launches(
             | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale")
             | strides,
             packed(decode.block_m)
-            | {"KV_HEADS": kv_heads, "MOST_QUERIES": decode.most_queries, "BLOCK_B": decode.block_b},
+            | {"KV_HEADS": kv_heads, "MOST_QUERIES": decode.most_queries, "BLOCK_B": decode.block_b}
+            | {"DEPENDENT": bool(dependent)},
             options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
         ),
         Launch(
@@ -179,8 +190,8 @@ def launches(
             | {"out_ptr": data}
             | sizes("max_kv", "alone", "stride_v_scale")
             | out_strides,
-            widths | {"HEADS": heads},
-            options(arch, 1, 1, fp_fusion=False),
+            widths | {"HEADS": heads, "DEPENDENT": bool(dependent)},
+            options(arch, 1, 1, fp_fusion=False) | dependent,
         ),
     )
 

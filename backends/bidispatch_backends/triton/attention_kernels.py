@@ -14,6 +14,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from bidispatch_backends.triton.attention_state import attend, finish, fold, split_at, split_start, visible_range
 
@@ -135,6 +136,7 @@ def split_kernel(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     MOST_QUERIES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,6 +153,8 @@ def split_kernel(
     [capacity, heads], accs [capacity, heads, BLOCK_D], all fp32. Sequence b's slots start at bases[b], its tokens in
     order, each with the sequence's number of splits; bases[b] is -1 where the sequence is left to `walk_kernel`.
     """
+    if DEPENDENT:  # the fold may take the places that the last programs leave
+        cuda.gdc_launch_dependents()
     batch = tl.arange(0, BLOCK_B)
     there = batch < seqs
     starts = tl.load(query_start_ptr + batch, mask=there, other=0)
@@ -267,12 +271,16 @@ def fold_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Fold what `split_kernel` wrote: a program has a sequence, a head and every num_programs(2)-th of its tokens.
 
     alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
+    DEPENDENT: it is launched before `split_kernel` has ended, and waits for that before it reads anything.
     """
+    if DEPENDENT:
+        cuda.gdc_wait()
     seq = tl.program_id(0)
     base = tl.load(bases_ptr + seq)
     if (base < 0) & (alone == 0):

@@ -15,6 +15,7 @@ from bidispatch.device import Arch
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch_backends.triton.attention import dependent_launch
 from bidispatch_backends.triton.attention_kernels import fold_kernel
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
 from bidispatch_backends.triton.mla_kernels import latent_split_kernel, latent_walk_kernel
@@ -131,7 +132,9 @@ def launches(
         )
         for bases in (None, index)
     )
+    dependent = dependent_launch(arch)
     fold_constants: dict[str, Constant] = {
+        "DEPENDENT": bool(dependent),
         "HEADS": heads,
         "GROUP": heads,
         "HEAD_DIM": rank,
@@ -153,14 +156,15 @@ def launches(
         Launch(
             latent_split_kernel,
             inputs | workspace | sizes("seqs", "max_kv", "capacity", "stride_table") | strides,
-            packed(tile.decode_block_m) | {"MOST_QUERIES": decode.most_queries, "BLOCK_B": decode.block_b},
+            packed(tile.decode_block_m)
+            | {"DEPENDENT": bool(dependent), "MOST_QUERIES": decode.most_queries, "BLOCK_B": decode.block_b},
             options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
         ),
         Launch(
             fold_kernel,
             fold_inputs | workspace | fold_sizes | out_strides,
             fold_constants,
-            options(arch, _FOLD_WARPS, 1, fp_fusion=False),
+            options(arch, _FOLD_WARPS, 1, fp_fusion=False) | dependent,
         ),
     )
 
