@@ -10,9 +10,10 @@ import typer
 from pydantic import BaseModel
 
 from bidispatch import ops
+from bidispatch.bench.prices import COMMAND, prices, results_file
 from bidispatch.cli import failures, render
 from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
-from bidispatch.errors import SelectionError
+from bidispatch.errors import RecordError, SelectionError
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
 from bidispatch.planning.plan import Plan
@@ -68,6 +69,8 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
         render.line(f"{'claims':<13}{result.level.label}, {_evidence(result)}")
     for note in tuned_elsewhere(problem, plan.profile, plan.device):
         render.line(f"{'tuned':<13}{note}")
+    for note in _prices(plan, problem):
+        render.line(f"{'price':<13}{note}")
     render.line()
     if result.decisions:
         rows = [
@@ -92,6 +95,31 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
                 render.line(f"{name}: {summary}")
     else:
         render.error_line(f"error: {render.why_not(problem, result)}")
+
+
+def _prices(plan: Plan, problem: Problem) -> list[str]:
+    """What each level costs, of an op that has one for whole sequences; or how to find out."""
+    if not ops.get(problem.op).sequences:
+        return []
+    file = results_file(plan.device)
+    if file is None:
+        return [f"of the levels not measured on {plan.device.name}: `{COMMAND}` does"]
+    try:
+        found = [str(price) for price in prices(problem, file)]
+    except RecordError as error:
+        return [str(error)]
+    required = plan.require.label
+    other = "batch" if required == "sequence" else "sequence"
+    found = found or [f"{file} has none of {problem.op} in {problem.dtype}"]
+    return [*found, f"the plan requires {required}; `invariance: {{require: {other}}}` in a profile asks for {other}"]
+
+
+def _price_documents(plan: Plan, problem: Problem) -> list[dict[str, Any]]:
+    file = results_file(plan.device) if ops.get(problem.op).sequences else None
+    try:
+        return [{**asdict(price), "file": str(file)} for price in prices(problem, file)] if file else []
+    except RecordError:  # said where it is read by people
+        return []
 
 
 def _evidence(selection: Selection) -> str:
@@ -119,6 +147,7 @@ def _document(plan: Plan, problem: Problem, result: Selection | SelectionError) 
         "profile": {"name": plan.profile.name, "chain": list(plan.profile.chain), "note": plan.profile.note},
         "selection": result.as_json() if isinstance(result, Selection) else None,
         "tuned_elsewhere": tuned_elsewhere(problem, plan.profile, plan.device),
+        "prices": _price_documents(plan, problem),
         "decisions": [{**asdict(decision), "serves": decision.serves} for decision in decisions],
         **({} if served else {"error": failures.as_json_error(result)}),  # type: ignore[arg-type]
     }
