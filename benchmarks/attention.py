@@ -1,7 +1,7 @@
 """Paged attention against FlashAttention, FlashInfer, vLLM's Triton kernel and FlashMLA, on this machine's GPU.
 
     python benchmarks/attention.py [--phase decode]... [--batch 1]... [--context 32768]... [--shape "32/8"]...
-                                   [--quick] [--libraries FOLDER]... [--out FILE]
+                                   [--quick] [--peer fa3_auto]... [--libraries FOLDER]... [--out FILE]
     python benchmarks/attention.py --try [--phase prefill]... [--batch 1]... [--context 32768]... [--shape "32/8"]...
 
 Heads come from sweeps/attention.yaml, those of the latent form from sweeps/attention_mla.yaml. Decode graphs are
@@ -68,6 +68,8 @@ LAUNCHES = (1, 4, 12, 24, MOST_SETS)
 SLOWER = 3.0
 """About how long a call of all rivals takes, beside its bound: the slowest without splits, the others little more."""
 TRIED_REPLAYS = 4
+
+PEERS = (FA3_AUTO, FA3_ONE, FA2_ONE, FLASHINFER, VLLM_TRITON, FLASH_MLA)
 
 Say = Callable[[str], None]
 Binder = Callable[[Call], Peer]
@@ -151,8 +153,15 @@ def peers_of(phase: str, folders: tuple[Path, ...]) -> dict[str, Binder]:
 class Bench:
     """What is the same for every cell: plans, peaks, peers, and why a peer is not there."""
 
-    def __init__(self, plans: Mapping[str, bid.Plan], peaks: Peaks, folders: tuple[Path, ...], say: Say) -> None:
-        self.plans, self.peaks, self.folders, self.say = plans, peaks, folders, say
+    def __init__(
+        self,
+        plans: Mapping[str, bid.Plan],
+        peaks: Peaks,
+        folders: tuple[Path, ...],
+        say: Say,
+        only: Sequence[str] = (),
+    ) -> None:
+        self.plans, self.peaks, self.folders, self.say, self.only = plans, peaks, folders, say, only
         self.device = torch.device(next(iter(plans.values())).device.torch_device)
         self.absent: dict[str, str] = {}
         self._proved: set[str] = set()
@@ -162,7 +171,7 @@ class Bench:
         made = {}
         for name, binder in peers_of(phase, self.folders).items():
             known = f"{phase} {name}"
-            if known in self.absent:
+            if known in self.absent or (self.only and name not in self.only):
                 continue
             try:
                 made[name] = self._proved_peer(known, binder, call)
@@ -389,7 +398,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.attempt:
         arguments.quick = True
         return _try(arguments, plan, peaks, say)
-    bench = Bench(plans, peaks, tuple(arguments.libraries), say)
+    bench = Bench(plans, peaks, tuple(arguments.libraries), say, arguments.peer)
     rows: list[Row] = []
     for phase, shape in named:
         if not ops.get(OPS[phase]).arguments:
@@ -455,7 +464,7 @@ def _write(
     rows: Sequence[Row],
 ) -> None:
     """The JSON of a whole run, or of any that names a file."""
-    part = arguments.quick or arguments.phase or arguments.batch or arguments.context or arguments.shape
+    part = any(getattr(arguments, name) for name in ("quick", "phase", "batch", "context", "shape", "peer"))
     plan = plans[LEVELS[-1]]
     to = arguments.out or (None if part else HERE / "results" / plan.device.slug / "attention.json")
     if to is None:
@@ -489,6 +498,7 @@ def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argpars
     parser.add_argument("--context", action="append", type=_positive, help="positions; 1k to 131k if not given")
     parser.add_argument("--shape", action="append", default=[], help="shapes whose name holds this text")
     parser.add_argument("--quick", action="store_true", help="three batch sizes and three contexts")
+    parser.add_argument("--peer", action="append", default=[], choices=list(PEERS), help="all if not given")
     parser.add_argument("--libraries", action="append", type=Path, default=[], help="a folder with peers' libraries")
     parser.add_argument("--try", action="store_true", dest="attempt", help="time launch shapes instead")
     parser.add_argument("--out", type=Path, help="JSON; results/<device>/attention.json for a whole run")
