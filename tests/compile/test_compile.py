@@ -275,11 +275,23 @@ def test_latent_attention_shapes_to_try_compile_and_fit(phase: str, arch: str) -
     assert shared_memory_faults(arch, binaries) == []
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_every_tile_of_latent_attention_gives_a_product_the_same_elements(heads: int) -> None:
-    """kWidth: neighbours in K that a thread gives the matrix unit, part of the order of the sum. wgmma's is 2."""
+@pytest.mark.parametrize(
+    "problem",
+    [
+        _problem("attention.mla", num_heads=16),
+        _problem("attention.mla", num_heads=128),
+        _problem("attention", num_heads=32, num_kv_heads=8, head_dim=128),
+        _problem("attention", num_heads=32, num_kv_heads=8, head_dim=128, kv_dtype="float8_e4m3fn"),
+    ],
+    ids=str,
+)
+def test_every_tile_of_attention_gives_a_product_the_same_elements(problem: Problem) -> None:
+    """kWidth: neighbours in K that a thread gives the matrix unit, part of the order of the sum. wgmma's is 2.
+
+    Decode's tiles are mma.sync, prefill's wgmma. An fp8 cache had 4 in decode before the widened values were fenced.
+    """
     widths = set()
-    for variant in selected_variants("sm90", _problem("attention.mla", num_heads=heads)).values():
+    for variant in selected_variants("sm90", problem).values():
         widths |= set(re.findall(r"kWidth = (\d+)", compile_variant(variant, target_of(ARCHS["sm90"])).asm["ttgir"]))
     assert widths == {"2"}
 
