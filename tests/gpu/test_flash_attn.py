@@ -163,7 +163,7 @@ def test_errors_against_fp64(plan, name, dtype, record_property):
 
 
 def fa2_varlen(source, library, problem, arguments, *, max_query, num_splits):
-    q, k, v, table, lengths, starts, _ = arguments
+    q, k, v, table, lengths, starts, *_ = arguments
     out = torch.empty_like(q)
     splits = () if source is discovery.FLASH_ATTN else (num_splits,)
     library.varlen_fwd(
@@ -183,7 +183,7 @@ def fa2_kvcache(library, problem, q, k, v, table, lengths, num_splits):
 
 
 def fa3_forward(library, problem, arguments, *, max_query, num_splits=1):
-    q, k, v, table, lengths, starts, _ = arguments
+    q, k, v, table, lengths, starts, *_ = arguments
     out = torch.empty_like(q)
     library.fwd(
         *(q, k, v, None, None, None, out, starts, None, None, None, lengths, max_query, int(lengths.max()), table),
