@@ -289,7 +289,7 @@ def test_fa3_never_meets_the_tile_of_few_rows(head_dim, num_heads):
 
 def varlen(problem, arguments, *, max_query, num_splits=0, max_kv=None):
     """vLLM's FA2 as it is called without care."""
-    q, k, v, table, lengths, starts, _ = arguments
+    q, k, v, table, lengths, starts, *_ = arguments
     out = torch.empty_like(q)
     torch.ops._vllm_fa2_C.varlen_fwd(
         *(q, k, v, out, starts, torch.zeros_like(starts), lengths, None, table, None, max_query),
@@ -328,7 +328,7 @@ def test_a_trimmed_block_table_moves_the_splits_of_the_package_alone(package):
 def test_fa3_switches_its_tile_by_the_longest_query(head_dim, same):
     """Negative control: max_seqlen_q x group on both sides of 64, as the longest query of a batch moves it."""
     problem = problem_of("fa3", head_dim=head_dim)
-    q, k, v, table, lengths, starts, _ = batch(problem, [(1, 700, 0)])
+    q, k, v, table, lengths, starts, *_ = batch(problem, [(1, 700, 0)])
     results = []
     for max_query in (32, 33):
         out = torch.empty_like(q)
