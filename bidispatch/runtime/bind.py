@@ -14,6 +14,7 @@ from bidispatch.device import Device
 from bidispatch.errors import ArgumentError, BackendError, DeviceError
 from bidispatch.ops.schema import Op, Problem
 from bidispatch.registry import Implementation, Rung
+from bidispatch.runtime import paging
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import BindContext, Kernel, Limits
 
@@ -47,6 +48,8 @@ def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits
         context = BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits, first))
         first = (rung.max_m or 0) + 1
         kernel = _load(rung.implementation, context)
+        if paging.wanted(op):
+            kernel = paging.checked(op, problem, kernel)
         several = device.arch.vendor != "cpu" and torch.cuda.device_count() > 1
         kernels.append(_on_device(kernel, device.index) if several else kernel)
     return BoundKernel(op, problem, device, rungs, kernels, limits)

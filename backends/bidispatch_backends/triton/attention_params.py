@@ -121,7 +121,7 @@ class AttentionTile(Tile):
     """Sequences of up to this many query tokens in a call have their splits run in parallel, workspace allowing."""
     decode_programs: int = Field(default=6, ge=1, le=64)
     """Programs of the parallel splits a multiprocessor, at most; they share out the splits there are. Best a multiple
-    of those that run at once (3 for a head of 128): once, all end together where the splits are alike; twice, the
+    of those that run at once (2 for a head of 128): once, all end together where the splits are alike; twice, the
     second ones also fill in where some splits are longer."""
     workspace_mb: int = Field(default=256, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits."""
