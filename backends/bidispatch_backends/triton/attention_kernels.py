@@ -153,6 +153,8 @@ def split_kernel(
     [capacity, heads], accs [capacity, heads, BLOCK_D], all fp32. Sequence b's slots start at bases[b], its tokens in
     order, each with the sequence's number of splits; bases[b] is -1 where the sequence is left to `walk_kernel`.
     """
+    if DEPENDENT:  # the fold may take the places that the last programs leave
+        cuda.gdc_launch_dependents()
     batch = tl.arange(0, BLOCK_B)
     there = batch < seqs
     starts = tl.load(query_start_ptr + batch, mask=there, other=0)
@@ -245,9 +247,6 @@ def split_kernel(
             tl.store(maxima_ptr + states, maximum, mask=valid)
             tl.store(totals_ptr + states, total, mask=valid)
             tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
-    # Not before: a fold that waits in the places of splits made 16 sequences of 1024 positions a tenth slower (H100).
-    if DEPENDENT:
-        cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["max_kv", "alone", "stride_v_scale"])

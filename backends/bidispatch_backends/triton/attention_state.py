@@ -12,7 +12,7 @@ What keeps a row's bits free of the tile it lies in:
 - keys and values of an fp8 cache are widened to q's dtype, which is exact; their scales, one a KV head, join the scale
   of the scores and the last division, where they meet whole rows. FENCED hides from the compiler that they were narrow:
   for mma.sync, which decode's tiles have, it would give each instruction other elements of the sum (kWidth 4 instead of
-  2, Triton 3.6 and 3.9) than wgmma has, which prefill's have. A row in 50 differed so on an H100.
+  2, Triton 3.6 and 3.9) than wgmma has, which prefill's have. 538 of 4734 decoded rows differed so on an H100.
 """
 
 # Kernel arguments are Triton values, which no annotation describes.
