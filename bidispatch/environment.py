@@ -104,12 +104,13 @@ def _file_of(package: Path, module: str) -> Path | None:
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
-def _imports(file: Path, package: Path) -> list[Path | None]:
-    """What a file may import of its own package, in functions too."""
+@lru_cache(maxsize=1024)
+def _imports(file: Path, package: Path) -> tuple[Path | None, ...]:
+    """What a file may import of its own package, in functions too. Kept: kernels share most of what they import."""
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except SyntaxError:
-        return []  # it does not import either
+        return ()  # it does not import either
     place = file.parent.relative_to(package.parent).parts
     names: list[str] = []
     for node in ast.walk(tree):
@@ -120,9 +121,9 @@ def _imports(file: Path, package: Path) -> list[Path | None]:
             source = ".".join((*above, *([node.module] if node.module else ())))
             names += [source, *(f"{source}.{alias.name}" for alias in node.names)]
         elif {getattr(node, "id", None), getattr(node, "attr", None)} & _COMPUTED_IMPORTS:
-            return [*sorted(file.parent.rglob("*.py"))]
+            return tuple(sorted(file.parent.rglob("*.py")))
     # Importing a.b.c runs a and a.b too: registration, which is in a record as the kernel's name and params.
-    return [_file_of(package, name) for name in names if name.partition(".")[0] == package.name]
+    return tuple(_file_of(package, name) for name in names if name.partition(".")[0] == package.name)
 
 
 def _processor() -> dict[str, Any]:
