@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bidispatch.device import Device
+from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.schema import Problem
 
-__all__ = ["BindContext", "Kernel", "Limits"]
+__all__ = ["BindContext", "Kernel", "Limits", "need_max_seq_len", "need_positive_scale"]
 
 Kernel = Callable[..., None]
 """A bound kernel. Called with every argument of the op, then every scalar, then every output, positionally, in the
@@ -44,3 +45,17 @@ class BindContext:
     tile: Any
     """An instance of its `Tile`, or None."""
     limits: Limits
+
+
+def need_max_seq_len(context: BindContext) -> None:
+    """Raise `UsageError` where a kernel of attention is bound without a longest KV: its workspaces follow it."""
+    if context.limits.max_seq_len < 1:
+        raise UsageError(
+            f"{context.problem} is bound without max_seq_len; bind(..., max_seq_len=<longest KV of a sequence>)"
+        )
+
+
+def need_positive_scale(problem: Problem, scale: float) -> None:
+    """Raise `ArgumentError` for a scale of scores that is not above 0: kernels scale a row's maximum by it."""
+    if not scale > 0:
+        raise ArgumentError(f"{problem}: scale must be above 0, not {scale}")

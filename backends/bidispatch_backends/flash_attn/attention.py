@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bidispatch.errors import ArgumentError, BackendError, UsageError
-from bidispatch.runtime.context import BindContext, Kernel
+from bidispatch.runtime.context import BindContext, Kernel, need_max_seq_len, need_positive_scale
 from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, Libraries
 from bidispatch_backends.flash_attn.kernels import Launches, launches
@@ -114,10 +114,7 @@ class _Attention:
 
     def __init__(self, context: BindContext, library: Fa2 | Fa3, split: _Split | None) -> None:
         problem, limits = context.problem, context.limits
-        if limits.max_seq_len < 1:
-            raise UsageError(
-                f"{problem} is bound without max_seq_len; bind(..., max_seq_len=<longest KV of a sequence>)"
-            )
+        need_max_seq_len(context)
         self._problem, self._library, self._split = problem, library, split
         self._page_size, self._causal = problem.size("page_size"), problem.flag("causal")
         self._softcap = float(problem["softcap"])
@@ -179,8 +176,7 @@ class _Attention:
     ) -> None:
         # Between them are the op's optional tensors: none is ever there, by the requirements.
         scale, out = rest[-2:]
-        if not scale > 0:
-            raise ArgumentError(f"{self._problem}: scale must be above 0, not {scale}")
+        need_positive_scale(self._problem, scale)
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if not _on_vectors(cache):
                 raise ArgumentError(

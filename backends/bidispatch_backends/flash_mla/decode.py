@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from bidispatch.errors import ArgumentError, BackendError, UsageError
-from bidispatch.runtime.context import BindContext, Kernel
+from bidispatch.errors import BackendError
+from bidispatch.runtime.context import BindContext, Kernel, need_max_seq_len, need_positive_scale
 
 __all__ = ["bind_decode", "schedule"]
 
@@ -57,8 +57,7 @@ def bind_decode(context: BindContext) -> Kernel:
     `ArgumentError` for a scale that is not above 0.
     """
     problem, limits = context.problem, context.limits
-    if limits.max_seq_len < 1:
-        raise UsageError(f"{problem} is bound without max_seq_len; bind(..., max_seq_len=<longest KV of a sequence>)")
+    need_max_seq_len(context)
     forward = _forward()
     heads, rank = problem.size("num_heads"), problem.size("kv_lora_rank")
     parts = max(1, _multiprocessors(context) // -(-heads // _BLOCK))
@@ -72,8 +71,7 @@ def bind_decode(context: BindContext) -> Kernel:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        if not scale > 0:
-            raise ArgumentError(f"{problem}: scale must be above 0, not {scale}")
+        need_positive_scale(problem, scale)
         if not (len(q) and len(seq_lens)):
             return
         rows = torch.arange(len(q), device=q.device, dtype=torch.int32)

@@ -20,7 +20,7 @@ import torch
 
 from bidispatch.errors import ArgumentError, BackendError, UsageError
 from bidispatch.ops.schema import Problem
-from bidispatch.runtime.context import BindContext, Kernel
+from bidispatch.runtime.context import BindContext, Kernel, need_max_seq_len
 from bidispatch_backends.flashinfer.parts import INDEX_BYTES, Layout, Part, Request, groups, worst_bytes
 
 __all__ = ["bind_attention"]
@@ -36,11 +36,7 @@ def bind_attention(context: BindContext) -> Kernel:
     for lengths that make no batch, that exceed the limits or the block table, and for caches of different strides;
     `UsageError` while a CUDA graph is captured.
     """
-    limits = context.limits
-    if limits.max_seq_len < 1:
-        raise UsageError(
-            f"{context.problem} is bound without max_seq_len; bind(..., max_seq_len=<longest KV of a sequence>)"
-        )
+    need_max_seq_len(context)
     return _PagedAttention(context, importlib.import_module("flashinfer"))
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "attention_tiles",
     "fits_shared_memory",
     "fp8_unmet",
+    "padded",
 ]
 
 _KB = 1024
@@ -127,6 +128,11 @@ class AttentionTile(Tile):
     """The most MiB a bound kernel may hold for the partial results of parallel splits."""
 
     _sizes = field_validator("decode_block_m", "decode_warps", "prefill_block_m", "prefill_warps")(power_of_two_field)
+
+
+def padded(width: int) -> int:
+    """A width as a kernel's block has it: a power of two, at least that of the narrowest product."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def attention_numerics(params: Any, problem: Problem) -> str:

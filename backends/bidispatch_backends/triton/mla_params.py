@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bidispatch.device import Arch, Device
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
+from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, padded
 
 __all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for"]
 
@@ -46,17 +46,13 @@ def mla_numerics(params: Any, problem: Problem) -> str:
     return f"kv_split_mla.{params.kv_split}.{params.block_n}.exp2"
 
 
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
-
-
 def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
     """Whether queries, KV tiles and weights are sure to fit a program's shared memory.
 
     A product that is asynchronous (wgmma, from 64 rows on) has a KV tile more in flight than `mma.sync`. On AMD the
     queries stay in registers. What else the compiler keeps there took an eighth of it at most.
     """
-    width = _padded(problem.size("kv_lora_rank")) + _padded(problem.size("rope_dim"))
+    width = padded(problem.size("kv_lora_rank")) + padded(problem.size("rope_dim"))
     tiles = stages if rows >= _ASYNC_ROWS else max(1, stages - 1)
     queries = 0 if arch.vendor == "amd" else rows * (width + params.block_n)
     needed: int = _ELEMENT_BYTES * (queries + tiles * params.block_n * width)
@@ -90,7 +86,7 @@ def mla_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int 
     before.
     """
     most = _tallest(device.arch, problem, params)
-    rows = min(most, _padded(problem.size("num_heads")))
+    rows = min(most, padded(problem.size("num_heads")))
     walked = min(most, 32)
     tile = MlaTile(
         decode_block_m=rows,

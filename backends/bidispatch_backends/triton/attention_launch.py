@@ -1,0 +1,156 @@
+"""The host's side of attention in parallel splits, whatever a KV tile holds: packing, workspace, grids, the fold.
+
+`attention` and `mla` launch their own splits and walks by it; both are folded by `fold_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from bidispatch.device import Arch
+from bidispatch.runtime.context import BindContext, Limits
+from bidispatch_backends.triton.attention_kernels import fold_kernel
+from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
+from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
+
+__all__ = ["SERVER", "Decode", "Packing", "Parallel", "fold_launch", "workspace_types"]
+
+SERVER = Limits(256, 256, 131072, 1)
+"""What a server binds decode steps for, about."""
+
+_MOST_SEQS = 4096
+"""Sequences whose lengths one program of the parallel splits can count; bound for more, every sequence is walked."""
+_UNITS = 128
+"""Multiprocessors of a GPU that does not say how many it has."""
+_FOLDS = 4
+"""Programs that share the tokens of one sequence and head in `fold_kernel`, at most."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows of a query tile are made of tokens and of the heads that share a KV head."""
+
+    heads: int
+    tokens: int
+    head_blocks: int
+
+    @classmethod
+    def of(cls, group: int, block_m: int) -> Packing:
+        """group: query heads of a KV head."""
+        heads = min(group, block_m)
+        return cls(heads, block_m // heads, ceil_div(group, heads))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """What the limits make of a tile's decode."""
+
+    block_m: int
+    most_queries: int
+    """Query tokens of a sequence whose splits run in parallel, at most; 0: none do."""
+    block_b: int
+    capacity: int
+    """Splits of tokens that the workspace holds."""
+
+    @classmethod
+    def of(
+        cls, params: AttentionParams, tile: AttentionTile, limits: Limits, *, heads: int, width: int, block_m: int
+    ) -> Decode:
+        """heads: of a token. width: of an accumulator. block_m: rows of a tile."""
+        most_queries = min(tile.decode_query_len, limits.max_query_len or limits.max_tokens)
+        splits = params.splits_up_to(limits.max_seq_len)
+        state = heads * (width + 2) * 4
+        capacity = min((tile.workspace_mb << 20) // state, splits * limits.max_tokens)
+        if capacity < splits or limits.max_seqs > _MOST_SEQS:
+            most_queries = 0
+        return cls(block_m, most_queries, power_of_two(max(limits.max_seqs, 16)), capacity)
+
+    def constants(self, arch: Arch) -> dict[str, Constant]:
+        """What a kernel of parallel splits takes of it."""
+        return {
+            "MOST_QUERIES": self.most_queries,
+            "DEPENDENT": bool(_dependent_launch(arch)),
+            "BLOCK_B": self.block_b,
+        }
+
+
+def _dependent_launch(arch: Arch) -> dict[str, bool]:
+    """Options of a fold that starts while its splits still run, and waits for them; none where there is no such launch.
+
+    Programmatic dependent launch, sm90 and later (PTX ISA 9.0, griddepcontrol): hides the µs that a launch takes.
+    """
+    there = arch.vendor == "nvidia" and arch.order >= 90 and not triton.knobs.runtime.interpret
+    return {"launch_pdl": True} if there else {}
+
+
+def workspace_types() -> dict[str, ArgumentType]:
+    """The arguments that `Parallel.workspace` is passed for."""
+    types: dict[str, ArgumentType] = {"bases_ptr": pointer("int32")}
+    return types | dict.fromkeys(("maxima_ptr", "totals_ptr", "accs_ptr"), pointer("float32"))
+
+
+def fold_launch(
+    arch: Arch,
+    optional: Mapping[str, ArgumentType],
+    data: str,
+    out_strides: Mapping[str, ArgumentType],
+    constants: Mapping[str, Constant],
+    warps: int,
+) -> Launch:
+    """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result."""
+    dependent = _dependent_launch(arch)
+    return Launch(
+        fold_kernel,
+        dict.fromkeys(("kv_lens_ptr", "query_start_ptr"), pointer("int32"))
+        | dict(optional)
+        | workspace_types()
+        | {"out_ptr": data}
+        | dict.fromkeys(("max_kv", "alone", "stride_v_scale"), "i32")
+        | dict(out_strides),
+        dict(constants) | {"DEPENDENT": bool(dependent)},
+        options(arch, warps, 1, fp_fusion=False) | dependent,
+    )
+
+
+class Parallel:
+    """A bound kernel's workspace of splits, and what a call needs to know of its limits."""
+
+    def __init__(self, context: BindContext, decode: Decode, *, heads: int, width: int, blocks: int) -> None:
+        """blocks: tiles of one token's heads."""
+        limits, tile = context.limits, context.tile
+        self.decode = decode
+        self._heads, self._limits = heads, limits
+        self._page_size = context.problem.size("page_size")
+        self._splits = context.params.splits_up_to(limits.max_seq_len)
+        self._longest_query = limits.max_query_len or limits.max_tokens
+        self._work = self._splits * blocks
+        on_gpu = context.device.arch.vendor != "cpu"
+        self._programs = tile.decode_programs * (context.device.compute_units or _UNITS) if on_gpu else 4
+
+        def empty(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(count, dtype=dtype, device=context.device.torch_device)
+
+        states = decode.capacity * heads if decode.most_queries else 0
+        self.bases = empty(limits.max_seqs if decode.most_queries else 0, torch.int32)
+        self.workspace = (self.bases, empty(states), empty(states), empty(states * width))
+
+    def max_kv(self, block_table: torch.Tensor) -> int:
+        """KV positions that a sequence may have in a call."""
+        return min(self._limits.max_seq_len, block_table.shape[1] * self._page_size)
+
+    def leaves(self, tokens: int) -> bool:
+        """Whether a sequence of a call may be left to the walk; always without splits in parallel."""
+        decode = self.decode
+        return min(tokens, self._longest_query) > decode.most_queries or tokens * self._splits > decode.capacity
+
+    def split_grid(self, tokens: int) -> tuple[int, ...]:
+        """Of the splits: no more programs than there can be work."""
+        return (min(self._programs, tokens * self._work),)
+
+    def fold_grid(self, tokens: int, seqs: int) -> tuple[int, ...]:
+        """Of `fold_kernel`."""
+        return (seqs, self._heads, min(_FOLDS, self.decode.most_queries, tokens))
