@@ -3,7 +3,7 @@
 The kernels are in `attention_kernels`, the arithmetic that they share in `attention_state`. A call launches, of these:
 
 - `split_kernel` and `fold_kernel`, for sequences of few query tokens (decode, speculative decode, short chunks);
-- `walk_kernel`, for the others, unless the limits rule them out.
+- `walk_kernel`, for the others, unless the limits rule them out; its twin in `attention_hopper` where `overlaps` holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel, Limits, need_max_seq_len, need_positive_scale
+from bidispatch_backends.triton.attention_hopper import OVERLAP_WARPS, overlapped_walk_kernel
 from bidispatch_backends.triton.attention_kernels import split_kernel, walk_kernel
 from bidispatch_backends.triton.attention_launch import (
     SERVER,
@@ -25,7 +26,7 @@ from bidispatch_backends.triton.attention_launch import (
     fold_launch,
     workspace_types,
 )
-from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, padded
+from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, overlaps, padded
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer, power_of_two
 
 __all__ = ["bind_attention", "launches"]
@@ -101,10 +102,13 @@ def launches(
     # The bound was chosen for a tile of one matrix instruction's rows.
     bounded = tile.decode_registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
     registers = {"maxnreg": tile.decode_registers} if bounded else {}
+    walk, warps = walk_kernel, tile.prefill_warps
+    if overlaps(arch, problem, params, tile) and not triton.knobs.runtime.interpret:  # Gluon is not interpreted
+        walk, warps = overlapped_walk_kernel, OVERLAP_WARPS
     # Without the fusion: the compiler would contract a product and a sum in one kernel and not in the other.
     walks = tuple(
         Launch(
-            walk_kernel,
+            walk,
             inputs
             | optional
             | {"bases_ptr": bases, "out_ptr": data}
@@ -113,7 +117,7 @@ def launches(
             | strides
             | out_strides,
             packed(tile.prefill_block_m),
-            options(arch, tile.prefill_warps, tile.prefill_stages, fp_fusion=False),
+            options(arch, warps, tile.prefill_stages, fp_fusion=False),
         )
         for bases in (None, index)
     )

@@ -28,7 +28,7 @@ _AT_ONCE = tl.constexpr(8)
 @triton.jit
 def _last_at_most(starts_ptr, seqs, place, TOKENS: tl.constexpr):
     """The last sequence b with starts[b] // TOKENS + b <= place. starts[0] is 0."""
-    low = tl.full((), 0, tl.int32)
+    low = seqs * 0
     high = low + seqs
     while high - low > 1:
         middle = (low + high) // 2

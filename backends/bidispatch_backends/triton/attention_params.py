@@ -21,6 +21,7 @@ __all__ = [
     "attention_tiles",
     "fits_shared_memory",
     "fp8_unmet",
+    "overlaps",
     "padded",
 ]
 
@@ -118,6 +119,8 @@ class AttentionTile(Tile):
     prefill_block_m: int = Field(ge=16)
     prefill_warps: int = Field(ge=1, le=16)
     prefill_stages: int = Field(ge=1)
+    prefill_overlap: bool = False
+    """Whether prefill does the softmax of a KV tile beside the products of the one before, where `overlaps` holds."""
     decode_query_len: int = Field(default=16, ge=0)
     """Sequences of up to this many query tokens in a call have their splits run in parallel, workspace allowing."""
     decode_programs: int = Field(default=6, ge=1, le=64)
@@ -151,6 +154,18 @@ def fp8_unmet(device: Device, problem: Problem) -> str | None:
 
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
+
+
+def overlaps(arch: Arch, problem: Problem, params: Any, tile: AttentionTile) -> bool:
+    """Whether prefill is served by `attention_hopper`: what its layouts are made for."""
+    return (
+        tile.prefill_overlap
+        and arch.family == "sm90"
+        and (tile.prefill_block_m, tile.prefill_warps, params.block_n) == (128, 8, 64)
+        and problem.dtype == problem["kv_dtype"] != "float32"
+        and problem.size("head_dim") in (64, 128)
+        and not (float(problem["softcap"]) or problem.flag("alibi"))
+    )
 
 
 def fits_shared_memory(arch: Arch, problem: Problem, params: Any, rows: int, stages: int, width: int = 0) -> bool:
@@ -197,5 +212,6 @@ def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
         prefill_block_m=prefill,
         prefill_warps=warps,
         prefill_stages=_stages(arch, problem, params, prefill),
+        prefill_overlap=arch.family == "sm90",
     )
     return ((None, tile),)

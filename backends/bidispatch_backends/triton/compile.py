@@ -10,6 +10,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
@@ -106,7 +107,8 @@ def target_of(arch: Arch) -> GPUTarget:
 def compile_variant(variant: Variant, target: GPUTarget) -> CompiledKernel:
     """Compile for a target; needs no GPU and no driver. `metadata.shared` is the shared memory it takes, in bytes."""
     names = list(variant.signature)
-    source = ASTSource(
+    language = GluonASTSource if variant.kernel.is_gluon() else ASTSource
+    source = language(
         fn=variant.kernel,
         signature=dict(variant.signature),
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},

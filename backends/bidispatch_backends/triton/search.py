@@ -141,5 +141,5 @@ def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -
         for rows, warps, stages in _PREFILL_SHAPES:
             if fits_shared_memory(device.arch, problem, params, rows, stages):
                 shape = {"prefill_block_m": rows, "prefill_warps": warps, "prefill_stages": stages}
-                tiles.append(default.model_copy(update=shape))
+                tiles.append(default.model_copy(update={**shape, "prefill_overlap": False}))
     yield from dict.fromkeys(tiles)
