@@ -277,18 +277,18 @@ def fold_kernel(
     """Fold what `split_kernel` wrote: a program has a sequence, a head and every num_programs(2)-th of its tokens.
 
     alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
-    DEPENDENT: it is launched before `split_kernel` has ended, and waits for that before it reads anything.
+    DEPENDENT: it is launched before `split_kernel` has ended, and waits for that before it reads what that writes.
     """
-    if DEPENDENT:
-        cuda.gdc_wait()
     seq = tl.program_id(0)
-    base = tl.load(bases_ptr + seq)
-    if (base < 0) & (alone == 0):
-        return
     query_start = tl.load(query_start_ptr + seq)
     query_len = tl.load(query_start_ptr + seq + 1) - query_start
     kv_len = tl.load(kv_lens_ptr + seq)
     first_split, splits = _splits_of(query_len, kv_len, max_kv, CAUSAL, WINDOW, SPLITS)
+    if DEPENDENT:
+        cuda.gdc_wait()
+    base = tl.load(bases_ptr + seq)
+    if (base < 0) & (alone == 0):
+        return
 
     head = tl.program_id(1) + tl.arange(0, 1)
     kv_head = tl.program_id(1) // GROUP

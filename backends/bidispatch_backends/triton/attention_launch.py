@@ -17,7 +17,7 @@ from bidispatch_backends.triton.attention_kernels import fold_kernel
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
 
-__all__ = ["SERVER", "Decode", "Packing", "Parallel", "fold_launch", "workspace_types"]
+__all__ = ["SERVER", "Decode", "Packing", "Parallel", "fold_launch", "launches_dependents", "workspace_types"]
 
 SERVER = Limits(256, 256, 131072, 1)
 """What a server binds decode steps for, about."""
@@ -69,22 +69,18 @@ class Decode:
             most_queries = 0
         return cls(block_m, most_queries, power_of_two(max(limits.max_seqs, 16)), capacity)
 
-    def constants(self, arch: Arch) -> dict[str, Constant]:
+    @property
+    def constants(self) -> dict[str, Constant]:
         """What a kernel of parallel splits takes of it."""
-        return {
-            "MOST_QUERIES": self.most_queries,
-            "DEPENDENT": bool(_dependent_launch(arch)),
-            "BLOCK_B": self.block_b,
-        }
+        return {"MOST_QUERIES": self.most_queries, "BLOCK_B": self.block_b}
 
 
-def _dependent_launch(arch: Arch) -> dict[str, bool]:
-    """Options of a fold that starts while its splits still run, and waits for them; none where there is no such launch.
+def launches_dependents(arch: Arch) -> bool:
+    """Whether a fold can be launched while its splits still run, and wait for them.
 
     Programmatic dependent launch, sm90 and later (PTX ISA 9.0, griddepcontrol): hides the µs that a launch takes.
     """
-    there = arch.vendor == "nvidia" and arch.order >= 90 and not triton.knobs.runtime.interpret
-    return {"launch_pdl": True} if there else {}
+    return arch.vendor == "nvidia" and arch.order >= 90 and not triton.knobs.runtime.interpret
 
 
 def workspace_types() -> dict[str, ArgumentType]:
@@ -100,9 +96,14 @@ def fold_launch(
     out_strides: Mapping[str, ArgumentType],
     constants: Mapping[str, Constant],
     warps: int,
+    *,
+    dependent: bool = False,
 ) -> Launch:
-    """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result."""
-    dependent = _dependent_launch(arch)
+    """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result.
+
+    dependent: launched while `split_kernel` still runs, where `launches_dependents`.
+    """
+    early = {"launch_pdl": True} if dependent else {}
     return Launch(
         fold_kernel,
         dict.fromkeys(("kv_lens_ptr", "query_start_ptr"), pointer("int32"))
@@ -111,8 +112,8 @@ def fold_launch(
         | {"out_ptr": data}
         | dict.fromkeys(("max_kv", "alone", "stride_v_scale"), "i32")
         | dict(out_strides),
-        dict(constants) | {"DEPENDENT": bool(dependent)},
-        options(arch, warps, 1, fp_fusion=False) | dependent,
+        dict(constants) | {"DEPENDENT": dependent},
+        options(arch, warps, 1, fp_fusion=False) | early,
     )
 
 

@@ -71,7 +71,8 @@ def variants(implementation: str, problem: Problem, params: Any, tile: Any, arch
             f"{implementation!r} is not a Triton kernel of this backend; it has {', '.join(_LAUNCHES)}"
             + did_you_mean(implementation, _LAUNCHES)
         )
-    return tuple(_variant(launch) for launch in _LAUNCHES[implementation](problem, params, tile, arch))
+    launches = _LAUNCHES[implementation](problem, params, tile, arch)
+    return tuple(_variant(each) for launch in launches for each in (launch, launch.unaligned) if each is not None)
 
 
 def _variant(launch: Launch) -> Variant:

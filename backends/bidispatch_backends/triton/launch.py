@@ -43,7 +43,10 @@ class Launch:
     arguments: Mapping[str, ArgumentType]
     constants: Mapping[str, Constant]
     options: Mapping[str, int | bool]
-    _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, compare=False, repr=False)
+    unaligned: Launch | None = None
+    """Of a kernel whose copies are of 16 bytes: what is launched, on the same grid, for operands that do not allow it:
+    addresses that are no multiples of 16 bytes, or sizes among the arguments that are no multiples of 16."""
+    _compiled: dict[Any, Callable[..., None]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a description that would let a remembered binary serve arguments it was not made for."""
@@ -67,6 +70,11 @@ class Launch:
         kinds = list(self.arguments.values())
         chosen = [i for i, kind in enumerate(kinds) if i >= self._tensors and not isinstance(kind, str)]
         return itemgetter(*chosen) if chosen else lambda arguments: ()
+
+    def _sizes(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+        """The arguments whose values a binary may depend on."""
+        chosen = self._specialised(arguments)
+        return chosen if isinstance(chosen, tuple) else (chosen,)
 
     @cached_property
     def _wide(self) -> int:
@@ -97,6 +105,9 @@ class Launch:
         binary = self._compiled.get(key)
         if binary is not None and aligned:
             binary((*grid, 1, 1)[:3], *pointers, *arguments[self._tensors :], *self._constants)
+            return
+        if self.unaligned and (not aligned or any(size % _ALIGNMENT for size in self._sizes(arguments))):
+            self.unaligned(grid, *arguments)
             return
         compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         if aligned and compiled is not None:  # the interpreter compiles nothing, and is asked again

@@ -7,8 +7,10 @@ others. The absorbed form serves every phase, so that a prefill has the bits of 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
+import triton
 
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
@@ -22,9 +24,11 @@ from bidispatch_backends.triton.attention_launch import (
     workspace_types,
 )
 from bidispatch_backends.triton.attention_params import padded
+from bidispatch_backends.triton.hopper import WARPS
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer
+from bidispatch_backends.triton.mla_hopper import seesaw_split_kernel
 from bidispatch_backends.triton.mla_kernels import latent_split_kernel, latent_walk_kernel
-from bidispatch_backends.triton.mla_params import MlaParams, MlaTile
+from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws
 
 __all__ = ["bind_mla", "launches"]
 
@@ -103,16 +107,17 @@ def launches(
         "BLOCK_D": padded(rank),
     }
     neither: dict[str, ArgumentType] = {"sinks_ptr": None, "v_scales_ptr": None}
-    return (
-        *walks,
-        Launch(
-            latent_split_kernel,
-            inputs | workspace_types() | sizes("seqs", "max_kv", "capacity", "stride_table") | strides,
-            packed(tile.decode_block_m) | decode.constants(arch),
-            options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
-        ),
-        fold_launch(arch, neither, data, out_strides, fold_constants, warps=_FOLD_WARPS),
+    split = Launch(
+        latent_split_kernel,
+        inputs | workspace_types() | sizes("seqs", "max_kv", "capacity", "stride_table") | strides,
+        packed(tile.decode_block_m) | decode.constants,
+        options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
     )
+    if seesaws(arch, problem, params, tile, decode.block_b) and not triton.knobs.runtime.interpret:
+        split = replace(
+            split, kernel=seesaw_split_kernel, options=options(arch, WARPS, 1, fp_fusion=False), unaligned=split
+        )
+    return (*walks, split, fold_launch(arch, neither, data, out_strides, fold_constants, warps=_FOLD_WARPS))
 
 
 def bind_mla(context: BindContext) -> Kernel:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from bidispatch_backends.triton.attention_kernels import _last_at_most, _rows_of_tile, _splits_of
 from bidispatch_backends.triton.attention_state import (
@@ -226,7 +225,6 @@ def latent_split_kernel(
     PAGE_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     MOST_QUERIES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -237,8 +235,6 @@ def latent_split_kernel(
 
     Work items, the workspace and bases are those of attention's `split_kernel`.
     """
-    if DEPENDENT:  # the fold may take the places that the last programs leave
-        cuda.gdc_launch_dependents()
     batch = tl.arange(0, BLOCK_B)
     there = batch < seqs
     starts = tl.load(query_start_ptr + batch, mask=there, other=0)

@@ -11,13 +11,20 @@ from bidispatch.device import Arch, Device
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, padded
 
-__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for"]
+__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for", "seesaws"]
 
 _MATRIX_ROWS = 16
 """Rows of the narrowest tile a matrix unit takes."""
 _ASYNC_ROWS = 64
 """Rows from which a product on Hopper is wgmma."""
 _ELEMENT_BYTES = 2
+_SEESAW_SEQS = 512
+"""Sequences whose lengths a warp can hold in registers."""
+
+# A split of 128 heads is written and read again as 514 KB, as much as the KV of 446 positions: one of 256 is for what
+# is short. H100, 128 heads, 1 x 1k to 32k: as attention's sizes; 16 x 8k 162 for 171 µs, 16 x 32k 446 for 487, 64 x 8k
+# 553 for 622. From 512 on, 64 x 8k takes 484, but 1 x 1k 29 for 20 and 1 x 32k 89 for 55.
+_SPLITS = "256/512@1024/1024@8192/2048@32768"
 
 
 class MlaParams(AttentionParams):
@@ -26,6 +33,8 @@ class MlaParams(AttentionParams):
     A score is summed over the compressed KV first, then over the rotary part, in one accumulator.
     """
 
+    kv_split: int | str = _SPLITS
+    """As attention has it; sizes grow earlier."""
     block_n: int = Field(default=32, ge=16)
     """KV positions of one tile, which share one running maximum. A tile of 32 takes 36 KB for 512 + 64, which leaves
     room for the queries on every GPU; 64 do not fit the 64 KB of gfx942."""
@@ -36,6 +45,8 @@ class MlaTile(AttentionTile):
 
     decode_block_m: int = Field(ge=16)
     """Rows of a tile of parallel splits."""
+    decode_overlap: bool = False
+    """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
     workspace_mb: int = Field(default=1024, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
     KB for 128 heads."""
@@ -44,6 +55,17 @@ class MlaTile(AttentionTile):
 def mla_numerics(params: Any, problem: Problem) -> str:
     """`kv_split_mla.<sizes>.<tile>.exp2`, as attention writes it; the rotary part comes after the compressed KV."""
     return f"kv_split_mla.{params.kv_split}.{params.block_n}.exp2"
+
+
+def seesaws(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
+    """Whether the parallel splits are those of `mla_hopper`: what its layouts are made for."""
+    return (
+        tile.decode_overlap
+        and arch.family == "sm90"
+        and (tile.decode_block_m, params.block_n) == (_ASYNC_ROWS, 32)
+        and (problem.size("kv_lora_rank"), problem.size("rope_dim")) == (512, 64)
+        and max_seqs <= _SEESAW_SEQS
+    )
 
 
 def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
@@ -86,16 +108,18 @@ def mla_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int 
     before.
     """
     most = _tallest(device.arch, problem, params)
-    rows = min(most, padded(problem.size("num_heads")))
+    overlap = device.arch.name == "sm90"
+    rows = most if overlap else min(most, padded(problem.size("num_heads")))
     walked = min(most, 32)
     tile = MlaTile(
         decode_block_m=rows,
+        decode_overlap=overlap,
         decode_warps=8 if rows > _MATRIX_ROWS else 4,
         decode_stages=_stages(device.arch, problem, params, rows),
         prefill_block_m=walked,
         prefill_warps=8,
         prefill_stages=_stages(device.arch, problem, params, walked),
-        decode_programs=2,
+        decode_programs=1 if overlap else 2,
     )
     return ((None, tile),)
 
