@@ -21,7 +21,7 @@ from bidispatch.runtime.arguments import check_tensors, tensor_specs
 from bidispatch.runtime.context import BindContext, Limits
 from bidispatch_backends.torch_cpu.mla import bind_attention_mla
 from bidispatch_backends.torch_cpu.params import AttentionParams
-from bidispatch_backends.triton.mla_params import MlaParams, mla_tiles, mla_tiles_for
+from bidispatch_backends.triton.mla_params import MlaParams, mla_tiles, mla_tiles_for, seesaws
 
 CPU = Device.parse("cpu")
 MLA = ops.get("attention.mla")
@@ -147,7 +147,27 @@ def test_every_gpu_is_served_at_level_sequence(arch, heads):
     selection = plan.select_problem(MLA.problem("bfloat16", {"num_heads": heads}))
     assert [rung.implementation.name for rung in selection.rungs] == ["triton.mla"]
     assert selection.level is Invariance.SEQUENCE
-    assert selection.numerics == "kv_split_mla.256/512@4096/1024@16384/2048@65536.32.exp2"
+    assert selection.numerics == "kv_split_mla.256/512@1024/1024@8192/2048@32768.32.exp2"
+
+
+@pytest.mark.parametrize(
+    ("arch", "dims", "seqs", "served"),
+    [
+        ("sm90", {}, 256, True),
+        ("sm90", {"num_heads": 16, "page_size": 16}, 512, True),
+        ("sm90", {}, 1024, False),
+        ("sm90", {"kv_lora_rank": 256}, 256, False),
+        ("sm80", {}, 256, False),
+        ("sm100", {}, 256, False),
+    ],
+)
+def test_decode_overlaps_where_the_kernel_was_made_for_it(arch, dims, seqs, served):
+    params = MlaParams()
+    problem = MLA.problem("bfloat16", {"num_heads": 128, **dims})
+    ((_, tile),) = mla_tiles(Device(ARCHS[arch], arch, predicted=True), problem, params)
+    assert seesaws(ARCHS[arch], problem, params, tile, seqs) is served
+    assert not seesaws(ARCHS[arch], problem, params, tile.model_copy(update={"decode_overlap": False}), seqs)
+    assert not seesaws(ARCHS[arch], problem, MlaParams(block_n=64), tile, seqs)
 
 
 @pytest.mark.parametrize(("dims", "why"), [({"kv_lora_rank": 1024}, "kv_lora_rank"), ({"rope_dim": 128}, "rope_dim")])
@@ -161,10 +181,17 @@ def hopper(heads):
     return Device(ARCHS["sm90"], "sm90", predicted=True), MLA.problem("bfloat16", {"num_heads": heads}), MlaParams()
 
 
-@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (20, 32), (64, 64), (128, 64)])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (20, 32), (64, 32)])
 def test_a_tile_of_decode_is_as_tall_as_the_heads_fill(heads, rows):
-    ((_, tile),) = mla_tiles(*hopper(heads))
+    device = Device(ARCHS["sm80"], "sm80", predicted=True)
+    ((_, tile),) = mla_tiles(device, MLA.problem("bfloat16", {"num_heads": heads}), MlaParams())
     assert tile.decode_block_m == rows
+
+
+@pytest.mark.parametrize("heads", [1, 16, 64, 128])
+def test_on_hopper_it_is_as_tall_as_a_warpgroups_product(heads):
+    ((_, tile),) = mla_tiles(*hopper(heads))
+    assert tile.decode_block_m == 64
 
 
 @pytest.mark.parametrize("heads", [16, 128])

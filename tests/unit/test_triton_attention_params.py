@@ -16,6 +16,7 @@ from bidispatch_backends.triton.attention_params import (
     AttentionParams,
     attention_numerics,
     attention_tiles,
+    overlaps,
 )
 from bidispatch_backends.triton.search import attention_tiles_for
 
@@ -105,3 +106,25 @@ def test_shapes_to_try_start_with_the_default_and_change_one_phase(arch: str, to
     for tile in tiles:
         fields = {name for name, value in tile if value != getattr(default, name)}
         assert not any(name.startswith(other) for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dims", "served"),
+    [
+        ("sm90", {}, True),
+        ("sm90", {"head_dim": 64, "window": 128, "sinks": True}, True),
+        ("sm90", {"head_dim": 96}, False),
+        ("sm90", {"head_dim": 256}, False),
+        ("sm90", {"softcap": 30.0}, False),
+        ("sm90", {"alibi": True}, False),
+        ("sm90", {"kv_dtype": "float8_e4m3fn"}, False),
+        ("sm80", {}, False),
+        ("sm100", {}, False),
+    ],
+)
+def test_prefill_overlaps_where_the_kernel_was_made_for_it(arch: str, dims: dict[str, object], served: bool) -> None:
+    params = AttentionParams()
+    ((_, tile),) = attention_tiles(device(arch), problem(**dims), params)
+    assert overlaps(ARCHS[arch], problem(**dims), params, tile) is served
+    assert not overlaps(ARCHS[arch], problem(**dims), params, tile.model_copy(update={"prefill_overlap": False}))
+    assert not overlaps(ARCHS[arch], problem(**dims), AttentionParams(block_n=32), tile)
