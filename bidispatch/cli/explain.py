@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
 from bidispatch import ops
-from bidispatch.bench.prices import COMMAND, prices, results_file
+from bidispatch.bench.prices import COMMAND, RESULTS_VARIABLE, Price, command_for, prices, results_file
 from bidispatch.cli import failures, render
 from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
+from bidispatch.device import Device
 from bidispatch.errors import RecordError, SelectionError
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
@@ -69,7 +71,8 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
         render.line(f"{'claims':<13}{result.level.label}, {_evidence(result)}")
     for note in tuned_elsewhere(problem, plan.profile, plan.device):
         render.line(f"{'tuned':<13}{note}")
-    for note in _prices(plan, problem):
+    found, notes = _price_notes(plan, problem)
+    for note in (*map(str, found), *notes):
         render.line(f"{'price':<13}{note}")
     render.line()
     if result.decisions:
@@ -97,29 +100,34 @@ def _print(plan: Plan, problem: Problem, result: Selection | SelectionError) -> 
         render.error_line(f"error: {render.why_not(problem, result)}")
 
 
-def _prices(plan: Plan, problem: Problem) -> list[str]:
-    """What each level costs, of an op that has one for whole sequences; or how to find out."""
+def _price_notes(plan: Plan, problem: Problem) -> tuple[Sequence[Price], Sequence[str]]:
+    """What each level costs, of an op that has one for whole sequences, and how to find out or ask for another."""
     if not ops.get(problem.op).sequences:
-        return []
+        return (), ()
     file = results_file(plan.device)
-    if file is None:
-        return [f"of the levels not measured on {plan.device.name}: `{COMMAND}` does"]
     try:
-        found = [str(price) for price in prices(problem, file)]
-    except RecordError as error:
-        return [str(error)]
+        read = prices(problem, file)
+    except RecordError as error:  # prices are an aside: without them the candidates are still explained
+        return (), (str(error), _other_level(plan))
+    if read is None:
+        return (), (_not_timed(plan.device, file), _other_level(plan))
+    return read.found, (*read.notes, _other_level(plan))
+
+
+def _not_timed(device: Device, file: Path) -> str:
+    """A prediction has no file of its own: results go by the name of the device that gave them."""
+    if device.predicted:
+        return f"{device.name} is predicted, and only a device that is here has prices: `{COMMAND}` on one"
+    return f"there is no {file}: `{command_for(file)}` in a checkout makes it; {RESULTS_VARIABLE} names another folder"
+
+
+def _other_level(plan: Plan) -> str:
     required = plan.require.label
-    other = "batch" if required == "sequence" else "sequence"
-    found = found or [f"{file} has none of {problem.op} in {problem.dtype}"]
-    return [*found, f"the plan requires {required}; `invariance: {{require: {other}}}` in a profile asks for {other}"]
-
-
-def _price_documents(plan: Plan, problem: Problem) -> list[dict[str, Any]]:
-    file = results_file(plan.device) if ops.get(problem.op).sequences else None
-    try:
-        return [{**asdict(price), "file": str(file)} for price in prices(problem, file)] if file else []
-    except RecordError:  # said where it is read by people
-        return []
+    other = "sequence" if required == "batch" else "batch"
+    return (
+        f"profile {plan.profile.name} requires level {required}; `invariance: {{require: {other}}}` in a profile, or "
+        f'`bid.plan(require="{other}")`, asks for {other}'
+    )
 
 
 def _evidence(selection: Selection) -> str:
@@ -141,13 +149,16 @@ def _fields(model: BaseModel | None) -> str:
 def _document(plan: Plan, problem: Problem, result: Selection | SelectionError) -> dict[str, Any]:
     served = isinstance(result, Selection)
     decisions: Sequence[Decision] = result.decisions
+    found, notes = _price_notes(plan, problem)
     return {
         "problem": {"op": problem.op, "dtype": problem.dtype, "dims": dict(problem.dims)},
         "device": {"name": plan.device.name, "arch": plan.device.arch.name, "predicted": plan.device.predicted},
         "profile": {"name": plan.profile.name, "chain": list(plan.profile.chain), "note": plan.profile.note},
+        "require": plan.require.label,
         "selection": result.as_json() if isinstance(result, Selection) else None,
         "tuned_elsewhere": tuned_elsewhere(problem, plan.profile, plan.device),
-        "prices": _price_documents(plan, problem),
+        "prices": [{**asdict(price), "file": str(results_file(plan.device))} for price in found],
+        "price_notes": list(notes),
         "decisions": [{**asdict(decision), "serves": decision.serves} for decision in decisions],
         **({} if served else {"error": failures.as_json_error(result)}),  # type: ignore[arg-type]
     }

@@ -1,4 +1,4 @@
-"""Every unit test runs without the user's own profiles, records and overrides."""
+"""Every unit test runs without the user's own profiles, records, results and overrides."""
 
 from __future__ import annotations
 
@@ -22,4 +22,5 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BIDISPATCH_CONFIG_DIR", str(home / "config"))
     monkeypatch.setenv("BIDISPATCH_RECORDS_DIR", str(home / "records"))
+    monkeypatch.setenv("BIDISPATCH_RESULTS_DIR", str(home / "results"))
     return home
