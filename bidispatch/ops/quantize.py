@@ -2,9 +2,9 @@
 
 A group is 128 neighbours of a row; the last one of a row is shorter where 128 does not divide it. Its scale is
 max(amax, 1e-10) / 448 in fp32, and its values are x / scale, each rounded once to the nearest even e4m3. With
-`scale_format=ue8m0` the scale is at least 1e-10 and rounded up to a power of two first, and still stored as fp32. Both are
-what vLLM's `per_token_group_fp8_quant` computes (csrc/libtorch_stable/quantization/w8a8/fp8/per_token_group_quant.cu),
-bit for bit where a row is finite.
+`scale_format=ue8m0` the scale is at least 1e-10 and rounded up to a power of two first, and still stored as fp32. Both
+are what vLLM's `per_token_group_fp8_quant` computes, bit for bit where a row is finite
+(csrc/libtorch_stable/quantization/w8a8/fp8/per_token_group_quant.cu at 00aa9038).
 
 NaN stays NaN and takes no part in the maximum. A group that holds an infinity has an infinite scale; its infinities
 become NaN and its other values 0, so that a product with it is NaN. (vLLM clamps, and makes -448 of both.)

@@ -91,9 +91,14 @@ def gemm_fp8(
 ) -> tuple[torch.Tensor, ...]:
     """The same with scales for whole tensors or rows, and a bias."""
     out: torch.dtype = getattr(torch, str(problem["out_dtype"]))
-    scaled = x.float() * (x_scale if x_scales is None else x_scales[:, None])
-    columns = weight_scale if weight_scales is None else weight_scales[:, None]
-    return (F.linear(scaled.to(out), (weight.float() * columns).to(out), bias),)
+    widened = x.float(), weight.float()
+    for tensor, one, several in zip(widened, (x_scale, weight_scale), (x_scales, weight_scales), strict=True):
+        if one is not None:
+            tensor *= one
+        if several is not None:
+            tensor *= several[:, None]
+    left, right = widened
+    return (F.linear(left.to(out), right.to(out), bias),)
 
 
 def rms_norm(problem: Problem, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:

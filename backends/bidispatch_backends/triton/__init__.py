@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bidispatch.registry import Implementation, Params, Registry
+from bidispatch.registry import Implementation, Registry
 from bidispatch.requirements import Check, DimAtMost, Package
 from bidispatch_backends.triton import attention_params, fp8_params, gemm_params, mla_params, params
 
@@ -105,14 +105,7 @@ def register(registry: Registry) -> None:
                 summary="elementwise in fp32, rounded once",
             )
         )
-    for op, numerics, tile, tiles, limits in (
-        ("quantize.fp8_group", params.element_numerics, params.ElementTile, params.element_tiles, ()),
-        ("silu_and_mul.fp8_group", params.element_numerics, params.ElementTile, params.element_tiles, ()),
-        *(
-            (op, params.row_numerics, params.RowTile, params.row_tiles, (DimAtMost("n", _LONGEST_ROW),))
-            for op in ("rms_norm.fp8_group", "fused_add_rms_norm.fp8_group")
-        ),
-    ):
+    for op in ("quantize.fp8_group", "silu_and_mul.fp8_group"):
         kernel = op.replace(".", "_")
         registry.register(
             Implementation(
@@ -121,13 +114,30 @@ def register(registry: Registry) -> None:
                 load=f"bidispatch_backends.triton.quantize:bind_{kernel}",
                 archs=fp8_params.ARCHS,
                 dtypes=_DTYPES,
-                requires=(_TRITON, *limits),
-                numerics=numerics,
-                params=params.RowParams if limits else Params,
-                tile=tile,
-                tiles=tiles,
+                requires=(_TRITON,),
+                numerics=params.element_numerics,
+                tile=params.ElementTile,
+                tiles=params.element_tiles,
                 libraries=("triton",),
-                summary="whole groups a program; a maximum is exact in any order",
+                summary="elementwise, whole groups a program: a maximum is exact in any order",
+            )
+        )
+    for op in ("rms_norm.fp8_group", "fused_add_rms_norm.fp8_group"):
+        kernel = op.replace(".", "_")
+        registry.register(
+            Implementation(
+                name=f"triton.{kernel}",
+                op=op,
+                load=f"bidispatch_backends.triton.quantize:bind_{kernel}",
+                archs=fp8_params.ARCHS,
+                dtypes=_DTYPES,
+                requires=(_TRITON, DimAtMost("n", _LONGEST_ROW)),
+                numerics=params.row_numerics,
+                params=params.RowParams,
+                tile=params.RowTile,
+                tiles=params.row_tiles,
+                libraries=("triton",),
+                summary="whole rows a program, summed as the norm sums them and quantised while in registers",
             )
         )
     for op, kernel, numerics, made_of in (

@@ -49,8 +49,7 @@ def block_product(
     # Triton's own limit of imprecise additions is above a step: the matrix unit takes all of it in one chain.
     if SWAP:
         return tl.dot(weight, x)
-    else:
-        return tl.dot(x, weight)
+    return tl.dot(x, weight)
 
 
 @triton.jit
@@ -203,9 +202,7 @@ def fp8_kernel(
     store_tile(acc, out_ptr, rows, columns, m, n, stride_out_row, SWAP)
 
 
-def launches(
-    problem: Problem, params: Fp8BlockParams | Fp8Params, tile: ProductTile, arch: Arch
-) -> tuple[Launch, ...]:
+def launches(problem: Problem, params: Fp8BlockParams | Fp8Params, tile: ProductTile, arch: Arch) -> tuple[Launch, ...]:
     """The one launch of `gemm.fp8_block` or `gemm.fp8`.
 
     Raises ValueError for a tile that the compiler would multiply by another instruction than the params name.

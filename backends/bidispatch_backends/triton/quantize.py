@@ -220,7 +220,7 @@ def elementwise_launches(problem: Problem, params: Params, tile: ElementTile, ar
     """
     _need_groups(tile.block)
     alone = problem.op == "quantize.fp8_group"
-    n = problem.size("k" if alone else "n")
+    n = _width(problem)
     arguments: dict[str, ArgumentType] = {
         "x_ptr": pointer(problem.dtype),
         "q_ptr": pointer(FP8),
@@ -253,9 +253,12 @@ def row_launches(problem: Problem, params: RowParams, tile: RowTile, arch: Arch)
     arguments |= {"eps": "fp32", "rows": "i32"}
     shape = {"N": n, "BLOCK": row_width(n, params.block), "ROWS": tile.rows, "GEMMA": problem.flag("gemma")}
     kernel = fused_add_rms_norm_fp8_kernel if added else rms_norm_fp8_kernel
-    return (
-        row_launch(kernel, arguments, arch, tile.num_warps, **shape, UE8M0=problem["scale_format"] == "ue8m0"),
-    )
+    return (row_launch(kernel, arguments, arch, tile.num_warps, **shape, UE8M0=problem["scale_format"] == "ue8m0"),)
+
+
+def _width(problem: Problem) -> int:
+    """Elements of a quantised row."""
+    return problem.size("k" if problem.op == "quantize.fp8_group" else "n")
 
 
 def _need_groups(block: int) -> None:
@@ -264,9 +267,9 @@ def _need_groups(block: int) -> None:
 
 
 def bind_quantize_fp8_group(context: BindContext) -> Kernel:
-    """x [m, k], q [m, k], scales [m, k/128] of any strides; or, by the problem's op, x [m, 2n] of a gated activation."""
+    """x [m, k], q [m, k], scales [m, k/128] of any strides; x [m, 2k] for the gated activation."""
     (launch,) = elementwise_launches(context.problem, context.params, context.tile, context.device.arch)
-    blocks = ceil_div(launch.constants["N"], context.tile.block)
+    blocks = ceil_div(_width(context.problem), context.tile.block)
 
     def quantize(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor) -> None:
         launch((x.shape[0], blocks), x, q, scales, x.stride(0), q.stride(0), *scales.stride())

@@ -150,9 +150,7 @@ def gemm_fp8_inputs(
     weight_scales = _scales((n if channel else 1,), (seed, "weight_scales"), device, k**-0.5)
     bias = None
     if problem.flag("bias"):
-        bias = draw(
-            (n,), (seed, "bias"), dtype=str(problem["out_dtype"]), device=device, distribution=distribution
-        )
+        bias = draw((n,), (seed, "bias"), dtype=str(problem["out_dtype"]), device=device, distribution=distribution)
     return [
         *((x, None, x_scales) if token else (x, x_scales, None)),
         *((weight, None, weight_scales) if channel else (weight, weight_scales, None)),
