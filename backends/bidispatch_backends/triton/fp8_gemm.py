@@ -48,8 +48,10 @@ def block_product(
         x = x.to(tl.float16)
     # Triton's own limit of imprecise additions is above a step: the matrix unit takes all of it in one chain.
     if SWAP:
-        return tl.dot(weight, x)
-    return tl.dot(x, weight)
+        product = tl.dot(weight, x)
+    else:
+        product = tl.dot(x, weight)
+    return product
 
 
 @triton.jit
