@@ -241,6 +241,7 @@ def test_every_tile_is_of_its_class(op, arch, n, m):
         ("sm90", {"block_m": 64, "block_n": 64, "num_warps": 2}, "fp8", "needs 4 warps on sm90"),
         ("sm90", {"block_m": 4, "block_n": 64, "swap": True}, "fp8", "too small"),
         ("sm90", {"block_m": 16, "block_n": 64}, "fp16", None),
+        ("sm100", {"block_m": 16, "block_n": 64}, "fp16", "needs 64 rows of the left operand on sm100"),
         ("sm120", {"block_m": 16, "block_n": 64}, "fp8", None),
         ("sm90", {"block_m": 8, "block_n": 64, "swap": True}, "fp8", None),
     ],
