@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import bidispatch as bid
 from bidispatch import ops
+from bidispatch.bench.timing import Timing
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.quantize import unfused
@@ -22,6 +24,9 @@ from bidispatch.registry import default_registry
 from bidispatch.runtime.arguments import tensor_specs
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.tune import search
+from bidispatch.tune.ladder import Choice
+from bidispatch.tune.proof import Prover
 from bidispatch.verify.cases import sizes_for
 from bidispatch.verify.classes import check_merged
 from bidispatch.verify.compare import bits, fill, poison, take
@@ -184,6 +189,47 @@ def test_merged_weights_are_cut_where_scales_are(plan):
     selection = plan.select_problem(block(100, 256))
     check = check_merged(selection, sizes_for(selection, "quick"), plan.select_problem)
     assert (check.rows, check.note) == (0, "n=100 has no parts")
+
+
+# -- tuning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["gemm.fp8_block", "gemm.fp8"])
+def test_winners_are_compared_row_by_row_and_with_a_bias(op):
+    """Scales have rows as x has; a bias has the dtype of the result."""
+    problem = ops.get(op).problem("fp8", {"n": 40, "k": 300})
+    found = default_registry().get("torch_cpu." + op.removeprefix("gemm."))
+    prover = Prover(Device(ARCHS["cpu"], "cpu"), problem, [(found, found.params())], 20)
+    choice = Choice(found, found.params(), None)
+    assert prover.check(choice, 3, 20).passed
+    assert prover.check_bias(choice, 3, 20).passed
+    assert prover.comparisons
+
+
+@pytest.mark.parametrize("op", ["gemm", "gemm.fp8_block", "gemm.fp8"])
+def test_the_timer_calls_a_kernel_with_each_weight_in_turn(op, monkeypatch, plan):
+    """The GPU's timer, played on the processor."""
+    problem = ops.get(op).problem(ops.get(op).dtypes[0], {"n": 40, "k": 300})
+    kernel = plan.select_problem(problem).bind(max_tokens=8)
+    seen = []
+    launch = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda *everything: (seen.append(everything), launch(*everything)))
+
+    def interleaved(launches, **options):
+        for run in launches.values():
+            run(0), run(1), run(2)
+        return dict.fromkeys(launches, Timing(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(search, "interleaved", interleaved)
+    monkeypatch.setattr(search, "copies_beyond_cache", lambda *arguments: 2)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
+    assert search.gpu_timer(plan.device)(problem, 8, {"it": kernel}, False) == {"it": 1.0}
+    index = [argument.shape for argument in ops.get(op).arguments].index(("n", "k"))
+    weights = [everything[index].data_ptr() for everything in seen[-3:]]
+    assert weights[0] == weights[2] != weights[1]
+    assert all(len(everything[0]) == 8 for everything in seen)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
