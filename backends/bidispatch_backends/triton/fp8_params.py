@@ -14,13 +14,14 @@ from bidispatch.device import Arch, Device
 from bidispatch.ops.quantize import GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params
+from bidispatch_backends.numerics import fp8_block_numerics
 from bidispatch_backends.triton.gemm_params import ProductTile, stages_for, widest_that_fills
 
 __all__ = [
     "ARCHS",
     "Fp8BlockParams",
     "Fp8Params",
-    "fp8_block_numerics",
+    "block_numerics",
     "fp8_numerics",
     "fp8_tiles",
     "fp8_tiles_for",
@@ -56,9 +57,9 @@ class Fp8Params(Fp8BlockParams):
     max_num_imprecise_acc: Literal[128, 256] = 128
 
 
-def fp8_block_numerics(params: Any, problem: Problem) -> str:
+def block_numerics(params: Any, problem: Problem) -> str:
     """`fp8_blocks.<products>`: 128 of K at a time."""
-    return f"fp8_blocks.{params.products}"
+    return fp8_block_numerics(params.products)
 
 
 def fp8_numerics(params: Any, problem: Problem) -> str:
