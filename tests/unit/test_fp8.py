@@ -279,6 +279,17 @@ def test_every_tile_is_of_its_class(op, arch, n, m):
     assert not any(tile_fault(ARCHS[arch], params, tile) for tile in tiles)
 
 
+@pytest.mark.parametrize("arch", ["sm89", "sm90", "sm100", "sm103", "sm120"])
+def test_longer_steps_have_tiles_that_fit(arch):
+    device = Device(ARCHS[arch], arch, predicted=True)
+    found = default_registry().get("triton.fp8")
+    problem = ops.get("gemm.fp8").problem("fp8", {"n": 4096, "k": 4096})
+    params = found.params(max_num_imprecise_acc=256)
+    assert found.numerics(params, problem) == "fp8_chunks.256.fp8"
+    for _, tile in fp8_tiles(device, problem, params):
+        assert (tile.block_m + tile.block_n) * 256 * tile.num_stages < ARCHS[arch].shared_memory
+
+
 @pytest.mark.parametrize(
     ("arch", "tile", "products", "fault"),
     [

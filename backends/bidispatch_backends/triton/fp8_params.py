@@ -97,7 +97,7 @@ _SHAPES: tuple[tuple[int | None, tuple[Fp8Shape, ...]], ...] = (
     (64, ((64, 128, True, 8, 6), (64, 64, True, 4, 8))),
     (128, ((64, 128, True, 8, 6), (64, 64, True, 4, 8))),
     (512, ((128, 128, False, 8, 4), (64, 128, True, 8, 6), (64, 64, True, 4, 8))),
-    (None, ((128, 128, False, 8, 4),)),
+    (None, ((128, 128, False, 8, 4), (64, 64, True, 4, 8))),
 )
 _SHAPES_TRIED: tuple[Fp8Shape, ...] = (
     (8, 64, True, 4, 10),
