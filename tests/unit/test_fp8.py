@@ -425,3 +425,23 @@ def test_rows_are_filled_whatever_the_dtype(value):
 @pytest.mark.parametrize("distribution", ["normal", "positive", "scaled"])
 def test_drawn_fp8_is_finite(distribution):
     assert draw((200, 200), 0, dtype="float8_e4m3fn", distribution=distribution).float().isfinite().all()
+
+
+# -- scales side by side -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_scales_of_a_group_may_lie_side_by_side(plan, rows):
+    """As a host makes them for DeepGEMM: written by the quantisation, read by the product."""
+    quantize = plan.select("quantize.fp8_group", dtype="bf16", k=300).bind(max_tokens=8)
+    x = torch.randn(rows, 300).bfloat16()
+    side_by_side = torch.empty_strided((rows, 3), (1, -(-rows // 4) * 4))
+    q, scales = quantize(x)
+    again = torch.empty_like(q)
+    quantize(x, q=again, scales=side_by_side)
+    assert same(again, q)
+    assert same(side_by_side, scales)
+    problem = block(40, 300)
+    _, _, weight, weight_scales = inputs(problem, rows)
+    product = plan.select_problem(problem).bind(max_tokens=8)
+    assert same(product(q, side_by_side, weight, weight_scales), product(q, scales, weight, weight_scales))
