@@ -17,6 +17,7 @@ from bidispatch import ops
 from bidispatch.bench.timing import Timing
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, UsageError
+from bidispatch.invariance import Invariance
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.draw import draw
 from bidispatch.ops.schema import Argument
@@ -30,6 +31,8 @@ from bidispatch.tune.proof import Prover
 from bidispatch.verify.cases import sizes_for
 from bidispatch.verify.classes import check_merged
 from bidispatch.verify.compare import bits, fill, poison, take
+from bidispatch.verify.rows import check_rows
+from bidispatch.verify.subject import Subject
 from bidispatch_backends.triton.fp8_params import Fp8BlockParams, fp8_tiles, fp8_tiles_for, tile_fault
 from bidispatch_backends.triton.gemm_params import ProductTile
 
@@ -391,6 +394,28 @@ def test_deep_gemms_edges_are_those_of_its_tiles(library):
 def test_a_missing_library_is_said():
     reasons = default_registry().get("deep_gemm.fp8").unmet(H200, block(4096, 4096))
     assert any("sgl-deep-gemm==0.1.5" in reason for reason in reasons)
+
+
+# -- negative control ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_scale_of_the_whole_batch_is_caught(plan, shared):
+    """What verify compares sees per-tensor scaling, whose scale follows the neighbours, and passes a scale a group."""
+    selection = plan.select("quantize.fp8_group", dtype="fp32", k=200)
+    kernel = selection.bind(max_tokens=300).launch
+
+    def launch(x, q, scales):
+        kernel(x, q, scales)
+        if shared:
+            scales[:] = scales.amax()
+            q.copy_((x / scales[:1, :1]).to(FP8))
+
+    subject = Subject(selection.problem, torch.device("cpu"), launch)
+    checks = list(check_rows(subject, Invariance.BATCH, sizes_for(selection, "quick")))
+    failed = [check.name for check in checks if not check.passed]
+    assert any(name.startswith("batch sizes") for name in failed) is shared
+    assert bool(failed) is shared
 
 
 # -- what verify does with bytes -----------------------------------------------------------------------------------
