@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-The parts: host-time, gemm-host, gemm, rows and attention run the scripts of these names; verify is
-`bidispatch verify --all --cuda-graph`, verify-gemm and verify-attention the same over the shapes of sweeps/; demo is
+The parts: host-time, gemm-host, gemm, fp8, rows and attention run the scripts of these names; verify is `bidispatch
+verify --all --cuda-graph`, verify-gemm, verify-fp8 and verify-attention the same over the shapes of sweeps/; demo is
 `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on
 small shapes. Exits 1 if any of them does; the others still run.
 """
@@ -29,8 +29,8 @@ SWEEPS = ROOT / "benchmarks" / "sweeps"
 FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention")
-PARTS += ("verify", "verify-gemm", "verify-attention", "demo", "tests", "sanitizer")
+PARTS = ("host-time", "gemm-host", "gemm", "fp8", "rows", "attention")
+PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "demo", "tests", "sanitizer")
 WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
 """Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
@@ -50,12 +50,16 @@ def main() -> int:
         "host-time": lambda: script("host_time", folder),
         "gemm-host": lambda: script("gemm_host", folder),
         "gemm": lambda: script("gemm", folder),
+        "fp8": lambda: script("fp8", folder),
         "rows": lambda: script("rows", folder),
         "attention": lambda: script("attention", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),
         "verify-gemm": lambda: max(
             verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")
             for name, dtypes in (("gemm", ("--dtype", "bf16", "--dtype", "fp16")), ("gemm_fp32", ("--dtype", "fp32")))
+        ),
+        "verify-fp8": lambda: verify(
+            ("gemm.fp8_block", "--dtype", "fp8", "--shapes", str(SWEEPS / "fp8.yaml")), folder / "verify_fp8.json"
         ),
         "verify-attention": lambda: max(
             verify(

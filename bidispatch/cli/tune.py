@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_TUNABLE = ("gemm",)
+_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def command(
-    op: Annotated[str, typer.Argument(help="The op to tune: gemm.", metavar="OP")],
+    op: Annotated[str, typer.Argument(help=f"The op to tune: {', '.join(_TUNABLE)}.", metavar="OP")],
     shapes: Annotated[
         Path | None, typer.Option("--shapes", help="A YAML list of shapes, each {name, n, k, ...}.", metavar="FILE")
     ] = None,
@@ -48,7 +48,7 @@ def command(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", help="bf16 if none is given; may be given several times.", metavar="DTYPE"),
+        typer.Option("--dtype", help="The op's first if none is given; may be given several times.", metavar="DTYPE"),
     ] = None,
     rows: Annotated[str | None, typer.Option("--m", help="The M to time, such as 1,16,64.", metavar="M,...")] = None,
     impl: Annotated[
@@ -83,8 +83,10 @@ def command(
     else:
         from bidispatch.tune.models import model_shapes
 
-        found = model_shapes(Path(str(model)), 1 if tensor_parallel is None else tensor_parallel)
-    problems = _problems(op, found, dtype or ["bf16"])
+        shapes_of_model = model_shapes(Path(str(model)), 1 if tensor_parallel is None else tensor_parallel)
+        # A router is no product in fp8: what sets it apart is no dim of those.
+        found = [shape for shape in shapes_of_model if shape.dims.keys() <= set(ops.get(op).dim_names)]
+    problems = _problems(op, found, dtype or ops.get(op).dtypes[:1])
     wanted = _rows(rows)
     seconds = _seconds(budget)
     machine.require_torch("tune")

@@ -92,9 +92,9 @@ class Prover:
         rung = Rung(choice.implementation, choice.params, choice.tile)
         mine = Subject(problem, self._place, bind(problem, self._device, (rung,), Limits(max(rows))).launch)
         for distribution in DISTRIBUTIONS:
-            x, *others = self._arguments(problem, distribution)
+            drawn = self._arguments(problem, distribution)
             for m in rows if distribution == "normal" else rows[-1:]:
-                arguments = [x if x is None else x[:m], *others]
+                arguments = self._rows(drawn, 0, m)
                 canvas = mine.canvas(Trial(m, arguments, ()))
                 mine.call(arguments, canvas.outputs)
                 (out,) = canvas.rows()
@@ -113,7 +113,15 @@ class Prover:
             self._drawn[distribution] = drawn
         subject = self._reference(problem)
         pairs = zip(self._drawn[distribution], subject.argument_specs, strict=True)
-        return [tensor if spec.present else None for tensor, spec in pairs]
+        # A bias has the dtype of the result, and was drawn for the widest.
+        return [None if tensor is None or not spec.present else tensor.to(spec.dtype) for tensor, spec in pairs]
+
+    def _rows(self, arguments: Arguments, first: int, last: int) -> Arguments:
+        """The arguments of a call with these rows."""
+        op = ops.get(self._problem.op)
+        size = op.arguments[0].shape[op.row_axis]
+        pairs = zip(arguments, op.arguments, strict=True)
+        return [a if a is None or entry.shape[0] != size else a[first:last] for a, entry in pairs]
 
     def _expected(self, problem: Problem, distribution: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (excluded) of what a call of any M must give: [rows, n]."""
@@ -128,8 +136,7 @@ class Prover:
         return self._kept[key][:last]
 
     def _referred_rows(self, problem: Problem, distribution: str, first: int, last: int) -> torch.Tensor:
-        x, *others = self._arguments(problem, distribution)
-        return self._reference(problem).alone([x if x is None else x[first:last], *others])[0]
+        return self._reference(problem).alone(self._rows(self._arguments(problem, distribution), first, last))[0]
 
     def _referred(self, problem: Problem) -> tuple[Implementation, Params] | None:
         """What the others are compared with; None where nothing of the class takes the problem."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bidispatch import ops
 from bidispatch.bench.timing import copies_beyond_cache, interleaved
 from bidispatch.device import Device
 from bidispatch.errors import SelectionError
@@ -103,18 +104,22 @@ def contenders(plan: Plan, problem: Problem, only: Sequence[str] = ()) -> Conten
 
 
 def gpu_timer(device: Device) -> Timer:
-    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, x and out one set."""
+    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, all else one set."""
     place = torch.device(device.torch_device)
     held: dict[str, list[torch.Tensor]] = {}
 
-    def weights_of(problem: Problem) -> list[torch.Tensor]:
+    def drawn(problem: Problem, m: int, seed: int) -> list[torch.Tensor | None]:
+        generate: Callable[..., list[torch.Tensor | None]] = load_attribute(ops.get(problem.op).inputs)
+        return generate(problem, m, device=place, seed=seed)
+
+    def weights_of(problem: Problem, index: int) -> list[torch.Tensor]:
         if problem.key not in held:
             held.clear()
             torch.cuda.empty_cache()
             n, k = problem.size("n"), problem.size("k")
-            dtype = getattr(torch, problem.dtype)
-            copies = copies_beyond_cache(n * k * dtype.itemsize, place)
-            held[problem.key] = [(torch.randn(n, k, device=place) * k**-0.5).to(dtype) for _ in range(copies)]
+            copies = copies_beyond_cache(n * k * getattr(torch, problem.dtype).itemsize, place)
+            found = (drawn(problem, 1, seed)[index] for seed in range(copies))
+            held[problem.key] = [weight for weight in found if weight is not None]
         return held[problem.key]
 
     def timer(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
@@ -122,15 +127,17 @@ def gpu_timer(device: Device) -> Timer:
             return times(problem, m, kernels, brief)
 
     def times(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
-        weights = weights_of(problem)
         n, k = problem.size("n"), problem.size("k")
-        x = torch.randn(m, k, device=place).to(getattr(torch, problem.dtype))
+        place_of_weight = [argument.shape for argument in ops.get(problem.op).arguments].index(("n", "k"))
+        weights = weights_of(problem, place_of_weight)
+        arguments = drawn(problem, m, 0)
         out = torch.empty(m, n, device=place, dtype=getattr(torch, str(problem["out_dtype"])))
-        bytes_us = (weights[0].nbytes + x.nbytes + out.nbytes) / 3e6
+        bytes_us = (weights[0].nbytes + m * k * weights[0].itemsize + out.nbytes) / 3e6
         estimate = max(bytes_us, 2 * m * n * k / (6e8 if problem.dtype != "float32" else 4e7))
 
         def launch_of(kernel: BoundKernel) -> Callable[[int], None]:
-            return lambda i: kernel.launch(x, weights[i % len(weights)], None, out)
+            before, after = arguments[:place_of_weight], arguments[place_of_weight + 1 :]
+            return lambda i: kernel.launch(*before, weights[i % len(weights)], *after, out)
 
         launches = {}
         for key, kernel in kernels.items():

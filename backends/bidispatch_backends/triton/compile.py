@@ -15,7 +15,18 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, mla, norm, reduction, softmax, split_gemm
+from bidispatch_backends.triton import (
+    activation,
+    attention,
+    fp8_gemm,
+    gemm,
+    mla,
+    norm,
+    quantize,
+    reduction,
+    softmax,
+    split_gemm,
+)
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
@@ -24,6 +35,12 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.gemm": gemm.launches,
     "triton.bmm": gemm.launches,
     "triton.gemm_split_k": split_gemm.launches,
+    "triton.fp8_block": fp8_gemm.launches,
+    "triton.fp8": fp8_gemm.launches,
+    "triton.quantize_fp8_group": quantize.elementwise_launches,
+    "triton.silu_and_mul_fp8_group": quantize.elementwise_launches,
+    "triton.rms_norm_fp8_group": quantize.row_launches,
+    "triton.fused_add_rms_norm_fp8_group": quantize.row_launches,
     "triton.rms_norm": norm.launches,
     "triton.fused_add_rms_norm": norm.launches,
     "triton.qk_norm": norm.launches,
