@@ -29,7 +29,7 @@ DTYPES = (
         marks=pytest.mark.skip(reason="Triton's interpreter multiplies bfloat16 as raw bits and truncates its stores"),
     ),
 )
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
+_BITS = {torch.float32: torch.int32, torch.int32: torch.int32, torch.float16: torch.int16}
 
 
 def implementation(problem: Problem, name: str = "") -> Implementation:
@@ -68,12 +68,14 @@ def reference(problem: Problem, arguments: Sequence[Any]) -> tuple[torch.Tensor,
 
 
 def poisoned_outputs(problem: Problem, arguments: Sequence[Any]) -> list[torch.Tensor]:
-    """NaN-filled outputs, so that an element nobody writes is seen."""
+    """Outputs of NaN, or of an id that nobody has, so that an element nobody writes is seen."""
     op = ops.get(problem.op)
     outputs = []
     for spec, like in zip(op.outputs, reference(problem, arguments), strict=True):
         dtype = problem.dtype if spec.dtype == "dtype" else str(problem.dims.get(spec.dtype, spec.dtype))
-        outputs.append(torch.full(like.shape, float("nan"), dtype=getattr(torch, dtype)))
+        torch_dtype = getattr(torch, dtype)
+        blank = float("nan") if torch_dtype.is_floating_point else -7
+        outputs.append(torch.full(like.shape, blank, dtype=torch_dtype))
     return outputs
 
 

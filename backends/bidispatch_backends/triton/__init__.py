@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
 from bidispatch.requirements import Check, DimAtMost, Package
-from bidispatch_backends.triton import attention_params, gemm_params, mla_params, params
+from bidispatch_backends.triton import attention_params, gemm_params, mla_params, moe_params, params
 
 __all__ = ["register"]
 
@@ -13,6 +13,8 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
 _TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
+
+_TRITON_GROUPED = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its kernels were compiled with
 
 
 def register(registry: Registry) -> None:
@@ -135,5 +137,36 @@ def register(registry: Registry) -> None:
             search="bidispatch_backends.triton.mla_params:mla_tiles_for",
             libraries=("triton",),
             summary="absorbed in every phase; KV splits at absolute positions, in parallel or walked, folded in order",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="triton.moe_router",
+            op="moe.router",
+            load="bidispatch_backends.triton.moe_router:bind_router",
+            archs=_ARCHS,
+            dtypes=_DTYPES,
+            requires=(_TRITON, DimAtMost("experts", 4096), DimAtMost("top_k", 64), DimAtMost("n_group", 64)),
+            numerics=moe_params.router_numerics,
+            tile=params.RowTile,
+            tiles=moe_params.router_tiles,
+            libraries=("triton",),
+            summary="rounds of the largest of integers that hold a score and an index; ties go to the lower index",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="triton.moe",
+            op="moe.experts",
+            load="bidispatch_backends.triton.moe:bind_experts",
+            archs=_ARCHS,
+            dtypes=("bfloat16", "float16"),
+            requires=(_TRITON_GROUPED, DimAtMost("experts", 2047), DimAtMost("top_k", 64)),
+            numerics=moe_params.experts_numerics,
+            tile=moe_params.ExpertsTile,
+            tiles=moe_params.experts_tiles,
+            search="bidispatch_backends.triton.moe_params:experts_tiles_for",
+            libraries=("triton",),
+            summary="blocks of rows of one expert; K in order, gate and up in one tile; parts added in order of slots",
         )
     )

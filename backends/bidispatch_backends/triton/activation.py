@@ -17,7 +17,13 @@ from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer
 from bidispatch_backends.triton.params import ElementTile
 
-__all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated_kernel", "launches"]
+__all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated_kernel", "launches", "swish"]
+
+
+@triton.jit
+def swish(x, logit):
+    """x · sigmoid(logit)."""
+    return x / (1.0 + tl.exp(-logit))
 
 
 @triton.jit
@@ -32,7 +38,7 @@ def gated_kernel(x_ptr, out_ptr, stride_x, stride_out, N: tl.constexpr, BLOCK: t
     if GELU:
         # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), without the cancellation; u = sqrt(2 / pi) (x + 0.044715 x^3)
         logit = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
-    value = gate / (1.0 + tl.exp(-logit)) * up
+    value = swish(gate, logit) * up
     tl.store(out_ptr + row * stride_out + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 

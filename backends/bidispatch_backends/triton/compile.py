@@ -14,7 +14,18 @@ from triton.compiler import ASTSource, CompiledKernel
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, mla, norm, reduction, softmax, split_gemm
+from bidispatch_backends.triton import (
+    activation,
+    attention,
+    gemm,
+    mla,
+    moe,
+    moe_router,
+    norm,
+    reduction,
+    softmax,
+    split_gemm,
+)
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
@@ -35,6 +46,8 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.gelu_tanh_and_mul": activation.launches,
     "triton.paged_attention": attention.launches,
     "triton.mla": mla.launches,
+    "triton.moe": moe.launches,
+    "triton.moe_router": moe_router.launches,
 }
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "gemm_tiles",
     "runs_on_fma",
     "split_tiles",
+    "stages_that_fit",
     "tile_for",
 ]
 
@@ -162,13 +163,17 @@ def tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> GemmTil
     block_m, block_n, block_k, swap, num_warps, most = shape
     if params.k_chunk % block_k:
         return None
-    stage_bytes = (block_m + block_n) * block_k * (4 if problem.dtype == "float32" else 2)
-    num_stages = min(most, (arch.shared_memory - 2 * _KB) // stage_bytes)
+    num_stages = stages_that_fit(arch, block_m, block_n, block_k, most, 4 if problem.dtype == "float32" else 2)
     if num_stages < (1 if arch.vendor == "amd" else 2):
         return None
     return GemmTile(
         block_m=block_m, block_n=block_n, block_k=block_k, swap=swap, num_warps=num_warps, num_stages=num_stages
     )
+
+
+def stages_that_fit(arch: Arch, block_m: int, block_n: int, block_k: int, most: int, item: int = 2) -> int:
+    """How many stages of a tile's operands, of `item` bytes an element, fit with 2 KB to spare; no more than `most`."""
+    return min(most, (arch.shared_memory - 2 * _KB) // ((block_m + block_n) * block_k * item))
 
 
 def _require(tile: GemmTile | None) -> GemmTile:
