@@ -82,12 +82,12 @@ EXPERTS = Op(
         Dim("experts", int, "experts on this rank", minimum=1, typical=128),
         Dim("top_k", int, "slots of a token", minimum=1, typical=8),
         Dim("hidden", int, "width of a token", minimum=1, typical=2048),
-        Dim("intermediate", int, "width between the two products, on this rank", minimum=1, typical=768),
+        Dim("intermediate", int, "width between the two products, on this rank", minimum=1, typical=96),
         Dim(
             "activation",
             str,
-            "silu(gate) · up; gelu, the erf form; swiglu_clamped: gate · sigmoid(alpha · gate) · (up + 1) of gate at most "
-            "limit and up within ±limit, whose rows in w13 alternate: gate, up, gate, up",
+            "silu(gate) · up; gelu, the erf form; swiglu_clamped: gate · sigmoid(alpha · gate) · (up + 1), gate at "
+            "most limit and up within ±limit, whose rows in w13 alternate: gate, up, gate, up",
             default="silu",
             choices=("silu", "gelu", "swiglu_clamped"),
         ),

@@ -287,9 +287,7 @@ def moe_experts(
     """One expert after another, `F.linear` on its tokens, summed by `index_add_`: [m, hidden]."""
     local = local_experts(problem, topk_ids, expert_map)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in local.unique().tolist():
-        if expert < 0:
-            continue
+    for expert in sorted(set(local.flatten().tolist()) - {-1}):
         tokens, slots = (local == expert).nonzero(as_tuple=True)
         both = F.linear(x[tokens], w13[expert], None if w13_bias is None else w13_bias[expert])
         part = F.linear(gated(problem, both), w2[expert], None if w2_bias is None else w2_bias[expert])

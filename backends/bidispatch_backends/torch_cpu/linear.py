@@ -25,10 +25,10 @@ import torch
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, row_blocks, workspace
 
-__all__ = ["bind_bmm", "bind_gemm"]
+__all__ = ["Product", "bind_bmm", "bind_gemm"]
 
 
-class _Product:
+class Product:
     """left [m, k] @ right [k, n] (+ bias [n]) into out [m, n], a block of rows at a time."""
 
     def __init__(self, context: BindContext) -> None:
@@ -76,7 +76,7 @@ class _Product:
 
 def bind_gemm(context: BindContext) -> Kernel:
     """Return `kernel(x, weight, bias, out)`; see the op `gemm`."""
-    product = _Product(context)
+    product = Product(context)
 
     def gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         product(x, weight.T, bias, out)
@@ -89,7 +89,7 @@ def bind_bmm(context: BindContext) -> Kernel:
 
     One matrix after another: `torch.bmm` would share the matrices among threads, and their number is the batch's.
     """
-    product = _Product(context)
+    product = Product(context)
 
     def bmm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         for left, right, result in zip(a, b, out, strict=True):

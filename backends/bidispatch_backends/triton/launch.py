@@ -145,8 +145,7 @@ def options(arch: Arch, num_warps: int, num_stages: int, *, fp_fusion: bool) -> 
 
 
 def dependent_launch(arch: Arch) -> dict[str, bool]:
-    """Options of a kernel that starts while the one before it runs, and waits for it itself; none where there is no such
-    launch.
+    """Options of a kernel that starts while the one before it runs and waits for it; none where that cannot be.
 
     Programmatic dependent launch, sm90 and later (PTX ISA 9.0, griddepcontrol): hides the µs that a launch takes.
     """

@@ -170,8 +170,7 @@ def _step_ptrs(row_ptrs, column_ptrs, BLOCK_K: tl.constexpr, SWAP: tl.constexpr)
     steps = tl.arange(0, BLOCK_K)
     if SWAP:
         return row_ptrs[None, :] + steps[:, None], column_ptrs[:, None] + steps[None, :]
-    else:
-        return row_ptrs[:, None] + steps[None, :], column_ptrs[None, :] + steps[:, None]
+    return row_ptrs[:, None] + steps[None, :], column_ptrs[None, :] + steps[:, None]
 
 
 @triton.jit
@@ -179,12 +178,11 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
     """The activation, in fp32."""
     if ACTIVATION == "silu":
         return swish(gate, gate) * up
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * _INVERSE_SQRT_2)) * up
-    else:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        return swish(gate, ALPHA * gate) * (up + 1.0)
+    gate = tl.minimum(gate, LIMIT)
+    up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    return swish(gate, ALPHA * gate) * (up + 1.0)
 
 
 @triton.jit(do_not_specialize=["pairs"])

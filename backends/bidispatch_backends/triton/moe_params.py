@@ -1,4 +1,4 @@
-"""Reduction params, tiles, the default ladder and the class label of a mixture's experts. Imports no triton, no torch."""
+"""Tiles, default ladders and class labels of the mixture of experts. Imports no triton, no torch."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class ExpertsTile(Tile):
 
 
 def experts_numerics(params: Params, problem: Problem) -> str:
-    """`moe.k_sequential`: both products in one accumulator in the order of K, the activation in fp32 from both sums and
-    rounded once, each part weighted in fp32 and rounded to the result's dtype, parts added in fp32 in the order of slots.
+    """`moe.k_sequential`: both products in one accumulator in the order of K; the activation in fp32 of both sums, rounded
+    once; each part weighted in fp32 and rounded to the result's dtype; parts added in fp32 in the order of slots.
     """
     return "moe.k_sequential"
 
@@ -106,7 +106,7 @@ def _tile(arch: Arch, rows: int, up: Shape, down: Shape, counted: int = 0) -> Ex
     fields: dict[str, Any] = {"block_m": rows, "counted": counted}
     for which, shape in ((_UP, up), (_DOWN, down)):
         _, block_n, block_k, swap, warps, most = shape
-        while (stages := stages_that_fit(arch, rows, block_n, block_k, most)) < 2 and block_k > 32:  # noqa: PLR2004
+        while (stages := stages_that_fit(arch, rows, block_n, block_k, most)) < 2 and block_k > 32:
             block_k //= 2
         fields |= {
             f"{which}_block_n": block_n,
@@ -142,7 +142,7 @@ _TRIED: tuple[Shape, ...] = (
 
 
 def experts_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[ExpertsTile]:
-    """Launch shapes to try for calls of m rows: the blocks that are not mostly empty or many to an expert, with the same
+    """Launch shapes to try for calls of m rows: blocks that are not mostly empty nor many to an expert, with the same
     shape for both products and with the default's for one of them; sorted, and not where there are few pairs.
     """
     top_k = problem.size("top_k")
@@ -171,5 +171,5 @@ def router_numerics(params: Params, problem: Problem) -> str:
 
 def router_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, RowTile], ...]:
     """A row a program: a round takes a warp few steps, and several wait for each other."""
-    warps = 1 if problem.size("experts") <= 512 else 4  # noqa: PLR2004 - 16 experts a thread
+    warps = 1 if problem.size("experts") <= 512 else 4
     return ((None, RowTile(rows=1, num_warps=warps)),)

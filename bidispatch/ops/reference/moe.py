@@ -27,6 +27,7 @@ def router(problem: Problem, logits: torch.Tensor, bias: torch.Tensor | None) ->
     if groups > 1:
         by_group = choice.view(len(choice), groups, -1)
         best = by_group.amax(-1) if bias is None else by_group.topk(2, dim=-1).values.sum(-1)
+        best = best.masked_fill(best.isnan(), -torch.inf)
         chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, : problem.size("topk_group")]
         open_groups = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
         open_to = open_groups.repeat_interleave(by_group.shape[-1], dim=1)
@@ -102,9 +103,7 @@ def experts(
     """out [m, hidden] in float64, nothing rounded on the way; shapes as in the catalogue."""
     local = local_experts(problem, topk_ids, expert_map)
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device) if add is None else add.double()
-    for expert in local.unique().tolist():
-        if expert < 0:
-            continue
+    for expert in sorted(set(local.flatten().tolist()) - {-1}):
         tokens, slots = (local == expert).nonzero(as_tuple=True)
         both = x[tokens].double() @ w13[expert].double().T
         if w13_bias is not None:
