@@ -16,7 +16,7 @@ from bidispatch.verify.subject import Arguments, Canvas, Subject, limits_for
 __all__ = ["LIMITS", "MOST_OF_STOCK", "measure_accuracy"]
 
 LIMITS = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3, torch.int32: 5e-3}
-"""The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output; of integers the share that differ, where
+"""The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output. Of integers, the share that differ:
 scores that differ in fp64 may tie in fp32.
 
 fp16 and bf16 round once at the end (2e-4 and 2e-3), attention also its weights. fp32 leaves no room for operands

@@ -115,7 +115,7 @@ def run_controls(
     over_sequences: Iterable[str] = SEQUENCE_PROBLEMS,
     cuda_graph: bool = False,
 ) -> Iterator[ControlResult]:
-    """Run the controls of the row-wise checks, of `moe.experts`, of the ops over sequences named, and of graph replay."""
+    """Run the controls of the row-wise checks, of `moe.experts`, of the ops over sequences, and of graph replay."""
     if rows:
         yield _must_pass("a sound product", device, _PRODUCT)
         for fault, by in PRODUCT_FAULTS.items():

@@ -86,8 +86,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """‖out − ref‖ / ‖ref‖ of one output against the fp64 reference, of integers the share that differ; infinite when the
-    output is not finite.
+    """‖out − ref‖ / ‖ref‖ of one output against the fp64 reference; infinite when the output is not finite.
+
+    Of integers it is the share that differ.
     """
 
     output: str

@@ -58,8 +58,8 @@ class ExpertsTile(Tile):
 
 
 def experts_numerics(params: Params, problem: Problem) -> str:
-    """`moe.k_sequential`: both products in one accumulator in the order of K; the activation in fp32 of both sums, rounded
-    once; each part weighted in fp32 and rounded to the result's dtype; parts added in fp32 in the order of slots.
+    """`moe.k_sequential`: both products in one accumulator in the order of K; the activation in fp32 of both sums,
+    rounded once; each part weighted in fp32 and rounded to the result's dtype; parts added in fp32 in order of slots.
     """
     return "moe.k_sequential"
 

@@ -1,0 +1,69 @@
+"""vLLM's fused MoE on bf16 and fp16 weights: with the tile it picks by itself, and with the one of its invariant mode."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from peers.installed import AbsentError
+
+__all__ = ["INVARIANT_TILE", "experts", "invariant", "tuned_file"]
+
+INVARIANT_TILE: Mapping[str, int] = {
+    "BLOCK_SIZE_M": 64,
+    "BLOCK_SIZE_N": 64,
+    "BLOCK_SIZE_K": 32,
+    "GROUP_SIZE_M": 8,
+    "SPLIT_K": 1,
+}
+"""What it takes for every M, shape and dtype there (vLLM 0.25.1 and 0.33, fused_moe.py, get_default_config)."""
+
+_FUSED = "vllm.model_executor.layers.fused_moe"
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise AbsentError(f"{name} does not import: {error}") from error
+
+
+def experts(
+    x: torch.Tensor,
+    weights: list[tuple[torch.Tensor, torch.Tensor]],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    global_experts: int,
+    expert_map: torch.Tensor | None,
+) -> Callable[[int], Any]:
+    """`launch(i)` of silu experts on the i-th (w13, w2); allocates its result, as vLLM does. Raises `AbsentError`."""
+    function = _module(f"{_FUSED}.fused_moe").fused_experts
+    named = {"inplace": False, "global_num_experts": global_experts, "expert_map": expert_map}
+    known = inspect.signature(function).parameters
+    named = {name: value for name, value in named.items() if name in known}
+    return lambda i: function(x, *weights[i % len(weights)], topk_weights, topk_ids, **named)
+
+
+def invariant(launch: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The same with the tile of the invariant mode."""
+    override = _module(_FUSED).override_config
+
+    def one_tile(i: int) -> Any:
+        with override(dict(INVARIANT_TILE)):
+            return launch(i)
+
+    return one_tile
+
+
+def tuned_file(experts_count: int, intermediate: int) -> str:
+    """The file of tuned tiles that it reads for a shape on this GPU, or that there is none."""
+    module = _module(f"{_FUSED}.fused_moe")
+    name = str(module.get_config_file_name(experts_count, intermediate, None))
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns for every shape that has none
+    return name if module.get_moe_configs(experts_count, intermediate, None) else f"none ({name} is not there)"
