@@ -2,8 +2,9 @@
 
     python benchmarks/moe.py [--dtype bf16]... [--m 64]... [--shape "Qwen3"]... [--quick] [--out FILE]
 
-Shapes of one rank come from sweeps/moe.yaml. Experts are drawn evenly. Every kernel is timed in CUDA graphs over weights
-that together exceed the L2, rivals in turns, medians. Prints a summary last, and exits 1 if a figure is missed:
+Shapes of one rank come from sweeps/moe.yaml. Experts are drawn evenly, anew for each launch. Every kernel is timed in
+CUDA graphs over weights that together exceed the L2, rivals in turns, medians. Prints a summary last, and exits 1 if a
+figure is missed:
 
 - geometric mean of ours / vLLM at most 1.00, no cell above 1.10;
 - geometric mean of vLLM's one tile / ours at least 1.4.
@@ -27,9 +28,10 @@ from peers.installed import AbsentError
 
 import bidispatch as bid
 from bidispatch import ops
-from bidispatch.bench.timing import Launch, copies_beyond_cache, interleaved
+from bidispatch.bench.operands import ExpertsOperands
+from bidispatch.bench.timing import Launch, interleaved
 from bidispatch.ops.moe import known_experts
-from bidispatch.ops.schema import DTYPES, Problem, parse_dtype
+from bidispatch.ops.schema import DTYPES, parse_dtype
 from bidispatch.ops.shapes import Shape, read_shapes
 from bidispatch.requirements import installed_version
 
@@ -73,18 +75,6 @@ class Row:
 # --- what can be computed without a GPU -----------------------------------------------------------------------------
 
 
-def floor_us(problem: Problem, m: int, pairs: int, touched: int, peaks: tuple[Mapping[str, float], float]) -> float:
-    """max(FLOP / peak, bytes / bandwidth): each expert that is named is read once, tokens and results once.
-
-    pairs: of a token and an expert of this rank. touched: experts that they name.
-    """
-    flops, bandwidth = peaks
-    hidden, inner = problem.size("hidden"), problem.size("intermediate")
-    item = getattr(torch, problem.dtype).itemsize
-    moved = (3 * touched * hidden * inner + 2 * m * hidden) * item
-    return max(6 * pairs * hidden * inner / flops[problem.dtype], moved / bandwidth) * 1e6
-
-
 def chosen(words: Sequence[str]) -> list[Shape]:
     """The shapes with a name that holds one of these words; all without words."""
     shapes = read_shapes(SWEEP)
@@ -123,45 +113,25 @@ def measure_shape(
 ) -> list[Row]:
     """Every M of one shape in one dtype."""
     problem = ops.get("moe.experts").problem(dtype, shape.dims)
-    device, torch_dtype = torch.device(plan.device.torch_device), getattr(torch, dtype)
-    experts, top_k, hidden, inner = (problem.size(dim) for dim in ("experts", "top_k", "hidden", "intermediate"))
-    everywhere, most = known_experts(problem.dims), max(rows)
-    bound = plan.select_problem(problem).bind(max_tokens=most)
-    sets = copies_beyond_cache(3 * experts * hidden * inner * torch_dtype.itemsize, device, most=MOST_SETS)
-    weights = [
-        (
-            torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch_dtype).mul_(hidden**-0.5),
-            torch.randn(experts, hidden, inner, device=device, dtype=torch_dtype).mul_(inner**-0.5),
-        )
-        for _ in range(sets)
-    ]
-    expert_map = None
-    if problem.flag("expert_map"):
-        expert_map = torch.full((everywhere,), -1, dtype=torch.int32, device=device)
-        expert_map[:experts] = torch.arange(experts, device=device, dtype=torch.int32)
-    x = torch.randn(most, hidden, device=device, dtype=torch_dtype)
-    out = torch.empty_like(x)
+    device = torch.device(plan.device.torch_device)
+    bound = plan.select_problem(problem).bind(max_tokens=max(rows))
+    operands = ExpertsOperands(problem, device, MOST_SETS)
+    flops, bandwidth = peaks
     found = []
     for m in rows:
-        scores = torch.rand(m, everywhere, device=device)
-        topk_weights, topk_ids = torch.topk(scores.softmax(-1), top_k, dim=-1)
-        topk_ids = topk_ids.int()
-        here = topk_ids[topk_ids < experts]
-        bound_us = floor_us(problem, m, here.numel(), here.unique().numel(), peaks)
-        rivals: dict[str, Launch] = {
-            OURS: lambda i, m=m, w=topk_weights, ids=topk_ids: bound(
-                x[:m], *weights[i % sets], w, ids, None, None, expert_map, None, out=out[:m]
-            )
-        }
+        calls = operands.calls(m)
+        out = torch.empty(m, problem.size("hidden"), device=device, dtype=getattr(torch, dtype))
+        work, moved = operands.work(m)
+        bound_us = max(work / flops[problem.dtype], moved / bandwidth) * 1e6
+        rivals: dict[str, Launch] = {OURS: lambda i, calls=calls, out=out: bound(*calls[i % len(calls)], out=out)}
         try:
-            stock = vllm_moe.experts(
-                x[:m], weights, topk_weights, topk_ids, global_experts=everywhere, expert_map=expert_map
-            )
-            tuned = f"vllm {installed_version('vllm')} Triton, tuned file: {vllm_moe.tuned_file(experts, inner)}"
+            stock = vllm_moe.experts(calls, known_experts(problem.dims))
+            tuned_file = vllm_moe.tuned_file(problem.size("experts"), problem.size("intermediate"))
+            tuned = f"vllm {installed_version('vllm')} Triton, tuned file: {tuned_file}"
             rivals |= {STOCK: stock, ONE_TILE: vllm_moe.invariant(stock)}
         except AbsentError as error:
             tuned = str(error)
-        timings = interleaved(rivals, operand_sets=sets, estimate_us=bound_us)
+        timings = interleaved(rivals, operand_sets=len(calls), estimate_us=bound_us)
         times = {name: round(timing.median_us, 3) for name, timing in timings.items()}
         impl = text_of(serving(bound.rungs, m))
         row = Row(

@@ -1,11 +1,11 @@
-"""vLLM's fused MoE on bf16 and fp16 weights: with the tile it picks by itself, and with the one of its invariant mode."""
+"""vLLM's fused MoE on bf16 and fp16 weights, with the tile it picks by itself or the one of its invariant mode."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,21 +33,21 @@ def _module(name: str) -> Any:
         raise AbsentError(f"{name} does not import: {error}") from error
 
 
-def experts(
-    x: torch.Tensor,
-    weights: list[tuple[torch.Tensor, torch.Tensor]],
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    global_experts: int,
-    expert_map: torch.Tensor | None,
-) -> Callable[[int], Any]:
-    """`launch(i)` of silu experts on the i-th (w13, w2); allocates its result, as vLLM does. Raises `AbsentError`."""
+def experts(calls: Sequence[Sequence[torch.Tensor | None]], global_experts: int) -> Callable[[int], Any]:
+    """`launch(i)` of silu experts on the i-th call's arguments, in the order of `moe.experts`, without biases.
+
+    It allocates its result, as vLLM does. Raises `AbsentError` without vLLM.
+    """
     function = _module(f"{_FUSED}.fused_moe").fused_experts
-    named = {"inplace": False, "global_num_experts": global_experts, "expert_map": expert_map}
     known = inspect.signature(function).parameters
-    named = {name: value for name, value in named.items() if name in known}
-    return lambda i: function(x, *weights[i % len(weights)], topk_weights, topk_ids, **named)
+
+    def launch(i: int) -> Any:
+        x, w13, w2, topk_weights, topk_ids, _, _, expert_map, _ = calls[i % len(calls)]
+        named = {"inplace": False, "global_num_experts": global_experts, "expert_map": expert_map}
+        named = {name: value for name, value in named.items() if name in known}
+        return function(x, w13, w2, topk_weights, topk_ids, **named)
+
+    return launch
 
 
 def invariant(launch: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bidispatch.bench.timing import copies_beyond_cache, interleaved
+from bidispatch.bench.operands import Operands, operands_of
+from bidispatch.bench.timing import interleaved
 from bidispatch.device import Device
 from bidispatch.errors import SelectionError
 from bidispatch.ops.schema import Problem
@@ -23,6 +24,7 @@ from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import Limits
 from bidispatch.tune.ladder import Choice, Step, served, winner
 from bidispatch.tune.proof import Prover
+from bidispatch.verify.subject import Subject
 
 __all__ = ["Contenders", "Found", "Timer", "contenders", "gpu_timer", "search"]
 
@@ -103,18 +105,15 @@ def contenders(plan: Plan, problem: Problem, only: Sequence[str] = ()) -> Conten
 
 
 def gpu_timer(device: Device) -> Timer:
-    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, x and out one set."""
+    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, results one set."""
     place = torch.device(device.torch_device)
-    held: dict[str, list[torch.Tensor]] = {}
+    held: dict[str, Operands] = {}
 
-    def weights_of(problem: Problem) -> list[torch.Tensor]:
+    def operands(problem: Problem) -> Operands:
         if problem.key not in held:
             held.clear()
             torch.cuda.empty_cache()
-            n, k = problem.size("n"), problem.size("k")
-            dtype = getattr(torch, problem.dtype)
-            copies = copies_beyond_cache(n * k * dtype.itemsize, place)
-            held[problem.key] = [(torch.randn(n, k, device=place) * k**-0.5).to(dtype) for _ in range(copies)]
+            held[problem.key] = operands_of(problem, place)
         return held[problem.key]
 
     def timer(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
@@ -122,15 +121,13 @@ def gpu_timer(device: Device) -> Timer:
             return times(problem, m, kernels, brief)
 
     def times(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
-        weights = weights_of(problem)
-        n, k = problem.size("n"), problem.size("k")
-        x = torch.randn(m, k, device=place).to(getattr(torch, problem.dtype))
-        out = torch.empty(m, n, device=place, dtype=getattr(torch, str(problem["out_dtype"])))
-        bytes_us = (weights[0].nbytes + x.nbytes + out.nbytes) / 3e6
-        estimate = max(bytes_us, 2 * m * n * k / (6e8 if problem.dtype != "float32" else 4e7))
+        calls = operands(problem).calls(m)
+        estimate = operands(problem).estimate_us(m)
+        shapes = Subject(problem, place, lambda *everything: None).output_shapes(calls[0])
+        outputs = [torch.empty(shape, dtype=dtype, device=place) for shape, dtype, _ in shapes]
 
         def launch_of(kernel: BoundKernel) -> Callable[[int], None]:
-            return lambda i: kernel.launch(x, weights[i % len(weights)], None, out)
+            return lambda i: kernel.launch(*calls[i % len(calls)], *outputs)
 
         launches = {}
         for key, kernel in kernels.items():
@@ -142,7 +139,7 @@ def gpu_timer(device: Device) -> Timer:
                 _log.debug("%s: %s", key, error)
         if not launches:
             return {}
-        timed = interleaved(launches, operand_sets=len(weights), estimate_us=estimate, replays=2 if brief else None)
+        timed = interleaved(launches, operand_sets=len(calls), estimate_us=estimate, replays=2 if brief else None)
         return {key: timing.median_us for key, timing in timed.items()}
 
     return timer

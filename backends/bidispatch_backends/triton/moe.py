@@ -33,7 +33,7 @@ __all__ = ["bind_experts", "launches"]
 
 _SORT_PAIRS, _SORT_WARPS = 2048, 8
 _SUM_BLOCK, _SUM_WARPS = 1024, 4
-_FEWEST_LANES = 16
+_FEWEST_LANES = 32
 
 
 def _is_sorted(problem: Problem, tile: ExpertsTile, limits: Limits | None) -> bool:
@@ -74,7 +74,7 @@ def launches(
         {
             **shared,
             "DEPENDENT": bool(dependent),
-            "BLOCK_E": power_of_two(problem.size("experts") + 1),
+            "BLOCK_E": max(_FEWEST_LANES, power_of_two(problem.size("experts") + 1)),
             "BLOCK_P": _SORT_PAIRS,
             "BLOCK_M": tile.block_m,
         },
