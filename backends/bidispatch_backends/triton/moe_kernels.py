@@ -169,20 +169,24 @@ def _step_ptrs(row_ptrs, column_ptrs, BLOCK_K: tl.constexpr, SWAP: tl.constexpr)
     """What `accumulate` starts from, of rows and of columns whose K is contiguous."""
     steps = tl.arange(0, BLOCK_K)
     if SWAP:
-        return row_ptrs[None, :] + steps[:, None], column_ptrs[:, None] + steps[None, :]
-    return row_ptrs[:, None] + steps[None, :], column_ptrs[None, :] + steps[:, None]
+        x_ptrs, weight_ptrs = row_ptrs[None, :] + steps[:, None], column_ptrs[:, None] + steps[None, :]
+    else:
+        x_ptrs, weight_ptrs = row_ptrs[:, None] + steps[None, :], column_ptrs[None, :] + steps[:, None]
+    return x_ptrs, weight_ptrs
 
 
 @triton.jit
 def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The activation, in fp32."""
     if ACTIVATION == "silu":
-        return swish(gate, gate) * up
-    if ACTIVATION == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * _INVERSE_SQRT_2)) * up
-    gate = tl.minimum(gate, LIMIT)
-    up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    return swish(gate, ALPHA * gate) * (up + 1.0)
+        act = swish(gate, gate)
+    elif ACTIVATION == "gelu":
+        act = 0.5 * gate * (1.0 + tl.erf(gate * _INVERSE_SQRT_2))
+    else:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        act = swish(gate, ALPHA * gate)
+    return act * up
 
 
 @triton.jit(do_not_specialize=["pairs"])
