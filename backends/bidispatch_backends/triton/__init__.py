@@ -151,7 +151,7 @@ def register(registry: Registry) -> None:
             tile=params.RowTile,
             tiles=moe_params.router_tiles,
             libraries=("triton",),
-            summary="rounds of the largest of integers that hold a score and an index; ties go to the lower index",
+            summary="rounds of the best score that is left; ties go to the lower index",
         )
     )
     registry.register(

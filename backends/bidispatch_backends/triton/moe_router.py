@@ -1,6 +1,7 @@
 """The router of a mixture of experts: scores, and the best experts of each token. A token's row is one of a program's.
 
-Each round takes the largest of integers made of a score and an index: the best score, the lower index of equal ones.
+Each round takes the best score that is left, and of equal ones the lowest index: a maximum and a minimum, which are
+exact in any order.
 """
 
 # Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
@@ -26,38 +27,22 @@ from bidispatch_backends.triton.rows import row_block, row_launch, tree_sum
 __all__ = ["bind_router", "launches", "router_kernel"]
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_LEAST = tl.constexpr(-(2**63))
-"""Below every key."""
-_DOWN = tl.constexpr(0x7FFFFFFF)
-"""Flips an index, or the magnitude of a negative float, so that it falls where it rose."""
+_NO_LANE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _keys(scores, indices):
-    """64-bit integers that sort as scores do, and those of one score against their indices. NaN is as -inf."""
-    scores = tl.where(scores == scores, scores, float("-inf")) + 0.0  # -0 becomes 0, which it equals
-    bits = scores.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & _DOWN)  # of negative numbers the order of the bits is the other way
-    return (ordered.to(tl.int64) << 32) | (indices ^ _DOWN).to(tl.int64)
-
-
-@triton.jit
-def _index(key):
-    """The index in a key."""
-    return (key & _DOWN).to(tl.int32) ^ _DOWN
-
-
-@triton.jit
-def _score(key):
-    """The score in a key."""
-    ordered = (key >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & _DOWN)).to(tl.float32, bitcast=True)
+def _best(values, free, lanes):
+    """The largest of each row's values that are free, and its lane, the lowest of equal ones: [rows, 1] each."""
+    value = tl.max(tl.where(free, values, float("-inf")), axis=1)[:, None]
+    lane = tl.min(tl.where(free & (values == value), lanes, _NO_LANE), axis=1)[:, None]
+    return value, lane
 
 
 @triton.jit
 def _in_best_groups(
-    keys,
+    choice,
     experts,
+    there,
     GROUP_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -65,21 +50,28 @@ def _in_best_groups(
     TWO: tl.constexpr,
 ):
     """Whether each expert is in one of the TOPK_GROUP groups whose best, or the sum of whose TWO best, is largest."""
-    lanes = tl.arange(0, BLOCK_G)[None, :]
-    group_keys = tl.full((keys.shape[0], BLOCK_G), _LEAST, tl.int64)
+    groups = tl.arange(0, BLOCK_G)[None, :]
+    scores = tl.full((choice.shape[0], BLOCK_G), float("-inf"), tl.float32)
     for group in tl.static_range(GROUPS):
-        members = tl.where(experts // GROUP_SIZE == group, keys, _LEAST)
-        best = tl.max(members, axis=1)[:, None]
-        score = _score(best)
+        members = there & (experts // GROUP_SIZE == group)
+        score, first = _best(choice, members, experts)
         if TWO:
-            score += _score(tl.max(tl.where(members == best, _LEAST, members), axis=1)[:, None])
-        group_keys = tl.where(lanes == group, _keys(score, lanes), group_keys)
+            second, _ = _best(choice, members & (experts != first), experts)
+            score = _number(score + second)
+        scores = tl.where(groups == group, score, scores)
+    free = (scores == scores) & (groups < GROUPS)
     chosen = experts < 0
     for _ in tl.static_range(TOPK_GROUP):
-        best = tl.max(group_keys, axis=1)[:, None]
-        chosen = chosen | (experts // GROUP_SIZE == _index(best))
-        group_keys = tl.where(group_keys == best, _LEAST, group_keys)
+        _, group = _best(scores, free, groups)
+        free = free & (groups != group)
+        chosen = chosen | (experts // GROUP_SIZE == group)
     return chosen
+
+
+@triton.jit
+def _number(values):
+    """NaN as -inf, so that every row has experts to choose."""
+    return tl.where(values == values, values, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -117,20 +109,19 @@ def router_kernel(
     choice = logits  # scores rise with them, and may tie where they do not
     if bias_ptr is not None:
         choice = scores + tl.load(bias_ptr + experts, mask=there, other=0.0)
-    keys = tl.where(there, _keys(choice, experts), _LEAST)
+    choice = _number(choice)
+    free = (choice == choice) & there
     if GROUPS > 1:
         TWO: tl.constexpr = bias_ptr is not None
-        open_to = _in_best_groups(keys, experts, EXPERTS // GROUPS, GROUPS, BLOCK_G, TOPK_GROUP, TWO)
-        keys = tl.where(open_to, keys, _LEAST)
+        free = free & _in_best_groups(choice, experts, there, EXPERTS // GROUPS, GROUPS, BLOCK_G, TOPK_GROUP, TWO)
 
     slots = tl.arange(0, BLOCK_S)[None, :]
     ids = tl.zeros((ROWS, BLOCK_S), dtype=tl.int32)
     weights = tl.zeros((ROWS, BLOCK_S), dtype=tl.float32)
     total = tl.zeros((ROWS, 1), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
-        best = tl.max(keys, axis=1)[:, None]
-        keys = tl.where(keys == best, _LEAST, keys)
-        expert = _index(best)
+        _, expert = _best(choice, free, experts)
+        free = free & (experts != expert)
         # One term of it is not 0.
         weight = tl.sum(tl.where(experts == expert, scores, 0.0), axis=1)[:, None]
         total += weight
