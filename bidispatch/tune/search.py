@@ -40,8 +40,6 @@ _FINALISTS = 4
 _HOPELESS = 1.6
 """Slower than the winner by this factor: left out of the next `_REST` M."""
 _REST = 2
-_LARGE = 1024
-"""From here on only tiles of the tallest kind are tried of the kernels that have many."""
 
 
 _Pair = tuple[Implementation, Params]
@@ -256,7 +254,7 @@ def _own(device: Device, problem: Problem, known: Sequence[_Pair], m: int) -> It
 
 def _tiles(device: Device, problem: Problem, implementation: Implementation, params: Params, m: int) -> list[Tile]:
     found: list[Tile] = list(load_attribute(implementation.search)(device, problem, params, m))
-    return found[-2:] if m >= _LARGE and not implementation.chooses_inside else found
+    return found
 
 
 def _bound(device: Device, problem: Problem, choices: Mapping[str, Choice], m: int) -> dict[str, BoundKernel]:

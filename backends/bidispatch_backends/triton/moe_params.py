@@ -12,7 +12,7 @@ from bidispatch.ops.moe import known_experts
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.triton.fields import power_of_two_field
-from bidispatch_backends.triton.gemm_params import GemmTile, Shape, stages_that_fit
+from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, Shape, stages_that_fit, units
 from bidispatch_backends.triton.params import RowTile
 
 __all__ = ["ExpertsTile", "experts_numerics", "experts_tiles", "experts_tiles_for", "router_numerics", "router_tiles"]
@@ -65,6 +65,8 @@ def experts_numerics(params: Params, problem: Problem) -> str:
 
 
 _UP, _DOWN = "up", "down"
+_LEAST_STEP = 32
+_FEWEST_STAGES = 2
 # For blocks of so many rows, the shapes of both products, as `gemm_params` found them for as many rows of x.
 _SHAPES: tuple[tuple[int, Shape, Shape], ...] = (
     (16, (16, 64, 128, True, 4, 5), (16, 64, 128, True, 4, 5)),
@@ -86,27 +88,52 @@ _BLOCK_ROWS = ((16, 12), (32, 24), (64, 96), (128, None))
 """Rows of a block, and up to how many rows of an expert, on average, it serves."""
 
 
+# For few outputs: 8 of them a tile, so that few pairs fill the device.
+_NARROW: Shape = (16, 16, 256, False, 2, 6)
+
+
 def experts_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, ExpertsTile], ...]:
     """Blocks by how many rows an expert has on average; few pairs in all are not sorted."""
     top_k, everywhere = problem.size("top_k"), known_experts(problem.dims)
     shapes = {rows: (up, down) for rows, up, down in (_SHAPES_AMD if device.arch.vendor == "amd" else _SHAPES)}
     ladder: list[tuple[int | None, ExpertsTile]] = []
-    few = _COUNTED // top_k
+    rows_of_16 = next(most for rows, most in _BLOCK_ROWS if most)
+    few = min(_COUNTED, rows_of_16 * everywhere) // top_k
     if few:
-        ladder.append((few, _tile(device.arch, 16, *shapes[16], counted=_COUNTED)))
+        up, down = shapes[16]
+        narrow = min(few, _pairs_that_leave_room(device, problem, up) // top_k)
+        if narrow:
+            ladder.append((narrow, _tile(device.arch, problem, 16, _NARROW, down, counted=_COUNTED)))
+        if narrow < few:
+            ladder.append((few, _tile(device.arch, problem, 16, up, down, counted=_COUNTED)))
     for rows, most in _BLOCK_ROWS:
         max_m = None if most is None else most * everywhere // top_k
         if max_m is None or max_m > (ladder[-1][0] or 0 if ladder else 0):
-            ladder.append((max_m, _tile(device.arch, rows, *shapes[rows])))
+            ladder.append((max_m, _tile(device.arch, problem, rows, *shapes[rows])))
     return tuple(ladder)
 
 
-def _tile(arch: Arch, rows: int, up: Shape, down: Shape, counted: int = 0) -> ExpertsTile:
-    """The tile with as many stages as pay and fit."""
+def _pairs_that_leave_room(device: Device, problem: Problem, up: Shape) -> int:
+    """Pairs whose tiles of this shape do not fill the device. None on Blackwell's data-center GPUs and on AMD's, where
+    a narrow tile is another matrix instruction, and nobody has compared their bits.
+    """
+    if device.arch.vendor == "amd" or device.arch.family == "sm100":
+        return 0
+    tiles = -(-2 * problem.size("intermediate") // up[1])
+    return int(FILLED * units(device)) // tiles
+
+
+def _tile(arch: Arch, problem: Problem, rows: int, up: Shape, down: Shape, counted: int = 0) -> ExpertsTile:
+    """The tile with as many stages as pay and fit, and steps of K that divide it where they stay of a fair size."""
     fields: dict[str, Any] = {"block_m": rows, "counted": counted}
-    for which, shape in ((_UP, up), (_DOWN, down)):
+    for which, shape, k in ((_UP, up, problem.size("hidden")), (_DOWN, down, problem.size("intermediate"))):
         _, block_n, block_k, swap, warps, most = shape
-        while (stages := stages_that_fit(arch, rows, block_n, block_k, most)) < 2 and block_k > 32:
+        if k % _LEAST_STEP == 0:
+            while k % block_k:
+                block_k //= 2
+        while (
+            stages := stages_that_fit(arch, rows, block_n, block_k, most)
+        ) < _FEWEST_STAGES and block_k > _LEAST_STEP:
             block_k //= 2
         fields |= {
             f"{which}_block_n": block_n,
@@ -124,7 +151,8 @@ _TRIED: tuple[Shape, ...] = (
     (16, 64, 256, True, 4, 4),
     (16, 128, 64, True, 4, 6),
     (16, 128, 128, True, 8, 4),
-    (16, 32, 256, False, 4, 5),
+    (16, 16, 256, False, 2, 6),
+    (16, 32, 256, False, 2, 4),
     (16, 64, 128, False, 4, 5),
     (32, 64, 128, True, 4, 5),
     (32, 128, 64, True, 4, 6),
@@ -158,7 +186,9 @@ def experts_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> 
         plain = {rows: (up, down) for rows, up, down in _SHAPES}[block_m]
         pairs = [(s, s) for s in shapes] + [(s, plain[1]) for s in shapes] + [(plain[0], s) for s in shapes]
         counted = (0, _COUNTED) if m * top_k <= _COUNTED else (0,)
-        found += [_tile(device.arch, block_m, up, down, c) for up, down in dict.fromkeys(pairs) for c in counted]
+        found += [
+            _tile(device.arch, problem, block_m, up, down, c) for up, down in dict.fromkeys(pairs) for c in counted
+        ]
     yield from dict.fromkeys(found)
 
 
