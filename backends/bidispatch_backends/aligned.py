@@ -24,12 +24,10 @@ def is_aligned(tensor: torch.Tensor) -> bool:
     return row >= tensor.shape[1] and row * tensor.element_size() % ALIGNMENT == 0
 
 
-def on_aligned(
-    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """Call a `gemm` kernel with an aligned copy of every tensor that is not aligned. A copy changes no bit."""
+def on_aligned(kernel: Kernel, *operands: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Call a kernel, `out` last, with an aligned copy of every tensor that is not aligned. A copy changes no bit."""
     target = out if is_aligned(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    kernel(_aligned(x), _aligned(weight), None if bias is None else _aligned(bias), target)
+    kernel(*(None if operand is None else _aligned(operand) for operand in operands), target)
     if target is not out:
         out.copy_(target)
 

@@ -1,7 +1,8 @@
-"""Matrix products: `gemm` (a linear layer), `bmm`, and block-scaled fp8, which is planned."""
+"""Matrix products: `gemm` (a linear layer), `bmm`, and fp8 products with scales."""
 
 from __future__ import annotations
 
+from bidispatch.ops.quantize import FP8, GROUP, SCALE_FORMAT
 from bidispatch.ops.schema import SAME_DTYPE, WIDE_DTYPES, Argument, Dim, Op
 
 __all__ = ["OPS"]
@@ -58,14 +59,58 @@ BMM = Op(
     row_axis=1,
 )
 
-GEMM_FP8_BLOCK = Op(
-    name="gemm.fp8_block",
-    summary="fp8 product with 1x128 activation and 128x128 weight scales",
-    dims=(
-        Dim("n", int, "output features", minimum=1, typical=4096),
-        Dim("k", int, "input features, the summed axis", minimum=1, typical=4096),
-    ),
-    dtypes=("float8_e4m3fn",),
+_FP8_DIMS = (
+    Dim("n", int, "output features", minimum=1, typical=4096),
+    Dim("k", int, "input features, the summed axis", minimum=1, typical=4096),
+    Dim("out_dtype", str, "dtype of the result, rounded once from fp32", default="bfloat16", choices=WIDE_DTYPES),
 )
 
-OPS = (GEMM, BMM, GEMM_FP8_BLOCK)
+GEMM_FP8_BLOCK = Op(
+    name="gemm.fp8_block",
+    summary="fp8 product with 1x128 activation and 128x128 weight scales, applied to the sum of each 128 of k",
+    dims=(*_FP8_DIMS, SCALE_FORMAT),
+    arguments=(
+        Argument("x", ("m", "k")),
+        Argument("x_scales", ("m", f"k/{GROUP}"), dtype="float32", any_strides=True),
+        Argument("weight", ("n", "k")),
+        Argument("weight_scales", (f"n/{GROUP}", f"k/{GROUP}"), dtype="float32"),
+    ),
+    outputs=(Argument("out", ("m", "n"), dtype="out_dtype"),),
+    dtypes=(FP8,),
+    reference="bidispatch.ops.reference.linear:gemm_fp8_block",
+    inputs="bidispatch.ops.reference.linear:gemm_fp8_block_inputs",
+    stock="bidispatch.ops.stock:gemm_fp8_block",
+)
+
+GEMM_FP8 = Op(
+    name="gemm.fp8",
+    summary="fp8 product with scales for whole tensors or rows, applied to the whole sum, then the bias",
+    dims=(
+        *_FP8_DIMS,
+        Dim("bias", bool, "whether a bias is added, in fp32, before the result is rounded", default=False),
+        Dim("x_scaling", str, "one scale for x or one a token", default="token", choices=("tensor", "token")),
+        Dim(
+            "weight_scaling",
+            str,
+            "one scale for the weight or one an output channel",
+            default="channel",
+            choices=("tensor", "channel"),
+        ),
+    ),
+    arguments=(
+        Argument("x", ("m", "k")),
+        Argument("x_scale", (1,), dtype="float32", when="x_scaling=tensor"),
+        Argument("x_scales", ("m",), dtype="float32", when="x_scaling=token", any_strides=True),
+        Argument("weight", ("n", "k")),
+        Argument("weight_scale", (1,), dtype="float32", when="weight_scaling=tensor"),
+        Argument("weight_scales", ("n",), dtype="float32", when="weight_scaling=channel"),
+        Argument("bias", ("n",), dtype="out_dtype", when="bias"),
+    ),
+    outputs=(Argument("out", ("m", "n"), dtype="out_dtype"),),
+    dtypes=(FP8,),
+    reference="bidispatch.ops.reference.linear:gemm_fp8",
+    inputs="bidispatch.ops.reference.linear:gemm_fp8_inputs",
+    stock="bidispatch.ops.stock:gemm_fp8",
+)
+
+OPS = (GEMM, BMM, GEMM_FP8_BLOCK, GEMM_FP8)

@@ -6,20 +6,29 @@ arguments. Imports torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from bidispatch.ops.quantize import unfused
+from bidispatch.ops.reference.linear import widened_blocks
 from bidispatch.ops.reference.moe import gated, local_experts
 from bidispatch.ops.reference.moe import router as exact_router
+from bidispatch.ops.reference.quantize import LARGEST, group_scales, spread
 from bidispatch.ops.schema import Problem
 
 __all__ = [
     "attention",
     "attention_mla",
     "bmm",
+    "fp8_group",
     "fused_add_rms_norm",
+    "fused_fp8_group",
     "gelu_tanh_and_mul",
     "gemm",
+    "gemm_fp8",
+    "gemm_fp8_block",
     "log_softmax",
     "mean",
     "moe_experts",
@@ -49,6 +58,51 @@ def gemm(
 def bmm(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`torch.bmm`, then a cast where the result is wider: [matrices, m, n]."""
     return (torch.bmm(a, b).to(_dtypes(problem)[1]),)
+
+
+def fp8_group(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Maxima, a quotient and a cast: q [m, k] and scales [m, k/128]."""
+    scales = group_scales(problem, x)
+    q = x.float() / spread(scales, x.shape[1]).float()
+    return q.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
+
+
+def fused_fp8_group(problem: Problem, *everything: Any) -> tuple[torch.Tensor, ...]:
+    """What torch does for the op without quantisation, then `fp8_group`."""
+    before, quantization = unfused(problem)
+    out, *others = globals()[before.op](before, *everything)
+    return (*fp8_group(quantization, out), *others)
+
+
+def gemm_fp8_block(
+    problem: Problem, x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Both operands widened to bf16 (fp32 for a result in fp32), then `F.linear`: [m, n]."""
+    out: torch.dtype = getattr(torch, str(problem["out_dtype"]))
+    widened = (x.float() * spread(x_scales, x.shape[1]).float()).to(out)
+    return (F.linear(widened, widened_blocks(weight, weight_scales).to(out)),)
+
+
+def gemm_fp8(
+    problem: Problem,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_scales: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    weight_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """The same with scales for whole tensors or rows, and a bias."""
+    out: torch.dtype = getattr(torch, str(problem["out_dtype"]))
+    widened = x.float(), weight.float()
+    for tensor, one, several in zip(widened, (x_scale, weight_scale), (x_scales, weight_scales), strict=True):
+        if one is not None:
+            tensor *= one
+        if several is not None:
+            tensor *= several[:, None]
+    left, right = widened
+    return (F.linear(left.to(out), right.to(out), bias),)
 
 
 def rms_norm(problem: Problem, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:

@@ -15,12 +15,12 @@ from bidispatch.verify.subject import Arguments, Canvas, Subject, limits_for
 
 __all__ = ["LIMITS", "MOST_OF_STOCK", "measure_accuracy"]
 
-LIMITS = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3, torch.int32: 5e-3}
+LIMITS = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3, torch.float8_e4m3fn: 4e-2, torch.int32: 5e-3}
 """The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output. Of integers, the share that differ:
 scores that differ in fp64 may tie in fp32.
 
-fp16 and bf16 round once at the end (2e-4 and 2e-3), attention also its weights. fp32 leaves no room for operands
-rounded to TF32 (about 3e-4).
+fp8, fp16 and bf16 round once at the end (2.6e-2, 2e-4 and 2e-3), attention also its weights. fp32 leaves no room for
+operands rounded to TF32 (about 3e-4).
 """
 
 MOST_OF_STOCK = {torch.float32: 4.0, torch.float16: 1.05, torch.bfloat16: 1.05}
@@ -33,6 +33,10 @@ _FEW = 4096
 # A Hopper matrix unit truncates the sum at each step of 16: with K=12288 and nothing but positive terms an H200 is
 # 5.5e-5 off, whichever kernel runs. A limit of one unit in the last place a step is twice that.
 _MATRIX_STEP, _LAST_PLACE = 16, 2.0**-23
+
+# While an fp8 instruction adds, Hopper keeps 14 bits of the sum (arXiv 2412.19437, 3.3.2). Kernels take it out every
+# 128 of K, which four instructions make up: a unit of the last place for each.
+_FP8 = 4 * 2.0**-13
 
 # fp32 scores of scaled q and k reach 2^24: their last place is then wider than the softmax.
 _OVER_SEQUENCES = ("normal", "positive")
@@ -87,6 +91,11 @@ def _most_of_stock(problem: Problem, distribution: str, out: torch.Tensor) -> fl
 def _limit(problem: Problem, dtype: torch.dtype) -> float:
     if "intermediate" in problem.dims:  # what lies between two products is rounded to the problem's dtype
         return max(LIMITS[dtype], LIMITS[getattr(torch, problem.dtype)])
+    if problem.dtype == "float8_e4m3fn":
+        return LIMITS[dtype] + _FP8
+    if dtype is torch.float32 and "scale_format" in problem.dims:
+        # A scale is that of values rounded to the problem's dtype, the nearest of which may be another in fp64.
+        return LIMITS[getattr(torch, problem.dtype)]
     if dtype is not torch.float32 or problem.dtype == "float32" or "k" not in problem.dims:
         return LIMITS[dtype]
     return max(LIMITS[dtype], problem.size("k") / _MATRIX_STEP * _LAST_PLACE)

@@ -32,6 +32,21 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
         {"n": 1, "k": 64, "bias": True},
     ),
     "bmm": ({"n": 77, "k": 129}, {"n": 64, "k": 80, "out_dtype": "float32"}),
+    "gemm.fp8_block": (
+        {"n": 203, "k": 333},
+        {"n": 320, "k": 1024, "out_dtype": "float32"},
+        {"n": 129, "k": 256, "out_dtype": "float16", "scale_format": "ue8m0"},
+        {"n": 1, "k": 64},
+    ),
+    "gemm.fp8": (
+        {"n": 203, "k": 333, "bias": True, "out_dtype": "float32"},
+        {"n": 320, "k": 1024, "x_scaling": "tensor", "weight_scaling": "tensor"},
+        {"n": 129, "k": 40, "bias": True, "x_scaling": "tensor"},
+    ),
+    "quantize.fp8_group": ({"k": 1003}, {"k": 40}, {"k": 1024, "scale_format": "ue8m0"}),
+    "silu_and_mul.fp8_group": ({"n": 333}, {"n": 256, "scale_format": "ue8m0"}),
+    "rms_norm.fp8_group": ({"n": 128}, {"n": 1003, "gemma": True, "scale_format": "ue8m0"}, {"n": 40}),
+    "fused_add_rms_norm.fp8_group": ({"n": 1003, "gemma": True}, {"n": 256, "scale_format": "ue8m0"}),
     "rms_norm": ({"n": 128}, {"n": 1003, "gemma": True}),
     "fused_add_rms_norm": ({"n": 1003, "gemma": True},),
     "qk_norm": ({"head_dim": 80, "num_heads": 6, "num_kv_heads": 3, "gemma": True},),
@@ -75,6 +90,16 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
         {"n": 1000, "k": 7},
         {"n": 4097, "k": 1},
     ),
+    "gemm.fp8_block": (
+        {"n": 6144, "k": 4096},
+        {"n": 2112, "k": 7168},
+        {"n": 4096, "k": 12288, "out_dtype": "float32"},
+        {"n": 4097, "k": 4104},
+        {"n": 1000, "k": 7},
+        {"n": 4097, "k": 1},
+    ),
+    "gemm.fp8": ({"n": 6144, "k": 4096, "bias": True}, {"n": 4097, "k": 4104}, {"n": 4096, "k": 12288}),
+    "rms_norm.fp8_group": ({"n": 7168}, {"n": 16384}),
     "bmm": ({"n": 512, "k": 128},),
     "rms_norm": ({"n": 8192}, {"n": 20003}),
     "mean": ({"n": 20003},),
@@ -237,7 +262,7 @@ def _work_of_a_row(problem: Problem) -> int:
         return problem.size("num_heads") * width * _TYPICAL_CONTEXT
     if "intermediate" in problem.dims:
         return 3 * problem.size("top_k") * problem.size("hidden") * problem.size("intermediate")
-    return problem.size("n") * problem.size("k") if "k" in problem.dims else 0
+    return problem.size("n") * problem.size("k") if {"n", "k"} <= problem.dims.keys() else 0
 
 
 def _edges(selection: Selection, most: int) -> set[int]:

@@ -8,7 +8,7 @@ import torch
 
 from bidispatch import ops
 from bidispatch.errors import SelectionError
-from bidispatch.ops.schema import Problem
+from bidispatch.ops.schema import Argument, Problem
 from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
@@ -20,26 +20,35 @@ from bidispatch.verify.subject import Subject
 __all__ = ["check_merged"]
 
 _MERGED = "merged and separate weights"
+_COLUMNS = 8
+"""What the parts of a weight are cut to multiples of, where its scales ask for no more."""
+
+
+def can_be_merged(problem: Problem) -> bool:
+    """Whether an op has a weight [n, k], whose rows hosts merge and shard."""
+    return any(argument.shape == ("n", "k") for argument in ops.get(problem.op).arguments)
 
 
 def check_merged(selection: Selection, sizes: Sizes, select: Callable[[Problem], Selection]) -> Check:
-    """A `gemm` with two weights merged into one against the product with each: hosts merge qkv and shard by N.
+    """A product with two weights merged into one against the product with each: hosts merge qkv and shard by N.
 
     `select` is the plan's. A part in another class was never promised to be equal, and is not compared.
     """
     problem = selection.problem
-    if problem.size("n") < 2:
-        return Check(_MERGED, note="n=1 has no parts")
     n = problem.size("n")
-    cut = max(1, n // 3 // 8 * 8)
+    declared = ops.get(problem.op).arguments
+    grain = max(_COLUMNS, *(_divisor(axis) for argument in declared for axis in argument.shape))
+    cut = max(grain if grain > _COLUMNS else 1, n // 3 // grain * grain)
+    if cut >= n:
+        return Check(_MERGED, note=f"n={n} has no parts")
     device = torch.device(selection.device.torch_device)
     limits = Limits(max(sizes.graph_rows))
     whole = Subject(problem, device, bind(problem, selection.device, selection.rungs, limits).launch)
-    x, weight, bias = whole.inputs(max(sizes.graph_rows), seed=5)
+    arguments = whole.inputs(max(sizes.graph_rows), seed=5)
     tally = Tally(_MERGED, whole.output_names)
     notes = []
     for first, last in ((0, cut), (cut, n)):
-        part = ops.get("gemm").problem(problem.dtype, {**problem.dims, "n": last - first})
+        part = ops.get(problem.op).problem(problem.dtype, {**problem.dims, "n": last - first})
         try:
             chosen = select(part)
         except SelectionError:
@@ -50,11 +59,25 @@ def check_merged(selection: Selection, sizes: Sizes, select: Callable[[Problem],
             continue
         separate = Subject(part, device, bind(part, selection.device, chosen.rungs, limits).launch)
         for m in sizes.graph_rows:
-            some = _rows(x, 0, m)
-            merged = whole.alone([some, weight, bias])[0][:, first:last]
-            tally.add(m, separate.alone([some, _rows(weight, first, last), _rows(bias, first, last)]), (merged,))
+            some = [_cut(tensor, entry, "m", 0, m) for tensor, entry in zip(arguments, declared, strict=True)]
+            parts = [_cut(tensor, entry, "n", first, last) for tensor, entry in zip(some, declared, strict=True)]
+            merged = whole.alone(some)[0][:, first:last]
+            tally.add(m, separate.alone(parts), (merged,))
     return tally.check(note="; ".join(notes))
 
 
-def _rows(tensor: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
-    return None if tensor is None else tensor[first:last]
+def _divisor(axis: str | int) -> int:
+    """128 of an axis `"n/128"`, else 1."""
+    size, _, divisor = str(axis).partition("/")
+    return int(divisor) if size == "n" and divisor else 1
+
+
+def _cut(tensor: torch.Tensor | None, entry: Argument, size: str, first: int, last: int) -> torch.Tensor | None:
+    """The part of an argument from `first` to `last` of a size, on its first axis, where it has that size or groups of
+    it; the argument itself where it has not.
+    """
+    axis, _, divisor = str(entry.shape[0]).partition("/")
+    if tensor is None or axis != size:
+        return tensor
+    group = int(divisor or 1)
+    return tensor[first // group : -(-last // group)]

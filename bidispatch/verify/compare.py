@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from bidispatch.verify.report import Check, Mismatch
 
-__all__ = ["Tally", "bits", "poison"]
+__all__ = ["Tally", "bits", "fill", "poison", "take"]
 
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -18,18 +19,36 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(_INTEGER_OF_WIDTH[tensor.element_size()])
 
 
+def take(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
+    """`index_select`, by bytes where torch may lack it for a dtype of one byte."""
+    if tensor.element_size() > 1 or not tensor.is_floating_point():
+        return tensor.index_select(axis, index)
+    return tensor.view(torch.uint8).index_select(axis, index).view(tensor.dtype)
+
+
+def fill(tensor: torch.Tensor, axis: int, index: torch.Tensor, value: float) -> torch.Tensor:
+    """`index_fill`, likewise."""
+    if tensor.element_size() > 1 or not tensor.is_floating_point():
+        return tensor.index_fill(axis, index, value)
+    byte = int(bits(torch.tensor([value]).to(tensor.dtype)).item())
+    return tensor.view(torch.uint8).index_fill(axis, index, byte).view(tensor.dtype)
+
+
 def poison(tensor: torch.Tensor, salt: int = 0) -> None:
     """Fill a contiguous tensor with a NaN whose payload is `salt` (0 to 7), one of integers with its least and a few.
 
     Outputs are poisoned before every run, and those compared with different salts: an element that a kernel never
-    writes then differs from itself.
+    writes then differs from itself. e4m3 has but two NaNs, and there an odd salt gives the negative one.
     """
     if not tensor.is_floating_point():
         tensor.fill_(torch.iinfo(tensor.dtype).min + salt)
         return
     integers = tensor.view(_INTEGER_OF_WIDTH[tensor.element_size()])
-    quiet_nan = bits(torch.full((1,), float("nan"), dtype=tensor.dtype)).item()
-    integers.fill_(int(quiet_nan) | (salt + 1))
+    quiet_nan = int(bits(torch.full((1,), float("nan"), dtype=tensor.dtype)).item())
+    if tensor.element_size() == 1:
+        integers.fill_(quiet_nan & 0x7F | salt % 2 << 7)
+    else:
+        integers.fill_(quiet_nan | (salt + 1))
 
 
 class Tally:
@@ -130,7 +149,7 @@ class Tally:
 def _mismatch(size: int, row: int, output: str, element: int, value: torch.Tensor, expected: torch.Tensor) -> Mismatch:
     ours, theirs = int(bits(value.reshape(1))), int(bits(expected.reshape(1)))
     width = value.element_size() * 8
-    finite = bool(torch.isfinite(value)) and bool(torch.isfinite(expected))
+    finite = math.isfinite(float(value)) and math.isfinite(float(expected))
     return Mismatch(
         size=size,
         row=row,

@@ -9,6 +9,7 @@ import torch
 from bidispatch.invariance import Invariance
 from bidispatch.runtime.context import Limits
 from bidispatch.verify.cases import Sizes
+from bidispatch.verify.compare import fill, take
 from bidispatch.verify.report import Check
 from bidispatch.verify.subject import Arguments, Subject, Trial, measure
 
@@ -58,7 +59,7 @@ class RowPool:
     def _take(self, arguments: Arguments, axes: Sequence[int | None], index: torch.Tensor) -> Arguments:
         on_device = index.to(self.subject.device)
         return [
-            tensor if tensor is None or axis is None else tensor.index_select(axis, on_device)
+            tensor if tensor is None or axis is None else take(tensor, axis, on_device)
             for tensor, axis in zip(arguments, axes, strict=True)
         ]
 
@@ -185,12 +186,12 @@ def _bad_values(subject: Subject) -> tuple[float, ...]:
 def _filler(index: torch.Tensor, value: float) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Integers stay as they are: they name places, and another place of the neighbour's is no worse."""
 
-    def fill(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    def change(tensor: torch.Tensor, axis: int) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
-        return tensor.index_fill(axis, index.to(tensor.device), value)
+        return fill(tensor, axis, index.to(tensor.device), value)
 
-    return fill
+    return change
 
 
 def _other_places(pool: RowPool, sizes: Sizes) -> Iterator[Trial]:

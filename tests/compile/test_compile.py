@@ -23,9 +23,10 @@ from bidispatch.profiles.load import builtin_folder
 from bidispatch.profiles.tiles import read_tuned
 from bidispatch.registry import Registry, Rung
 from bidispatch.runtime.bind import load_attribute
-from bidispatch_backends.triton import register
+from bidispatch_backends.triton import fp8_gemm, register
 from bidispatch_backends.triton.compile import Variant, compile_variant, target_of, variants
-from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, SplitParams
+from bidispatch_backends.triton.fp8_params import Fp8BlockParams
+from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, ProductTile, SplitParams
 
 COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942")
 SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean", "sum")
@@ -34,6 +35,7 @@ HEADS = {"num_heads": 32, "num_kv_heads": 8}
 EXPERTS = {"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768}
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPES_16_BIT = ("bfloat16", "float16")
+FP8 = "float8_e4m3fn"
 
 
 def _problem(op: str, dtype: str = "bfloat16", **dims: Any) -> Problem:
@@ -95,9 +97,32 @@ ODD = (
     _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
     _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
 )
+# e4m3 came with Ada. One of each scale format and dtype: neither follows the arch.
+FP8_ARCHS = ("sm89", "sm90", "sm100", "sm103", "sm120")
+FP8_PRODUCTS = tuple(_problem(op, FP8, n=n, k=4096) for op in ("gemm.fp8_block", "gemm.fp8") for n in (64, 24576))
+FP8_ROW_OPS = ("rms_norm.fp8_group", "fused_add_rms_norm.fp8_group")
+QUANTIZATIONS = (
+    *(_problem("quantize.fp8_group", dtype, k=4096) for dtype in DTYPES),
+    *(_problem(op, dtype, n=4096) for op in (*FP8_ROW_OPS, "silu_and_mul.fp8_group") for dtype in DTYPES),
+)
+FP8_ODD = (
+    *(_problem(op, n=n) for op in FP8_ROW_OPS for n in (40, 100, 256, 1024, 2048, 8192, 16384)),
+    _problem("rms_norm.fp8_group", n=4096, scale_format="ue8m0", gemma=True),
+    _problem("quantize.fp8_group", k=1003, scale_format="ue8m0"),
+    _problem("silu_and_mul.fp8_group", n=40, scale_format="ue8m0"),
+    _problem("gemm.fp8_block", FP8, n=4097, k=1000, out_dtype="float32"),
+    _problem("gemm.fp8_block", FP8, n=7, k=7, out_dtype="float16"),
+    _problem("gemm.fp8", FP8, n=4097, k=1000, bias=True, x_scaling="tensor", weight_scaling="tensor"),
+)
 INSTRUCTION_SETS = ("sm90", "gfx942")
 CASES = [(arch, problem) for arch in COMPILED_ARCHS for problem in TILED]
 CASES += [(arch, problem) for arch in INSTRUCTION_SETS for problem in ODD]
+CASES += [(arch, problem) for arch in FP8_ARCHS for problem in (*FP8_PRODUCTS, *QUANTIZATIONS)]
+CASES += [("sm90", problem) for problem in FP8_ODD]
+
+
+KERNELS = {"gemm.fp8_block": "triton.fp8_block"}
+"""Which Triton kernel does an op that libraries do too, where it is not named after the op."""
 
 
 @lru_cache(maxsize=len(COMPILED_ARCHS))
@@ -109,7 +134,8 @@ def triton_rungs(arch: str, problem: Problem) -> tuple[Rung, ...]:
     """The Triton rungs that a plan for this arch selects, or would without the libraries it prefers."""
     rungs = plan_for(arch).select_problem(problem).rungs
     if any(rung.implementation.backend != "triton" for rung in rungs):
-        with bidispatch.override(f"{problem.op}=triton.{problem.op}"):
+        name = KERNELS.get(problem.op, f"triton.{problem.op}")
+        with bidispatch.override(f"{problem.op}={name}"):
             rungs = plan_for(arch).select_problem(problem).rungs
     return tuple(rung for rung in rungs if rung.implementation.backend == "triton")
 
@@ -158,6 +184,11 @@ def test_every_registered_kernel_is_compiled() -> None:
     compiled |= {("triton.moe", dtype) for op, dtype in compiled if op == "triton.moe.experts"}
     compiled |= {("triton.moe_router", dtype) for op, dtype in compiled if op == "triton.moe.router"}
     compiled |= {(name, problem.dtype) for name, problem, *_ in SPLIT}
+    compiled |= {
+        (rung.implementation.name, problem.dtype)
+        for problem in (*FP8_PRODUCTS, *QUANTIZATIONS)
+        for rung in triton_rungs("sm90", problem)
+    }
     registered = {(found.name, dtype) for found in registry for dtype in found.dtypes}
     assert registered <= compiled
 
@@ -229,6 +260,79 @@ def test_kernels_with_chunks_in_parallel_compile_and_fit(
     tiles = registry.get(name).tiles(Device(ARCHS[arch], arch, predicted=True), problem, params)
     found = {v.key: v for _, tile in tiles for v in variants(name, problem, params, tile, ARCHS[arch])}
     assert shared_memory_faults(arch, found) == []
+
+
+@pytest.mark.parametrize("arch", FP8_ARCHS)
+def test_no_size_leads_to_an_fp8_tile_that_is_not_compiled(arch: str) -> None:
+    for op in ("gemm.fp8_block", "gemm.fp8"):
+        compiled = {
+            str(rung.tile) for problem in FP8_PRODUCTS if problem.op == op for rung in triton_rungs(arch, problem)
+        }
+        for n in (1, 7, 64, 512, 1000, 3000, 8192, 50257, 151936):
+            assert {str(rung.tile) for rung in triton_rungs(arch, _problem(op, FP8, n=n, k=n))} <= compiled, (op, n)
+
+
+FP8_INSTRUCTIONS = {
+    ("sm89", "fp8"): r"mma\.sync\S+\.e4m3\.e4m3",
+    ("sm89", "fp16"): r"mma\.sync\S+\.f32\.f16\.f16",
+    ("sm90", "fp8"): r"wgmma\.mma_async\S+\.e4m3\.e4m3",
+    ("sm90", "fp16"): r"wgmma\.mma_async\S+\.f32\.f16\.f16",
+    ("sm100", "fp8"): r"tcgen05\.mma\S+kind::f8f6f4",
+    ("sm100", "fp16"): r"tcgen05\.mma\S+kind::f16",
+    ("sm120", "fp8"): r"mma\.sync\S+\.e4m3\.e4m3",
+}
+ANY_PRODUCT = r"(?:wgmma\.mma_async|tcgen05\.mma\.|mma\.sync)\S*"
+
+
+def fp8_products(arch: str, problem: Problem, params: Any, tile: Any) -> set[str]:
+    """The matrix instructions of a tile's binary."""
+    name = "triton." + problem.op.removeprefix("gemm.")
+    (variant,) = variants(name, problem, params, tile, ARCHS[arch])
+    return set(re.findall(ANY_PRODUCT, compile_variant(variant, target_of(ARCHS[arch])).asm["ptx"]))
+
+
+@pytest.mark.parametrize(("arch", "products"), FP8_INSTRUCTIONS)
+@pytest.mark.parametrize("op", ["gemm.fp8_block", "gemm.fp8"])
+def test_every_fp8_tile_multiplies_by_the_instruction_of_its_class(op: str, arch: str, products: str) -> None:
+    """Each tile of the default ladder, and on Hopper each that tune tries: an instruction adds in its own way."""
+    registry = Registry()
+    register(registry)
+    (found,) = registry.for_op(op)
+    problem, device = _problem(op, FP8, n=4096, k=4096), Device(ARCHS[arch], arch, predicted=True)
+    params = found.params(products=products)
+    tiles = [tile for _, tile in found.tiles(device, problem, params)]
+    if (arch, op) == ("sm90", "gemm.fp8_block"):
+        tiles += [tile for m in (1, 32, 128, 4096) for tile in load_attribute(found.search)(device, problem, params, m)]
+    for tile in {str(tile): tile for tile in tiles}.values():
+        instructions = fp8_products(arch, problem, params, tile)
+        wanted = FP8_INSTRUCTIONS[arch, products]
+        assert instructions
+        assert all(re.match(wanted, one) for one in instructions), (tile, instructions)
+
+
+def test_a_tile_that_leaves_its_instruction_is_refused_and_would_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: 16 rows on the left side are mma.sync on fp16 on Hopper, which the test above would see."""
+    problem = _problem("gemm.fp8_block", FP8, n=4096, k=4096)
+    tile = ProductTile(block_m=16, block_n=64, num_warps=4, num_stages=3)
+    with pytest.raises(ValueError, match="needs 64 rows of the left operand on sm90, this tile has 16"):
+        variants("triton.fp8_block", problem, Fp8BlockParams(), tile, ARCHS["sm90"])
+    monkeypatch.setattr(fp8_gemm, "tile_fault", lambda *arguments: None)
+    instructions = fp8_products("sm90", problem, Fp8BlockParams(), tile)
+    assert any(re.match(r"mma\.sync\S+\.f16\.f16", one) for one in instructions)
+
+
+@pytest.mark.parametrize("arch", ["sm90", "sm89"])
+@pytest.mark.parametrize("op", ["gemm.fp8_block", "gemm.fp8"])
+def test_every_fp8_tile_that_tune_tries_fits(op: str, arch: str) -> None:
+    registry = Registry()
+    register(registry)
+    (found,) = registry.for_op(op)
+    problem, device = _problem(op, FP8, n=4096, k=4096), Device(ARCHS[arch], arch, predicted=True)
+    search = load_attribute(found.search)
+    tiles = {str(tile): tile for m in (1, 16, 64, 4096) for tile in search(device, problem, found.params(), m)}
+    binaries = [v for tile in tiles.values() for v in variants(found.name, problem, found.params(), tile, ARCHS[arch])]
+    assert len(binaries) >= 5
+    assert shared_memory_faults(arch, {variant.key: variant for variant in binaries}) == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

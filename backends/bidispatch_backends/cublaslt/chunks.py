@@ -32,7 +32,7 @@ def bind_chunks(context: BindContext, device: torch.device, chunks: Chunks) -> K
 
     def gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         if not (is_aligned(x) and is_aligned(weight) and is_aligned(out)):
-            on_aligned(gemm, x, weight, bias, out)
+            on_aligned(gemm, x, weight, bias, out=out)
         elif at_once and x.shape[0] <= most_at_once:
             at_once(x, weight, bias, out)
         else:

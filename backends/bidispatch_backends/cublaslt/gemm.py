@@ -55,14 +55,14 @@ def _bind_whole(context: BindContext, device: torch.device) -> Kernel:
         if (x_pointer | weight_pointer | out_pointer) & low_bits or (
             entry is None and not (is_aligned(x) and is_aligned(weight) and is_aligned(out))
         ):
-            on_aligned(gemm, x, weight, bias, out)
+            on_aligned(gemm, x, weight, bias, out=out)
             return
         if bias is not None:
             if widened is not None:
                 widened.copy_(bias)
             elif (bias_pointer := bias.data_ptr()) != pointed:
                 if bias_pointer & low_bits:
-                    on_aligned(gemm, x, weight, bias, out)
+                    on_aligned(gemm, x, weight, bias, out=out)
                     return
                 point_bias(bias_pointer)
                 pointed = bias_pointer

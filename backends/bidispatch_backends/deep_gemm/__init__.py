@@ -1,8 +1,9 @@
-"""DeepGEMM's dense bf16 product for Hopper and Blackwell."""
+"""DeepGEMM's dense products for Hopper and Blackwell: bf16, and fp8 with block scales."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 from bidispatch.device import Device
@@ -16,6 +17,10 @@ __all__ = ["register"]
 
 def _whole_k(params: Params, problem: Problem) -> str:
     return product_numerics(problem, input_precision="ieee", k_chunk=0)
+
+
+def _labelled(label: str) -> Callable[[Params, Problem], str]:
+    return lambda params, problem: label
 
 
 def _no_split(device: Device, problem: Problem) -> str | None:
@@ -33,6 +38,9 @@ def _bundled_with_vllm(device: Device, problem: Problem) -> str | None:
     return "needs a vllm that brings vllm.third_party.deep_gemm"
 
 
+_INSTALLED = AnyOf((Package("sgl-deep-gemm", "==0.1.5"), Check(_bundled_with_vllm)))
+
+
 def register(registry: Registry) -> None:
     """Add every kernel of this backend."""
     registry.register(
@@ -43,7 +51,7 @@ def register(registry: Registry) -> None:
             archs=("sm90", "sm100", "sm103"),
             dtypes=("bfloat16",),
             requires=(
-                AnyOf((Package("sgl-deep-gemm", "==0.1.5"), Check(_bundled_with_vllm))),
+                _INSTALLED,
                 Check(_no_split),
                 DimMultipleOf("n", 8),  # rows of x, weight and out are whole groups of 16 bytes, as TMA needs them
                 DimMultipleOf("k", 8),
@@ -56,3 +64,36 @@ def register(registry: Registry) -> None:
             summary="DeepGEMM; its tile follows M, its walk along K does not. Compiles when a shape is first called",
         )
     )
+    # Two kernels of one function of the library. On Hopper (1D2D) fp32 scales are applied between blocks of K, as
+    # `triton.fp8_block` does; its label stays apart until their bits have been compared. On Blackwell (1D1D) scales are
+    # powers of two and enter the matrix instruction: given others, the library would round them without asking.
+    for name, archs, label, limits, summary in (
+        ("fp8", ("sm90",), "deep_gemm.1d2d", (DimIn("out_dtype", ("bfloat16",)),), "fp32 scales between blocks of K"),
+        (
+            "fp8_ue8m0",
+            ("sm100", "sm103"),
+            "deep_gemm.1d1d_ue8m0",
+            (DimIn("scale_format", ("ue8m0",)), DimIn("out_dtype", ("bfloat16", "float32"))),
+            "scales that are powers of two, in the matrix instruction",
+        ),
+    ):
+        registry.register(
+            Implementation(
+                name=f"deep_gemm.{name}",
+                op="gemm.fp8_block",
+                load="bidispatch_backends.deep_gemm.fp8:bind_fp8",
+                archs=archs,
+                dtypes=("float8_e4m3fn",),
+                requires=(
+                    _INSTALLED,
+                    Check(_no_split),
+                    DimMultipleOf("n", 8),
+                    DimMultipleOf("k", 128),
+                    *limits,
+                ),
+                numerics=_labelled(label),
+                libraries=("sgl-deep-gemm", "vllm"),
+                chooses_inside=True,
+                summary=f"DeepGEMM; {summary}. Compiles when a shape is first called",
+            )
+        )

@@ -6,46 +6,35 @@ server's capture of CUDA graphs, takes that out of the way.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bidispatch.requirements import installed_version
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.aligned import is_aligned, on_aligned
+from bidispatch_backends.deep_gemm.library import edges, library
 
 __all__ = ["bind_gemm"]
-
-_LARGEST_EDGE = 8192
 
 
 def bind_gemm(context: BindContext) -> Kernel:
     """Return `kernel(x, weight, bias, out)`; see the op `gemm`; bias is always None. Its `edges` are every M at which
     DeepGEMM's heuristic may change its tile.
     """
-    product = _product(_library())
+    product = _product(library())
 
     def gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         if is_aligned(x) and is_aligned(weight) and is_aligned(out):
             product(x, weight, out)
         else:
-            on_aligned(gemm, x, weight, bias, out)
+            on_aligned(gemm, x, weight, bias, out=out)
 
-    last = context.limits.max_tokens - 1
-    edges = (16, 32, *range(64, _LARGEST_EDGE + 1, 64))
-    gemm.edges = tuple(edge for edge in edges if edge <= last)  # type: ignore[attr-defined]
+    gemm.edges = edges(context.limits)  # type: ignore[attr-defined]
     return gemm
 
 
-def _library() -> Any:
-    """sgl-deep-gemm where it is installed, else vLLM's copy."""
-    name = "deep_gemm" if installed_version("sgl-deep-gemm") else "vllm.third_party.deep_gemm"
-    return importlib.import_module(name)
-
-
-def _product(library: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+def _product(deep_gemm: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     """`bf16_gemm_nt` by DeepGEMM's own kernel.
 
     Newer versions hand bf16 to cuBLASLt, which may split K, unless they are told to be deterministic. That switch is
@@ -54,9 +43,9 @@ def _product(library: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor
 
     compiled_dims="" compiles a kernel for every N and K, not one for each.
     """
-    gemm: Callable[..., None] = library.bf16_gemm_nt
-    switch: Callable[[bool], None] | None = getattr(library, "use_deterministic_algorithms", None)
-    is_on: Callable[[], bool] | None = getattr(library, "get_deterministic_algorithms", None)
+    gemm: Callable[..., None] = deep_gemm.bf16_gemm_nt
+    switch: Callable[[bool], None] | None = getattr(deep_gemm, "use_deterministic_algorithms", None)
+    is_on: Callable[[], bool] | None = getattr(deep_gemm, "get_deterministic_algorithms", None)
     if switch is None:
         return lambda x, weight, out: gemm(x, weight, out, compiled_dims="")
 

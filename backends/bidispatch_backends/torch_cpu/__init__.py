@@ -32,6 +32,10 @@ def _row_class(params: Params, problem: Problem) -> str:
     return f"torch_row_blocks({_fields(params)})"
 
 
+def _exact_class(params: Params, problem: Problem) -> str:
+    return "elementwise"
+
+
 def _attention_class(params: Params, problem: Problem) -> str:
     return f"torch_kv_tiles({_fields(params)})"
 
@@ -44,6 +48,25 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
     # op, bind function, params, class label, summary
     ("gemm", "linear:bind_gemm", ProductParams, _product_class, "torch.mm on zero-padded blocks of rows"),
     ("bmm", "linear:bind_bmm", ProductParams, _product_class, "torch.mm on zero-padded blocks of each matrix"),
+    ("gemm.fp8_block", "linear:bind_fp8_block", ProductParams, _product_class, "torch.mm of widened operands, as gemm"),
+    (
+        "gemm.fp8",
+        "linear:bind_fp8",
+        ProductParams,
+        _product_class,
+        "torch.mm of widened operands, then scales and bias",
+    ),
+    ("quantize.fp8_group", "quantize:bind_quantize_fp8_group", Params, _exact_class, "a group of every row at a time"),
+    *(
+        (
+            f"{op}.fp8_group",
+            f"quantize:bind_{op}_fp8_group",
+            RowParams,
+            _row_class,
+            f"torch_cpu.{op}, then torch_cpu.quantize_fp8_group",
+        )
+        for op in ("silu_and_mul", "rms_norm", "fused_add_rms_norm")
+    ),
     ("rms_norm", "rows:bind_rms_norm", RowParams, _row_class, "fp32, on padded blocks of rows"),
     ("fused_add_rms_norm", "rows:bind_fused_add_rms_norm", RowParams, _row_class, "fp32, on padded blocks of rows"),
     ("qk_norm", "rows:bind_qk_norm", RowParams, _row_class, "fp32, on padded blocks of heads"),
@@ -85,8 +108,9 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
 )
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
-_NAMES = {"attention": "paged_attention", "attention.mla": "mla", "moe.router": "moe_router", "moe.experts": "moe"}
+_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+_NAMES = {"attention": "paged_attention", "attention.mla": "mla", "gemm.fp8_block": "fp8_block", "gemm.fp8": "fp8"}
+_NAMES |= {"moe.router": "moe_router", "moe.experts": "moe"}
 
 
 def register(registry: Registry) -> None:
@@ -94,7 +118,7 @@ def register(registry: Registry) -> None:
     for op, bind, params, numerics, summary in _KERNELS:
         registry.register(
             Implementation(
-                name="torch_cpu." + _NAMES.get(op, op),
+                name="torch_cpu." + _NAMES.get(op, op.replace(".", "_")),
                 op=op,
                 load=f"bidispatch_backends.torch_cpu.{bind}",
                 archs=("cpu",),

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 
 import torch
 
+from bidispatch.ops.quantize import GROUP
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, row_blocks, workspace
 
-__all__ = ["Product", "bind_bmm", "bind_gemm"]
+__all__ = ["Product", "bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm"]
 
 
 class Product:
@@ -96,3 +97,53 @@ def bind_bmm(context: BindContext) -> Kernel:
             product(left, right, None, result)
 
     return bmm
+
+
+def _spread(scales: torch.Tensor, size: int, axis: int) -> torch.Tensor:
+    """The scale of each of `size` elements of an axis, from those of groups."""
+    return scales.repeat_interleave(GROUP, dim=axis).narrow(axis, 0, size)
+
+
+def bind_fp8_block(context: BindContext) -> Kernel:
+    """Return `kernel(x, x_scales, weight, weight_scales, out)`; see the op `gemm.fp8_block`.
+
+    Operands are widened with their scales, each rounded to fp32, the weight at every call.
+    """
+    product = Product(context)
+    n, k = context.problem.size("n"), context.problem.size("k")
+
+    def fp8_block(
+        x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        left = x.float() * _spread(x_scales, k, 1)
+        right = weight.float() * _spread(_spread(weight_scales, k, 1), n, 0)
+        product(left, right.T, None, out)
+
+    return fp8_block
+
+
+def bind_fp8(context: BindContext) -> Kernel:
+    """Return `kernel(x, x_scale, x_scales, weight, weight_scale, weight_scales, bias, out)`; see the op `gemm.fp8`."""
+    product = Product(context)
+    whole = workspace(context.limits.max_tokens, context.problem.size("n"))
+
+    def fp8(
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        x_scales: torch.Tensor | None,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor | None,
+        weight_scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        sums = whole[: len(x)]
+        product(x.float(), weight.float().T, None, sums)
+        for factor in (weight_scale, weight_scales, x_scale, None if x_scales is None else x_scales[:, None]):
+            if factor is not None:
+                sums *= factor
+        if bias is not None:
+            sums += bias
+        out.copy_(sums)
+
+    return fp8

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
 from bidispatch.requirements import Check, DimAtMost, Package
-from bidispatch_backends.triton import attention_params, gemm_params, mla_params, moe_params, params
+from bidispatch_backends.triton import attention_params, fp8_params, gemm_params, mla_params, moe_params, params
 
 __all__ = ["register"]
 
 _ARCHS = ("sm*", "gfx942")
 _DTYPES = ("bfloat16", "float16", "float32")
+_LONGEST_ROW = params.RowParams().block
+"""Of a norm that quantises what it has in registers."""
 _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
 _TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
@@ -103,6 +105,62 @@ def register(registry: Registry) -> None:
                 tiles=params.element_tiles,
                 libraries=("triton",),
                 summary="elementwise in fp32, rounded once",
+            )
+        )
+    for op in ("quantize.fp8_group", "silu_and_mul.fp8_group"):
+        kernel = op.replace(".", "_")
+        registry.register(
+            Implementation(
+                name=f"triton.{kernel}",
+                op=op,
+                load=f"bidispatch_backends.triton.quantize:bind_{kernel}",
+                archs=fp8_params.ARCHS,
+                dtypes=_DTYPES,
+                requires=(_TRITON,),
+                numerics=params.element_numerics,
+                tile=params.ElementTile,
+                tiles=params.element_tiles,
+                libraries=("triton",),
+                summary="elementwise, whole groups a program: a maximum is exact in any order",
+            )
+        )
+    for op in ("rms_norm.fp8_group", "fused_add_rms_norm.fp8_group"):
+        kernel = op.replace(".", "_")
+        registry.register(
+            Implementation(
+                name=f"triton.{kernel}",
+                op=op,
+                load=f"bidispatch_backends.triton.quantize:bind_{kernel}",
+                archs=fp8_params.ARCHS,
+                dtypes=_DTYPES,
+                requires=(_TRITON, DimAtMost("n", _LONGEST_ROW)),
+                numerics=params.row_numerics,
+                params=params.RowParams,
+                tile=params.RowTile,
+                tiles=params.row_tiles,
+                libraries=("triton",),
+                summary="whole rows a program, summed as the norm sums them and quantised while in registers",
+            )
+        )
+    for op, kernel, numerics, made_of in (
+        ("gemm.fp8_block", "fp8_block", fp8_params.fp8_block_numerics, fp8_params.Fp8BlockParams),
+        ("gemm.fp8", "fp8", fp8_params.fp8_numerics, fp8_params.Fp8Params),
+    ):
+        registry.register(
+            Implementation(
+                name=f"triton.{kernel}",
+                op=op,
+                load=f"bidispatch_backends.triton.fp8_gemm:bind_{kernel}",
+                archs=fp8_params.ARCHS,
+                dtypes=("float8_e4m3fn",),
+                requires=(_TRITON,),
+                numerics=numerics,
+                params=made_of,
+                tile=gemm_params.ProductTile,
+                tiles=fp8_params.fp8_tiles,
+                search="bidispatch_backends.triton.fp8_params:fp8_tiles_for",
+                libraries=("triton",),
+                summary="one tile a program; each step of K from a fresh accumulator, added in fp32 in ascending order",
             )
         )
     registry.register(

@@ -17,13 +17,23 @@ from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer
 from bidispatch_backends.triton.params import ElementTile
 
-__all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated_kernel", "launches", "swish"]
+__all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated", "gated_kernel", "launches", "swish"]
 
 
 @triton.jit
 def swish(x, logit):
     """x · sigmoid(logit)."""
     return x / (1.0 + tl.exp(-logit))
+
+
+@triton.jit
+def gated(gate, up, GELU: tl.constexpr):
+    """act(gate) · up, in fp32."""
+    logit = gate
+    if GELU:
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), without the cancellation; u = sqrt(2 / pi) (x + 0.044715 x^3)
+        logit = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
+    return swish(gate, logit) * up
 
 
 @triton.jit
@@ -34,11 +44,7 @@ def gated_kernel(x_ptr, out_ptr, stride_x, stride_out, N: tl.constexpr, BLOCK: t
     inside = columns < N
     gate = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * stride_x + N + columns, mask=inside, other=0.0).to(tl.float32)
-    logit = gate
-    if GELU:
-        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), without the cancellation; u = sqrt(2 / pi) (x + 0.044715 x^3)
-        logit = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
-    value = swish(gate, logit) * up
+    value = gated(gate, up, GELU)
     tl.store(out_ptr + row * stride_out + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -55,10 +61,10 @@ def bind_silu_and_mul(context: BindContext) -> Kernel:
     (launch,) = launches(context.problem, context.params, context.tile, context.device.arch)
     blocks = ceil_div(context.problem.size("n"), context.tile.block)
 
-    def gated(x: torch.Tensor, out: torch.Tensor) -> None:
+    def gate(x: torch.Tensor, out: torch.Tensor) -> None:
         launch((x.shape[0], blocks), x, out, x.stride(0), out.stride(0))
 
-    return gated
+    return gate
 
 
 bind_gelu_tanh_and_mul = bind_silu_and_mul

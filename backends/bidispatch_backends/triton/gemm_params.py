@@ -5,7 +5,8 @@ A ladder is `((max_m, tile), ...)`, as `Implementation.tiles` wants it.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -19,15 +20,17 @@ __all__ = [
     "FILLED",
     "GemmParams",
     "GemmTile",
+    "ProductTile",
     "Shape",
     "SplitParams",
     "gemm_numerics",
     "gemm_tiles",
     "runs_on_fma",
     "split_tiles",
-    "stages_that_fit",
+    "stages_for",
     "tile_for",
     "units",
+    "widest_that_fills",
 ]
 
 _KB = 1024
@@ -54,27 +57,36 @@ class SplitParams(GemmParams):
     k_chunk: int = Field(default=1024, ge=256, multiple_of=256)
 
 
-class GemmTile(Tile):
+class ProductTile(Tile):
     """Launch shape of a product; none of it enters the order of a sum."""
 
     block_m: int = Field(ge=1)
     """Rows of x; below 8 only where products run on the FMA units."""
     block_n: int = Field(ge=8)
     """Rows of the weight."""
-    block_k: int = Field(ge=16)
     swap: bool = False
     """Whether the weight's rows lie on the matrix unit's long side, as suits few rows of x."""
     group_m: int = Field(default=8, ge=1)
     num_warps: int = Field(ge=1, le=16)
     num_stages: int = Field(ge=1)
 
-    _sizes = field_validator("block_m", "block_n", "block_k", "num_warps")(power_of_two_field)
+    _powers = field_validator("block_m", "block_n", "num_warps")(power_of_two_field)
+
+
+class GemmTile(ProductTile):
+    """The same where the step along K is free too."""
+
+    block_k: int = Field(ge=16)
+
+    _power = field_validator("block_k")(power_of_two_field)
 
 
 def gemm_numerics(params: Any, problem: Problem) -> str:
     """`k_sequential` or `k_chunks.<c>`, for fp32 with the precision of the products."""
     return product_numerics(problem, params.input_precision, params.k_chunk)
 
+
+AnyTile = TypeVar("AnyTile", bound=ProductTile)
 
 Shape = tuple[int, int, int, bool, int, int]
 """block_m, block_n, block_k, swap, num_warps, the most stages that pay."""
@@ -118,14 +130,20 @@ def gemm_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int
     """A rung for each range of M: the widest tile that still fills the device, by n and its multiprocessors."""
     single = problem.dtype == "float32"
     shapes = _SHAPES_FP32 if single else _SHAPES_AMD if device.arch.vendor == "amd" else _SHAPES
-    ladder = []
-    for max_m, choices in shapes:
-        fitting = [tile for shape in choices if (tile := tile_for(device.arch, problem, params, shape))]
-        # A batch of matrices has more tiles than can be known here.
-        wanted = 0.0 if problem.op == "bmm" else FILLED * units(device)
-        filling = (tile for tile in fitting if _tile_count(problem, tile, max_m) >= wanted)
-        ladder.append((max_m, next(filling, fitting[-1])))
-    return tuple(ladder)
+    fitting = (
+        (max_m, [tile for shape in choices if (tile := tile_for(device.arch, problem, params, shape))])
+        for max_m, choices in shapes
+    )
+    return tuple((max_m, widest_that_fills(device, problem, tiles, max_m)) for max_m, tiles in fitting)
+
+
+def widest_that_fills(device: Device, problem: Problem, tiles: Sequence[AnyTile], max_m: int | None) -> AnyTile:
+    """The first of some tiles, widest first, of which a call at the top of a rung has enough to fill the device; where
+    none does, the last.
+    """
+    # A batch of matrices has more tiles than can be known here.
+    wanted = 0.0 if problem.op == "bmm" else FILLED * units(device)
+    return next((tile for tile in tiles if _tile_count(problem, tile, max_m) >= wanted), tiles[-1])
 
 
 def runs_on_fma(arch: Arch, problem: Problem, params: Any) -> bool:
@@ -153,7 +171,7 @@ def units(device: Device) -> int:
     return device.compute_units or _UNITS.get(arch.name) or _UNITS.get(arch.family, 100)
 
 
-def _tile_count(problem: Problem, tile: GemmTile, max_m: int | None) -> float:
+def _tile_count(problem: Problem, tile: ProductTile, max_m: int | None) -> float:
     """Tiles of a call at the top of a rung; a rung without one has as many as it likes."""
     rows = float("inf") if max_m is None else -(-max_m // tile.block_m)
     return rows * -(-problem.size("n") // tile.block_n)
@@ -166,17 +184,18 @@ def tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> GemmTil
     block_m, block_n, block_k, swap, num_warps, most = shape
     if params.k_chunk % block_k:
         return None
-    num_stages = stages_that_fit(arch, block_m, block_n, block_k, most, 4 if problem.dtype == "float32" else 2)
-    if num_stages < (1 if arch.vendor == "amd" else 2):
+    num_stages = stages_for(arch, (block_m + block_n) * block_k * (4 if problem.dtype == "float32" else 2), most)
+    if not num_stages:
         return None
     return GemmTile(
         block_m=block_m, block_n=block_n, block_k=block_k, swap=swap, num_warps=num_warps, num_stages=num_stages
     )
 
 
-def stages_that_fit(arch: Arch, block_m: int, block_n: int, block_k: int, most: int, item: int = 2) -> int:
-    """How many stages of a tile's operands, of `item` bytes an element, fit with 2 KB to spare; no more than `most`."""
-    return min(most, (arch.shared_memory - 2 * _KB) // ((block_m + block_n) * block_k * item))
+def stages_for(arch: Arch, stage_bytes: int, most: int) -> int:
+    """How many stages of a pipeline of loads fit shared memory with 2 KB to spare; 0 where too few do."""
+    num_stages = min(most, (arch.shared_memory - 2 * _KB) // stage_bytes)
+    return num_stages if num_stages >= (1 if arch.vendor == "amd" else 2) else 0
 
 
 def _require(tile: GemmTile | None) -> GemmTile:

@@ -12,7 +12,7 @@ from bidispatch.ops.moe import known_experts
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.triton.fields import power_of_two_field
-from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, Shape, stages_that_fit, units
+from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, Shape, stages_for, units
 from bidispatch_backends.triton.params import RowTile
 
 __all__ = ["ExpertsTile", "experts_numerics", "experts_tiles", "experts_tiles_for", "router_numerics", "router_tiles"]
@@ -66,7 +66,6 @@ def experts_numerics(params: Params, problem: Problem) -> str:
 
 _UP, _DOWN = "up", "down"
 _LEAST_STEP = 32
-_FEWEST_STAGES = 2
 # For blocks of so many rows, the shapes of both products, as `gemm_params` found them for as many rows of x.
 _SHAPES: tuple[tuple[int, Shape, Shape], ...] = (
     (16, (16, 64, 128, True, 4, 5), (16, 64, 128, True, 4, 5)),
@@ -123,6 +122,11 @@ def _pairs_that_leave_room(device: Device, problem: Problem, up: Shape) -> int:
     return int(FILLED * units(device)) // tiles
 
 
+def _stage_bytes(block_m: int, block_n: int, block_k: int) -> int:
+    """Of one step of both operands, in 16 bits."""
+    return (block_m + block_n) * block_k * 2
+
+
 def _tile(arch: Arch, problem: Problem, rows: int, up: Shape, down: Shape, counted: int = 0) -> ExpertsTile:
     """The tile with as many stages as pay and fit, and steps of K that divide it where they stay of a fair size."""
     fields: dict[str, Any] = {"block_m": rows, "counted": counted}
@@ -131,9 +135,7 @@ def _tile(arch: Arch, problem: Problem, rows: int, up: Shape, down: Shape, count
         if k % _LEAST_STEP == 0:
             while k % block_k:
                 block_k //= 2
-        while (
-            stages := stages_that_fit(arch, rows, block_n, block_k, most)
-        ) < _FEWEST_STAGES and block_k > _LEAST_STEP:
+        while not (stages := stages_for(arch, _stage_bytes(rows, block_n, block_k), most)) and block_k > _LEAST_STEP:
             block_k //= 2
         fields |= {
             f"{which}_block_n": block_n,
@@ -182,7 +184,7 @@ def experts_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> 
     for block_m in (16, 32, 64, 128):
         if not least <= block_m <= most:
             continue
-        shapes = [s for s in _TRIED if s[0] == block_m and stages_that_fit(device.arch, *s[:3], s[5]) > 1]
+        shapes = [s for s in _TRIED if s[0] == block_m and stages_for(device.arch, _stage_bytes(*s[:3]), s[5])]
         plain = {rows: (up, down) for rows, up, down in _SHAPES}[block_m]
         pairs = [(s, s) for s in shapes] + [(s, plain[1]) for s in shapes] + [(plain[0], s) for s in shapes]
         counted = (0, _COUNTED) if m * top_k <= _COUNTED else (0,)

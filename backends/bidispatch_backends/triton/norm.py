@@ -28,6 +28,7 @@ __all__ = [
     "bind_rms_norm",
     "fused_add_rms_norm_kernel",
     "launches",
+    "normed",
     "qk_norm_kernel",
     "rms_norm_kernel",
 ]
@@ -46,6 +47,13 @@ def _factor(weight_ptr, columns, N: tl.constexpr, GEMMA: tl.constexpr):
     if GEMMA:
         weight += 1.0
     return weight
+
+
+@triton.jit
+def normed(x, weight_ptr, columns, eps, N: tl.constexpr, GEMMA: tl.constexpr):
+    """The norm of rows x [rows, lanes] that are whole in registers, in fp32."""
+    factor = _factor(weight_ptr, columns, N, GEMMA)
+    return x * _inverse_rms(x * x, eps, N) * factor
 
 
 @triton.jit
@@ -78,10 +86,9 @@ def _norm_rows(
         columns = tl.arange(0, BLOCK)[None, :]
         inside = live & (columns < N)
         x = tl.load(x_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        factor = _factor(weight_ptr, columns, N, GEMMA)
-        scale = _inverse_rms(x * x, eps, N)
+        values = normed(x, weight_ptr, columns, eps, N, GEMMA)
         tl.debug_barrier()  # every thread has read the rows before one of them overwrites them
-        tl.store(out_rows + columns, (x * scale * factor).to(out_rows.dtype.element_ty), mask=inside)
+        tl.store(out_rows + columns, values.to(out_rows.dtype.element_ty), mask=inside)
     else:
         squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for start in range(0, N, BLOCK):
@@ -139,13 +146,11 @@ def fused_add_rms_norm_kernel(
         inside = live & (columns < N)
         x = tl.load(x_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         residual = tl.load(residual_rows + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        factor = _factor(weight_ptr, columns, N, GEMMA)
         added = (x + residual.to(tl.float32)).to(residual_out_ptr.dtype.element_ty)
-        rounded = added.to(tl.float32)
-        scale = _inverse_rms(rounded * rounded, eps, N)
+        values = normed(added.to(tl.float32), weight_ptr, columns, eps, N, GEMMA)
         tl.debug_barrier()  # every thread has read the rows before one of them overwrites them
         tl.store(residual_out_rows + columns, added, mask=inside)
-        tl.store(out_rows + columns, (rounded * scale * factor).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_rows + columns, values.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for start in range(0, N, BLOCK):

@@ -14,8 +14,10 @@ DISTRIBUTIONS = ("normal", "positive", "scaled")
 a random power of two for each element, so that terms of very different sizes meet in one sum."""
 
 _EXPONENT = 12
-# In fp16 a product of two operands scaled by 2^12 each is already infinite, and infinities hide differences.
-_EXPONENT_FLOAT16 = 4
+# In fp16 a product of two operands scaled by 2^12 each is already infinite, and infinities hide differences. In fp8
+# nothing above 448 is a number.
+_EXPONENT_NARROW = 4
+_NARROW = ("float16", "float8_e4m3fn")
 
 
 def draw(
@@ -30,7 +32,7 @@ def draw(
     """Return a random tensor that follows from its arguments alone.
 
     key: anything whose `repr` names the tensor, such as `(seed, "weight")`; other keys give independent values.
-    dtype: a torch dtype's name. distribution: one of `DISTRIBUTIONS`; `scaled` spans 2^±12, in float16 2^±4.
+    dtype: a torch dtype's name. distribution: one of `DISTRIBUTIONS`; `scaled` spans 2^±12, in float16 and fp8 2^±4.
     scale: multiplies every value before it is rounded to the dtype.
     Raises ValueError for another distribution.
     """
@@ -41,7 +43,7 @@ def draw(
     if distribution == "positive":
         values = values.abs()
     elif distribution == "scaled":
-        limit = _EXPONENT_FLOAT16 if dtype == "float16" else _EXPONENT
+        limit = _EXPONENT_NARROW if dtype in _NARROW else _EXPONENT
         exponents = torch.randint(-limit, limit + 1, tuple(shape), generator=generator, device=device)
         values = torch.ldexp(values, exponents)
     return (values * scale).to(getattr(torch, dtype))

@@ -1,0 +1,53 @@
+"""`gemm.fp8_block` by DeepGEMM's `fp8_gemm_nt`. Imports the library when a kernel is bound.
+
+It compiles a kernel, for seconds, when a call first needs its tile, as `deep_gemm.bf16` does. Scales of x whose groups
+lie side by side (strides 1 and M rounded up to 4, on 16 bytes) go in as they are; others it transposes in a launch of
+its own, into memory that it allocates.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bidispatch.runtime.context import BindContext, Kernel
+from bidispatch_backends.aligned import ALIGNMENT, is_aligned, on_aligned
+from bidispatch_backends.deep_gemm.library import edges, library
+
+__all__ = ["bind_fp8"]
+
+_FLOATS = ALIGNMENT // torch.float32.itemsize
+
+
+def bind_fp8(context: BindContext) -> Kernel:
+    """Return `kernel(x, x_scales, weight, weight_scales, out)`; see the op `gemm.fp8_block`.
+
+    compiled_dims="" compiles a kernel for every N and K, not one for each.
+    """
+    gemm = library().fp8_gemm_nt
+
+    def fp8(
+        x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if not (is_aligned(x) and is_aligned(weight) and is_aligned(out)):
+
+            def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+                fp8(x, x_scales, weight, weight_scales, out)
+
+            on_aligned(product, x, weight, out=out)
+            return
+        if not _is_transposed(x_scales):
+            x_scales = x_scales.contiguous()
+        groups = weight_scales.shape[1]
+        if weight_scales.stride() != (groups, 1):
+            # A matrix of one row is contiguous to torch, whatever its strides; the library compares them.
+            weight_scales = weight_scales.contiguous().as_strided(weight_scales.shape, (groups, 1))
+        gemm((x, x_scales), (weight, weight_scales), out, compiled_dims="")
+
+    fp8.edges = edges(context.limits)  # type: ignore[attr-defined]
+    return fp8
+
+
+def _is_transposed(scales: torch.Tensor) -> bool:
+    """Whether scales [m, groups] lie as TMA reads them."""
+    padded = -(-scales.shape[0] // _FLOATS) * _FLOATS
+    return scales.stride() == (1, padded) and scales.data_ptr() % ALIGNMENT == 0

@@ -1,0 +1,73 @@
+"""References and inputs of the quantisation to fp8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bidispatch import ops
+from bidispatch.ops.quantize import GROUP, unfused
+from bidispatch.ops.reference.draw import draw
+from bidispatch.ops.schema import Problem
+from bidispatch.runtime.bind import load_attribute
+
+__all__ = ["LARGEST", "fp8_group", "fp8_group_inputs", "fused", "group_scales", "spread"]
+
+LARGEST = 448.0
+"""The largest finite e4m3."""
+_LEAST = 1e-10
+"""Of a maximum and, before it is rounded up to a power of two, of a scale."""
+
+
+def group_scales(problem: Problem, x: torch.Tensor) -> torch.Tensor:
+    """The scale of each group of x [m, k], as the op defines it: [m, k/128 rounded up] in fp32."""
+    m, k = x.shape
+    groups = -(-k // GROUP)
+    padded = torch.zeros(m, groups * GROUP, dtype=torch.float32, device=x.device)
+    padded[:, :k] = x.float().abs().nan_to_num(nan=0.0, posinf=torch.inf)
+    amax = padded.view(m, groups, GROUP).amax(-1).clamp(min=_LEAST)
+    # By a tensor: torch on a GPU divides by a Python number through its reciprocal, which is one ulp off at times.
+    scales = amax / torch.full_like(amax, LARGEST)
+    return _to_power_of_two(scales.clamp(min=_LEAST)) if problem["scale_format"] == "ue8m0" else scales
+
+
+def _to_power_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """Each positive normal fp32 rounded up to a power of two; infinity stays."""
+    mantissa, exponent = torch.frexp(scales)
+    rounded = torch.ldexp(torch.ones_like(scales), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    return torch.where(scales.isinf(), scales, rounded)
+
+
+def spread(scales: torch.Tensor, k: int) -> torch.Tensor:
+    """The scale of each element, [m, k] in float64, from those of the groups."""
+    return scales.double().repeat_interleave(GROUP, dim=-1)[..., :k]
+
+
+def fp8_group(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [m, k] / the scale of its group, not rounded, and the scales: float64 both.
+
+    The scales are rounded to fp32 first, since the values are divided by the rounded ones.
+    """
+    scales = group_scales(problem, x)
+    return x.double() / spread(scales, x.shape[1]), scales.double()
+
+
+def fused(problem: Problem, *everything: Any) -> tuple[torch.Tensor, ...]:
+    """The op without quantisation, its first result rounded to the problem's dtype and quantised; then its others."""
+    before, quantization = unfused(problem)
+    out, *others = load_attribute(ops.get(before.op).reference)(before, *everything)
+    return (*fp8_group(quantization, out.to(getattr(torch, problem.dtype))), *others)
+
+
+def fp8_group_inputs(
+    problem: Problem,
+    rows: int,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    distribution: str = "normal",
+) -> list[torch.Tensor | None]:
+    """x [rows, k]."""
+    shape = (rows, problem.size("k"))
+    return [draw(shape, (seed, "x"), dtype=problem.dtype, device=device, distribution=distribution)]
