@@ -112,7 +112,9 @@ def _shapes(
         raise UsageError("--ep is of moe.experts: it divides no other layers")
     if shapes is not None:
         if tensor_parallel is not None or expert_parallel is not None:
-            raise UsageError("--tp and --ep divide the layers of --model; the shapes of --shapes are taken as they are")
+            raise UsageError(
+                "--tp divides the layers of --model, --ep its experts; those of --shapes are taken as they are"
+            )
         return read_shapes(shapes)
     from bidispatch.tune.models import expert_shapes, model_shapes
 
