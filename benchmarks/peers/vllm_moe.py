@@ -42,7 +42,7 @@ def experts(calls: Sequence[Sequence[torch.Tensor | None]], global_experts: int)
     known = inspect.signature(function).parameters
 
     def launch(i: int) -> Any:
-        x, w13, w2, topk_weights, topk_ids, _, _, expert_map, _ = calls[i % len(calls)]
+        x, w13, w2, topk_weights, topk_ids, *_, expert_map, _ = calls[i % len(calls)]
         named = {"inplace": False, "global_num_experts": global_experts, "expert_map": expert_map}
         named = {name: value for name, value in named.items() if name in known}
         return function(x, w13, w2, topk_weights, topk_ids, **named)

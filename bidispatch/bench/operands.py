@@ -7,6 +7,7 @@ import torch
 from bidispatch.bench.timing import copies_beyond_cache
 from bidispatch.errors import UsageError
 from bidispatch.ops.moe import known_experts
+from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 
 __all__ = ["ExpertsOperands", "GemmOperands", "Operands", "operands_of"]
@@ -91,6 +92,9 @@ class ExpertsOperands(Operands):
 
     def _weights(self) -> tuple[torch.Tensor, ...]:
         experts, hidden, inner = self._sizes()
+        if self._fp8:
+            first, second = self.randn(experts, 2 * inner, hidden), self.randn(experts, hidden, inner)
+            return first.to(torch.float8_e4m3fn), second.to(torch.float8_e4m3fn)
         first = self.randn(experts, 2 * inner, hidden, scale=hidden**-0.5)
         return first, self.randn(experts, hidden, inner, scale=inner**-0.5)
 
@@ -108,7 +112,7 @@ class ExpertsOperands(Operands):
             scores = torch.rand(m, everywhere, device=self.device).softmax(-1)
             weights, ids = scores.topk(top_k, dim=-1)
             w13, w2 = self.weights[index % len(self.weights)]
-            found.append([x, w13, w2, weights, ids.int(), *self._biases(), expert_map, add])
+            found.append([x, w13, w2, weights, ids.int(), *self._biases(), *self._scales(), expert_map, add])
         return found
 
     def _biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -117,13 +121,27 @@ class ExpertsOperands(Operands):
         experts, hidden, inner = self._sizes()
         return self.randn(experts, 2 * inner), self.randn(experts, hidden)
 
+    def _scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not self._fp8:
+            return None, None
+        experts, hidden, inner = self._sizes()
+        shapes = ((experts, 2 * inner, hidden), (experts, hidden, inner))
+        first, second = (torch.rand(e, n // GROUP, k // GROUP, device=self.device) * k**-0.5 for e, n, k in shapes)
+        return first, second
+
+    @property
+    def _fp8(self) -> bool:
+        return self.problem["weight_dtype"] == FP8
+
     def work(self, m: int) -> tuple[float, float]:
         """On average, of the pairs that name an expert of this rank; an expert that is named is read once."""
         experts, hidden, inner = self._sizes()
         everywhere, top_k = known_experts(self.problem.dims), self.problem.size("top_k")
         pairs = m * top_k * experts / everywhere
         touched = experts * (1 - (1 - top_k / everywhere) ** m)
-        moved = (3 * touched * hidden * inner + m * hidden) * self._dtype.itemsize + m * hidden * self._out_size
+        weight_item = 1 if self._fp8 else self._dtype.itemsize
+        rows = m * hidden * (self._dtype.itemsize + self._out_size)
+        moved = 3 * touched * hidden * inner * weight_item + rows
         return 6.0 * pairs * hidden * inner, moved
 
 

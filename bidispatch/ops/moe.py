@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bidispatch.ops.quantize import FP8, GROUP, SCALE_FORMAT
 from bidispatch.ops.schema import SAME_DTYPE, WIDE_DTYPES, Argument, Dim, DimValue, Op
 
 __all__ = ["OPS", "known_experts"]
@@ -15,6 +16,11 @@ __all__ = ["OPS", "known_experts"]
 def known_experts(dims: Mapping[str, DimValue]) -> int:
     """How many experts the ids of `moe.experts` may name: those of all ranks together."""
     return int(dims["global_experts"]) or int(dims["experts"])
+
+
+def _blocks(n: str, k: str) -> tuple[str, str, str]:
+    """The shape of the scales of an fp8 weight [experts, n, k]."""
+    return "experts", f"{n}/{GROUP}", f"{k}/{GROUP}"
 
 
 def _router_conflict(dims: Mapping[str, DimValue]) -> str | None:
@@ -42,6 +48,12 @@ def _experts_conflict(dims: Mapping[str, DimValue]) -> str | None:
         )
     if dims["expert_map"] and everywhere < experts:
         return f"expert_map needs global_experts of at least experts={experts}, not {everywhere}"
+    if dims["weight_dtype"] not in (dims[SAME_DTYPE], FP8):
+        return f"weight_dtype is {dims[SAME_DTYPE]} or {FP8}, not {dims['weight_dtype']}"
+    if dims["weight_dtype"] == FP8:
+        uneven = [name for name in ("hidden", "intermediate") if int(dims[name]) % GROUP]
+        if uneven:
+            return f"weight_dtype={FP8} needs {uneven[0]} a multiple of {GROUP}, not {dims[uneven[0]]}"
     if top_k > known_experts(dims):
         return f"top_k={top_k} exceeds the {known_experts(dims)} experts there are"
     return None
@@ -94,6 +106,15 @@ EXPERTS = Op(
         Dim("swiglu_alpha", float, "alpha of swiglu_clamped", default=1.702),
         Dim("swiglu_limit", float, "limit of swiglu_clamped", default=7.0),
         Dim("bias", bool, "whether both products have a bias, added in fp32", default=False),
+        Dim(
+            "weight_dtype",
+            str,
+            "dtype of both weights; float8_e4m3fn has a scale for each 128x128 block, and what is multiplied by it is "
+            "rounded as by quantize.fp8_group",
+            default=SAME_DTYPE,
+            choices=(SAME_DTYPE, "bfloat16", "float16", FP8),
+        ),
+        SCALE_FORMAT,
         Dim("expert_map", bool, "whether a map says which experts are on this rank", default=False),
         Dim("global_experts", int, "experts that ids may name; 0: those of this rank", default=0, minimum=0),
         Dim("shared", bool, "whether the result of shared experts is added, in fp32, last", default=False),
@@ -107,12 +128,14 @@ EXPERTS = Op(
     ),
     arguments=(
         Argument("x", ("m", "hidden")),
-        Argument("w13", ("experts", "2*intermediate", "hidden")),
-        Argument("w2", ("experts", "hidden", "intermediate")),
+        Argument("w13", ("experts", "2*intermediate", "hidden"), dtype="weight_dtype"),
+        Argument("w2", ("experts", "hidden", "intermediate"), dtype="weight_dtype"),
         Argument("topk_weights", ("m", "top_k"), dtype="float32"),
         Argument("topk_ids", ("m", "top_k"), dtype="int32"),
         Argument("w13_bias", ("experts", "2*intermediate"), when="bias"),
         Argument("w2_bias", ("experts", "hidden"), when="bias"),
+        Argument("w13_scales", _blocks("2*intermediate", "hidden"), dtype="float32", when=f"weight_dtype={FP8}"),
+        Argument("w2_scales", _blocks("hidden", "intermediate"), dtype="float32", when=f"weight_dtype={FP8}"),
         Argument("expert_map", ("global_experts",), dtype="int32", when="expert_map"),
         Argument("add", ("m", "hidden"), when="shared"),
     ),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.linear import widened_blocks
-from bidispatch.ops.reference.moe import gated, local_experts
+from bidispatch.ops.reference.moe import gated, local_experts, quantized
 from bidispatch.ops.reference.moe import router as exact_router
 from bidispatch.ops.reference.quantize import LARGEST, group_scales, spread
 from bidispatch.ops.schema import Problem
@@ -335,16 +335,24 @@ def moe_experts(
     topk_ids: torch.Tensor,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
+    w13_scales: torch.Tensor | None,
+    w2_scales: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     add: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """One expert after another, `F.linear` on its tokens, summed by `index_add_`: [m, hidden]."""
+    """One expert after another, `F.linear` on its tokens, summed by `index_add_`: [m, hidden]. fp8 is widened."""
     local = local_experts(problem, topk_ids, expert_map)
+    rows = quantized(problem, x).to(x.dtype)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in sorted(set(local.flatten().tolist()) - {-1}):
         tokens, slots = (local == expert).nonzero(as_tuple=True)
-        both = F.linear(x[tokens], w13[expert], None if w13_bias is None else w13_bias[expert])
-        part = F.linear(gated(problem, both), w2[expert], None if w2_bias is None else w2_bias[expert])
+        first, second = w13[expert], w2[expert]
+        if w13_scales is not None and w2_scales is not None:
+            first = widened_blocks(first, w13_scales[expert]).to(x.dtype)
+            second = widened_blocks(second, w2_scales[expert]).to(x.dtype)
+        both = F.linear(rows[tokens], first, None if w13_bias is None else w13_bias[expert])
+        act = quantized(problem, gated(problem, both)).to(x.dtype)
+        part = F.linear(act, second, None if w2_bias is None else w2_bias[expert])
         total.index_add_(0, tokens, part * topk_weights[tokens, slots, None])
     if add is not None:
         total += add

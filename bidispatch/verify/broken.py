@@ -105,6 +105,8 @@ def bind_moe_experts(context: BindContext) -> Kernel:
         topk_ids: torch.Tensor,
         w13_bias: None,
         w2_bias: None,
+        w13_scales: None,
+        w2_scales: None,
         expert_map: None,
         add: None,
         out: torch.Tensor,

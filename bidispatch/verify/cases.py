@@ -23,6 +23,7 @@ EFFORTS = ("quick", "full")
 Dims = Mapping[str, DimValue]
 
 _HEADS: Dims = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+_FP8: Dims = {"weight_dtype": "float8_e4m3fn"}
 _RANK: Dims = {"experts": 5, "top_k": 6, "expert_map": True, "global_experts": 20}
 # Beside the typical dims. Small, so that a processor can take them; a GPU's tiles do not divide them either.
 _EXTRA: Mapping[str, Sequence[Dims]] = {
@@ -67,6 +68,8 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
         {**_RANK, "hidden": 64, "intermediate": 48, "activation": "gelu", "shared": True},
         {"experts": 12, "top_k": 4, "hidden": 96, "intermediate": 33, "activation": "swiglu_clamped", "bias": True},
         {"experts": 1, "top_k": 1, "hidden": 17, "intermediate": 1},
+        {**_RANK, "hidden": 256, "intermediate": 128, **_FP8},
+        {"experts": 4, "top_k": 2, "hidden": 128, "intermediate": 384, "scale_format": "ue8m0", "bias": True, **_FP8},
     ),
     "attention": (
         {**_HEADS, "window": 100},
@@ -115,6 +118,8 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
         {"experts": 8, "top_k": 2, "hidden": 4096, "intermediate": 1792, "out_dtype": "float32"},  # Mixtral-8x7B, TP 8
         {"experts": 32, "hidden": 7168, "intermediate": 2048, "expert_map": True, "global_experts": 256},  # EP 8
         {"experts": 32, "top_k": 4, "hidden": 2880, "intermediate": 360, "activation": "swiglu_clamped", "bias": True},
+        {"intermediate": 768, **_FP8},
+        {"experts": 256, "hidden": 7168, "intermediate": 256, "out_dtype": "float32", **_FP8},  # DeepSeek-V3, TP 8
     ),
     "attention": (
         {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "window": 1000, "sinks": True},

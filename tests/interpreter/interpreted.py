@@ -33,9 +33,11 @@ _BITS = {torch.float32: torch.int32, torch.int32: torch.int32, torch.float16: to
 
 
 def implementation(problem: Problem, name: str = "") -> Implementation:
-    """The Triton kernel of that name, by default the one an op has, or the one named after it."""
+    """The Triton kernel of that name, by default the one named after the op, or the first that takes the problem."""
     found = {known.name: known for known in REGISTRY.for_op(problem.op)}
-    return found[name or f"triton.{problem.op}"] if len(found) > 1 else next(iter(found.values()))
+    if name or f"triton.{problem.op}" in found:
+        return found[name or f"triton.{problem.op}"]
+    return next(known for known in found.values() if not known.unmet(SM90, problem))
 
 
 def tiles(problem: Problem, params: Any = None, name: str = "") -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import (
+    SM90,
     TOLERANCE,
     bind,
     draw_inputs,
@@ -46,22 +47,26 @@ FURTHER = tuple(
     )
     for counted, up, down in ((64, False, False), (0, True, False), (64, False, True))
 )  # fmt: skip
-X, WEIGHTS, IDS = 0, 3, 4
+X, WEIGHTS, IDS, MAP = 0, 3, 4, 9
+BF16 = "triton.moe"
 
 
 def experts(dtype: str = "float16", **dims: Any) -> Problem:
     return ops.get("moe.experts").problem(dtype, {**SMALL, **dims})
 
 
+FP8 = {"hidden": 256, "intermediate": 128, "weight_dtype": "float8_e4m3fn"}
+
+
 def router(dtype: str = "float32", **dims: Any) -> Problem:
     return ops.get("moe.router").problem(dtype, {"experts": 20, "top_k": 3, **dims})
 
 
-def every_kernel(problem: Problem, rows: int) -> list[Any]:
+def every_kernel(problem: Problem, rows: int, kernel: str = "triton.moe") -> list[Any]:
     """Each tile bound for many rows, and for so many that programs count for themselves where the tile allows it."""
-    found = [*tiles(problem), *FURTHER]
-    few = [bind(problem, tile=tile, limits=Limits(rows)) for tile in found if tile.counted]
-    return [*(bind(problem, tile=tile) for tile in found), *few]
+    found = [*tiles(problem, name=kernel), *(FURTHER if kernel == BF16 else ())]
+    few = [bind(problem, tile=tile, limits=Limits(rows), name=kernel) for tile in found if tile.counted]
+    return [*(bind(problem, tile=tile, name=kernel) for tile in found), *few]
 
 
 @pytest.mark.parametrize("dims", FEATURES, ids=str)
@@ -76,12 +81,36 @@ def test_every_tile_is_near_the_reference_and_all_give_the_same_bits(dims: dict[
         assert relative_error(result, results[0].double()) < TOLERANCE["float16"] / 2
 
 
+@pytest.mark.parametrize(
+    "dims",
+    [
+        {},
+        {"activation": "swiglu_clamped", "bias": True, "expert_map": True, "global_experts": 12},
+        {"scale_format": "ue8m0", "shared": True, "out_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_fp8_weights_are_near_the_reference_in_every_tile(
+    dims: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised by the processor's kernel: the interpreter truncates where hardware rounds to fp8."""
+    from bidispatch_backends.torch_cpu.quantize import bind_quantize_fp8_group
+    from bidispatch_backends.triton import moe as module
+
+    monkeypatch.setattr(module, "bind_quantize_fp8_group", bind_quantize_fp8_group)
+    problem = experts(**FP8, **dims)
+    arguments = draw_inputs(problem, 13)
+    exact = reference(problem, arguments)[0]
+    for kernel in every_kernel(problem, 13, "triton.moe_fp8_block"):
+        assert relative_error(run(problem, arguments, kernel)[0], exact) < 1.5 * TOLERANCE["float16"]
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_row_alone_gives_the_bits_it_gives_in_a_batch(counted: bool) -> None:
     problem = experts(bias=True)
     arguments = draw_inputs(problem, 23)
-    tile = tiles(problem)[0].model_copy(update={"counted": 128 if counted else 0})
-    kernel = bind(problem, tile=tile, limits=Limits(23))
+    tile = tiles(problem, name=BF16)[0].model_copy(update={"counted": 128 if counted else 0})
+    kernel = bind(problem, tile=tile, limits=Limits(23), name=BF16)
     (whole,) = run(problem, arguments, kernel)
     for row in (0, 2, 11, 22):
         alone = list(arguments)
@@ -107,8 +136,8 @@ def test_any_spread_of_tokens_over_experts_is_right(spread: str, counted: bool) 
         ids[1:] = -1
     else:
         ids[:, 1] = ids[:, 0]
-    tile = tiles(problem)[0].model_copy(update={"counted": 128 if counted else 0})
-    (out,) = run(problem, arguments, bind(problem, tile=tile, limits=Limits(37)))
+    tile = tiles(problem, name=BF16)[0].model_copy(update={"counted": 128 if counted else 0})
+    (out,) = run(problem, arguments, bind(problem, tile=tile, limits=Limits(37), name=BF16))
     exact = reference(problem, arguments)[0]
     if spread == "none":
         assert (out == 0).all()
@@ -120,8 +149,8 @@ def test_any_spread_of_tokens_over_experts_is_right(spread: str, counted: bool) 
 def test_rows_beside_nan_and_other_experts_keep_their_bits(counted: bool) -> None:
     problem = experts()
     arguments = draw_inputs(problem, 21)
-    tile = tiles(problem)[0].model_copy(update={"counted": 64 if counted else 0})
-    kernel = bind(problem, tile=tile, limits=Limits(21))
+    tile = tiles(problem, name=BF16)[0].model_copy(update={"counted": 64 if counted else 0})
+    kernel = bind(problem, tile=tile, limits=Limits(21), name=BF16)
     (clean,) = run(problem, arguments, kernel)
     dirty = [None if tensor is None else tensor.clone() for tensor in arguments]
     dirty[X][0::3], dirty[X][1::3] = float("nan"), float("inf")
@@ -134,7 +163,7 @@ def test_rows_beside_nan_and_other_experts_keep_their_bits(counted: bool) -> Non
 def test_strided_tensors_and_a_map_with_what_is_not_there() -> None:
     problem = experts(expert_map=True, global_experts=9, shared=True)
     arguments = draw_inputs(problem, 6)
-    arguments[7] = torch.tensor([4, -1, 2, 7, 0, -1, 1, 3, -5], dtype=torch.int32)  # 7 and -5 are no experts
+    arguments[MAP] = torch.tensor([4, -1, 2, 7, 0, -1, 1, 3, -5], dtype=torch.int32)  # 7 and -5 are no experts
     (plain,) = run(problem, arguments)
     assert relative_error(plain, reference(problem, arguments)[0]) < TOLERANCE["float16"]
     strided = list(arguments)
@@ -150,8 +179,8 @@ def test_pairs_beyond_what_programs_count_are_sorted() -> None:
     """A tile for few pairs, bound for more: nothing may be left out."""
     problem = experts()
     arguments = draw_inputs(problem, 40)
-    tile = tiles(problem)[0].model_copy(update={"counted": 16})
-    (out,) = run(problem, arguments, bind(problem, tile=tile))
+    tile = tiles(problem, name=BF16)[0].model_copy(update={"counted": 16})
+    (out,) = run(problem, arguments, bind(problem, tile=tile, name=BF16))
     assert relative_error(out, reference(problem, arguments)[0]) < TOLERANCE["float16"]
 
 
@@ -162,8 +191,8 @@ def test_a_kernel_that_counts_too_few_pairs_is_caught(monkeypatch: pytest.Monkey
     problem = experts()
     arguments = draw_inputs(problem, 20)
     monkeypatch.setattr(module, "_is_sorted", lambda *_: False)
-    tile = tiles(problem)[0].model_copy(update={"counted": 32})
-    (out,) = run(problem, arguments, bind(problem, tile=tile))
+    tile = tiles(problem, name=BF16)[0].model_copy(update={"counted": 32})
+    (out,) = run(problem, arguments, bind(problem, tile=tile, name=BF16))
     error = relative_error(out.nan_to_num(), reference(problem, arguments)[0])
     assert error > 100 * TOLERANCE["float16"]
 
@@ -205,7 +234,9 @@ def test_several_rows_of_a_router_in_one_program_give_the_same_bits() -> None:
     assert all(same_bits(a, b) for a, b in zip(one, run(problem, arguments, bind(problem, tile=tile)), strict=True))
 
 
-def test_both_kernels_are_the_only_ones_of_their_ops() -> None:
-    assert implementation(experts()).name == "triton.moe"
+def test_each_kernel_takes_its_own_weights() -> None:
+    assert implementation(experts(), BF16).unmet(SM90, experts()) == ()
+    assert implementation(experts(), BF16).unmet(SM90, experts(**FP8)) != ()
+    assert implementation(experts(), "triton.moe_fp8_block").unmet(SM90, experts()) != ()
     assert implementation(router()).name == "triton.moe_router"
     assert len(poisoned_outputs(router(), draw_inputs(router(), 2))) == 2

@@ -25,7 +25,8 @@ def _product_class(params: Params, problem: Problem) -> str:
 
 
 def _experts_class(params: Params, problem: Problem) -> str:
-    return f"torch_moe({_fields(params)})"
+    weights = ", weights=fp8" if problem["weight_dtype"] == "float8_e4m3fn" else ""
+    return f"torch_moe({_fields(params)}{weights})"
 
 
 def _row_class(params: Params, problem: Problem) -> str:

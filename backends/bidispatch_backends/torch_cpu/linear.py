@@ -26,7 +26,7 @@ from bidispatch.ops.quantize import GROUP
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, row_blocks, workspace
 
-__all__ = ["Product", "bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm"]
+__all__ = ["Product", "bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm", "spread"]
 
 
 class Product:
@@ -99,7 +99,7 @@ def bind_bmm(context: BindContext) -> Kernel:
     return bmm
 
 
-def _spread(scales: torch.Tensor, size: int, axis: int) -> torch.Tensor:
+def spread(scales: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     """The scale of each of `size` elements of an axis, from those of groups."""
     return scales.repeat_interleave(GROUP, dim=axis).narrow(axis, 0, size)
 
@@ -115,8 +115,8 @@ def bind_fp8_block(context: BindContext) -> Kernel:
     def fp8_block(
         x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, out: torch.Tensor
     ) -> None:
-        left = x.float() * _spread(x_scales, k, 1)
-        right = weight.float() * _spread(_spread(weight_scales, k, 1), n, 0)
+        left = x.float() * spread(x_scales, k, 1)
+        right = weight.float() * spread(spread(weight_scales, k, 1), n, 0)
         product(left, right.T, None, out)
 
     return fp8_block

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 
 from bidispatch import ops
 from bidispatch.ops.moe import known_experts
+from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.runtime.context import BindContext, Kernel
-from bidispatch_backends.torch_cpu.linear import Product
+from bidispatch_backends.torch_cpu.linear import Product, spread
 from bidispatch_backends.torch_cpu.params import RowParams
+from bidispatch_backends.torch_cpu.quantize import bind_quantize_fp8_group
 from bidispatch_backends.torch_cpu.rows import Blocks, bind_gated
 from bidispatch_backends.torch_cpu.workspace import row_blocks
 
@@ -78,15 +80,18 @@ class _Experts:
 
     def __init__(self, context: BindContext) -> None:
         problem = context.problem
-        self._problem = problem
+        self._problem, self._context = problem, context
         self._experts, self._known = problem.size("experts"), known_experts(problem.dims)
         self._hidden, self._inner = problem.size("hidden"), problem.size("intermediate")
         self._dtype = getattr(torch, problem.dtype)
         self._part_dtype = getattr(torch, str(problem["out_dtype"]))
 
+        self._fp8 = problem["weight_dtype"] == FP8
+        dtype = "float32" if self._fp8 else problem.dtype
+
         def product(n: int, k: int) -> Product:
             dims = {"n": n, "k": k, "out_dtype": "float32"}
-            return Product(replace(context, problem=ops.get("gemm").problem(problem.dtype, dims)))
+            return Product(replace(context, problem=ops.get("gemm").problem(dtype, dims)))
 
         self._gate_up = product(2 * self._inner, self._hidden)
         self._down = product(self._hidden, self._inner)
@@ -99,6 +104,18 @@ class _Experts:
         if activation == "swiglu_clamped":
             return lambda gate: gate * torch.sigmoid(alpha * gate)
         return F.silu if activation == "silu" else F.gelu
+
+    def _rounded(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the product takes: of fp8 weights, the rows as `quantize.fp8_group` rounds them, widened to fp32."""
+        if not self._fp8:
+            return rows
+        count, k = rows.shape
+        problem = ops.get("quantize.fp8_group").problem(
+            self._problem.dtype, {"k": k, "scale_format": self._problem["scale_format"]}
+        )
+        q, scales = torch.empty(count, k, dtype=torch.float8_e4m3fn), torch.empty(count, k // GROUP)
+        bind_quantize_fp8_group(replace(self._context, problem=problem))(rows, q, scales)
+        return q.float() * spread(scales, k, 1)
 
     def _halves(self, both: torch.Tensor) -> torch.Tensor:
         """Gate, then up; of `swiglu_clamped` as they are multiplied."""
@@ -116,6 +133,8 @@ class _Experts:
         topk_ids: torch.Tensor,
         w13_bias: torch.Tensor | None,
         w2_bias: torch.Tensor | None,
+        w13_scales: torch.Tensor | None,
+        w2_scales: torch.Tensor | None,
         expert_map: torch.Tensor | None,
         add: torch.Tensor | None,
         out: torch.Tensor,
@@ -130,11 +149,14 @@ class _Experts:
         for expert in sorted(set(local.flatten().tolist()) - {-1}):
             tokens, slots = (local == expert).nonzero(as_tuple=True)
             both = torch.empty(len(tokens), 2 * self._inner)
-            self._gate_up(x[tokens], w13[expert].T, _row(w13_bias, expert), both)
+            first, second = w13[expert], w2[expert]
+            if w13_scales is not None and w2_scales is not None:
+                first, second = _widened(first, w13_scales[expert]), _widened(second, w2_scales[expert])
+            self._gate_up(self._rounded(x[tokens]), first.T, _row(w13_bias, expert), both)
             act = torch.empty(len(tokens), self._inner, dtype=self._dtype)
             self._gated(self._halves(both), act)
             result = torch.empty(len(tokens), self._hidden)
-            self._down(act, w2[expert].T, _row(w2_bias, expert), result)
+            self._down(self._rounded(act), second.T, _row(w2_bias, expert), result)
             parts[tokens, slots] = (result * topk_weights[tokens, slots, None]).to(self._part_dtype)
         total = torch.zeros(len(x), self._hidden)
         for slot in range(ids.shape[1]):
@@ -142,6 +164,12 @@ class _Experts:
         if add is not None:
             total += add.float()
         out.copy_(total)
+
+
+def _widened(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """An fp8 weight [n, k] times the scales of its blocks, in fp32."""
+    n, k = weight.shape
+    return weight.float() * spread(spread(scales, k, 1), n, 0)
 
 
 def _row(tensor: Any, index: int) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bidispatch.registry import Implementation, Registry
-from bidispatch.requirements import Check, DimAtMost, Package
+from bidispatch.ops.quantize import FP8
+from bidispatch.registry import Implementation, Params, Registry
+from bidispatch.requirements import Check, DimAtMost, DimIn, Package
 from bidispatch_backends.triton import attention_params, fp8_params, gemm_params, mla_params, moe_params, params
 
 __all__ = ["register"]
@@ -212,19 +213,29 @@ def register(registry: Registry) -> None:
             summary="rounds of the best score that is left; ties go to the lower index",
         )
     )
-    registry.register(
-        Implementation(
-            name="triton.moe",
-            op="moe.experts",
-            load="bidispatch_backends.triton.moe:bind_experts",
-            archs=_ARCHS,
-            dtypes=("bfloat16", "float16"),
-            requires=(_TRITON_GROUPED, DimAtMost("experts", 2047), DimAtMost("top_k", 64)),
-            numerics=moe_params.experts_numerics,
-            tile=moe_params.ExpertsTile,
-            tiles=moe_params.experts_tiles,
-            search="bidispatch_backends.triton.moe_params:experts_tiles_for",
-            libraries=("triton",),
-            summary="blocks of rows of one expert; K in order, gate and up in one tile; parts added in order of slots",
+    for name, weights, numerics, kind, archs in (
+        ("triton.moe", ("bfloat16", "float16"), moe_params.experts_numerics, Params, _ARCHS),
+        ("triton.moe_fp8_block", (FP8,), moe_params.experts_fp8_numerics, fp8_params.Fp8BlockParams, fp8_params.ARCHS),
+    ):
+        registry.register(
+            Implementation(
+                name=name,
+                op="moe.experts",
+                load="bidispatch_backends.triton.moe:bind_experts",
+                archs=archs,
+                dtypes=("bfloat16", "float16"),
+                requires=(
+                    _TRITON_GROUPED,
+                    DimIn("weight_dtype", weights),
+                    DimAtMost("experts", 2047),
+                    DimAtMost("top_k", 64),
+                ),
+                numerics=numerics,
+                params=kind,
+                tile=moe_params.ExpertsTile,
+                tiles=moe_params.experts_tiles,
+                search="bidispatch_backends.triton.moe_params:experts_tiles_for",
+                libraries=("triton",),
+                summary="blocks of rows of one expert; K in order, gate with up; parts added in the order of slots",
+            )
         )
-    )

@@ -55,6 +55,7 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.paged_attention": attention.launches,
     "triton.mla": mla.launches,
     "triton.moe": moe.launches,
+    "triton.moe_fp8_block": moe.launches,
     "triton.moe_router": moe_router.launches,
 }
 

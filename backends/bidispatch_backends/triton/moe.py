@@ -7,15 +7,19 @@ nothing to do is found on the device.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from bidispatch import ops
 from bidispatch.device import Arch
 from bidispatch.ops.moe import known_experts
+from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params
 from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch_backends.triton.fp8_params import tile_fault
 from bidispatch_backends.triton.launch import (
     ArgumentType,
     Constant,
@@ -28,6 +32,8 @@ from bidispatch_backends.triton.launch import (
 )
 from bidispatch_backends.triton.moe_kernels import down_kernel, gate_up_kernel, sort_kernel, sum_kernel
 from bidispatch_backends.triton.moe_params import ExpertsTile
+from bidispatch_backends.triton.params import element_tiles
+from bidispatch_backends.triton.quantize import bind_quantize_fp8_group
 
 __all__ = ["bind_experts", "launches"]
 
@@ -43,7 +49,7 @@ def _is_sorted(problem: Problem, tile: ExpertsTile, limits: Limits | None) -> bo
 
 
 def launches(
-    problem: Problem, params: Params, tile: ExpertsTile, arch: Arch, limits: Limits | None = None
+    problem: Problem, params: Any, tile: ExpertsTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
     """The launches of `moe.experts` in their order: three, or four with the sort. limits: as few rows as the tile takes
     if not given.
@@ -52,6 +58,15 @@ def launches(
     in_order = _is_sorted(problem, tile, limits)
     dependent = dependent_launch(arch)
     data, integers = pointer(problem.dtype), pointer("int32")
+    fp8 = problem["weight_dtype"] == FP8
+    if fp8:
+        for which in ("up", "down"):
+            if fault := tile_fault(arch, params, tile.product(which)):
+                raise ValueError(fault)
+            if tile.product(which).block_k != GROUP:
+                raise ValueError(f"{which}_block_k={tile.product(which).block_k}: fp8 has a scale every {GROUP} of K")
+    operand = pointer(FP8) if fp8 else data
+    scales = pointer("float32") if fp8 else None
     out = pointer(str(problem["out_dtype"]))
     bias = data if problem.flag("bias") else None
     ids: dict[str, ArgumentType] = {"ids_ptr": integers, "expert_map_ptr": None}
@@ -63,6 +78,7 @@ def launches(
         "EXPERTS": problem.size("experts"),
         "KNOWN": known_experts(problem.dims),
     }
+    products: dict[str, Constant] = {"WIDEN": fp8 and params.products == "fp16"}
     grouping: dict[str, Constant] = {
         "SORTED": in_order,
         "DEPENDENT": bool(dependent),
@@ -82,9 +98,10 @@ def launches(
     )
     gate_up = Launch(
         gate_up_kernel,
-        {"x_ptr": data, "w13_ptr": data, "bias_ptr": bias, **ids, **tables, "act_ptr": data}
+        {"x_ptr": operand, "x_scales_ptr": scales, "w13_ptr": operand, "w13_scales_ptr": scales, "bias_ptr": bias}
+        | {**ids, **tables, "act_ptr": data}
         | {"pairs": "i32", "stride_x": hidden, "stride_expert": 2 * inner * hidden, "stride_row": hidden}
-        | {"stride_bias": 2 * inner, "stride_ids": top_k},
+        | {"stride_bias": 2 * inner, "stride_scales": _scales_of(2 * inner, hidden), "stride_ids": top_k},
         {
             **shared,
             "HIDDEN": hidden,
@@ -94,15 +111,18 @@ def launches(
             "LIMIT": float(problem["swiglu_limit"]),
             **grouping,
             **_blocks(tile, "up", hidden),
+            **products,
         },
         _compiler(arch, tile, "up") | (dependent if in_order else {}),
     )
     down = Launch(
         down_kernel,
-        {"act_ptr": data, "w2_ptr": data, "bias_ptr": bias, "weights_ptr": pointer("float32"), **ids, **tables}
+        {"act_ptr": operand, "act_scales_ptr": scales, "w2_ptr": operand, "w2_scales_ptr": scales, "bias_ptr": bias}
+        | {"weights_ptr": pointer("float32"), **ids, **tables}
         | {"parts_ptr": out, "pairs": "i32", "stride_expert": hidden * inner, "stride_row": inner}
-        | {"stride_bias": hidden, "stride_weights": top_k, "stride_ids": top_k},
-        {**shared, "HIDDEN": hidden, "INNER": inner, **grouping, **_blocks(tile, "down", inner)},
+        | {"stride_bias": hidden, "stride_scales": _scales_of(hidden, inner)}
+        | {"stride_weights": top_k, "stride_ids": top_k},
+        {**shared, "HIDDEN": hidden, "INNER": inner, **grouping, **_blocks(tile, "down", inner), **products},
         _compiler(arch, tile, "down") | dependent,
     )
     add = Launch(
@@ -131,6 +151,11 @@ def _blocks(tile: ExpertsTile, which: str, k: int) -> dict[str, Constant]:
         "GROUP_M": product.group_m,
         "K_IS_EVEN": k % product.block_k == 0,
     }
+
+
+def _scales_of(n: int, k: int) -> int:
+    """Scales of an fp8 weight [n, k]."""
+    return ceil_div(n, GROUP) * ceil_div(k, GROUP)
 
 
 def _sum_block(hidden: int) -> int:
@@ -167,6 +192,7 @@ class _Experts:
 
         self._act = empty(pairs * inner, problem.dtype)
         self._parts = empty(pairs * hidden, str(problem["out_dtype"]))
+        self._quantize = _Quantize(context, pairs) if problem["weight_dtype"] == FP8 else None
         self._tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if self._sort:
             blocks = _most_blocks(pairs, self._experts, self._block_m)
@@ -181,6 +207,8 @@ class _Experts:
         topk_ids: torch.Tensor,
         w13_bias: torch.Tensor | None,
         w2_bias: torch.Tensor | None,
+        w13_scales: torch.Tensor | None,
+        w2_scales: torch.Tensor | None,
         expert_map: torch.Tensor | None,
         add: torch.Tensor | None,
         out: torch.Tensor,
@@ -188,23 +216,61 @@ class _Experts:
         m = x.shape[0]
         pairs, stride_ids = m * self._top_k, topk_ids.stride(0)
         blocks = pairs
+        rows, row_scales = (x, None) if self._quantize is None else self._quantize.tokens(x)
         if self._sort:
             self._sort((self._experts,), topk_ids, expert_map, *self._tables, pairs, stride_ids)
             blocks = _most_blocks(pairs, self._experts, self._block_m)
         self._gate_up(
             (blocks * self._tiles_up,),
-            *(x, w13, w13_bias, topk_ids, expert_map, *self._tables, self._act),
-            *(pairs, x.stride(0), w13.stride(0), w13.stride(1), _row(w13_bias), stride_ids),
+            *(rows, row_scales, w13, w13_scales, w13_bias, topk_ids, expert_map, *self._tables, self._act),
+            *(pairs, rows.stride(0), w13.stride(0), w13.stride(1), _row(w13_bias), _row(w13_scales), stride_ids),
         )
+        act, act_scales = (self._act, None) if self._quantize is None else self._quantize.pairs(self._act, pairs)
         self._down(
             (blocks * self._tiles_down,),
-            *(self._act, w2, w2_bias, topk_weights, topk_ids, expert_map, *self._tables, self._parts),
-            *(pairs, w2.stride(0), w2.stride(1), _row(w2_bias), topk_weights.stride(0), stride_ids),
+            *(act, act_scales, w2, w2_scales, w2_bias, topk_weights, topk_ids, expert_map, *self._tables, self._parts),
+            *(pairs, w2.stride(0), w2.stride(1), _row(w2_bias), _row(w2_scales), topk_weights.stride(0), stride_ids),
         )
         self._add(
             (m, self._tiles_sum),
             *(self._parts, topk_ids, expert_map, add, out, stride_ids, _row(add), out.stride(0)),
         )
+
+
+class _Quantize:
+    """x and the activation in fp8, and their scales: what the products of fp8 weights take."""
+
+    def __init__(self, context: BindContext, pairs: int) -> None:
+        device = context.device.torch_device
+
+        def room(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=device)
+            return q, torch.empty(rows, k // GROUP, dtype=torch.float32, device=device)
+
+        hidden, inner = context.problem.size("hidden"), context.problem.size("intermediate")
+        self._inner = inner
+        self._kernels = tuple(bind_quantize_fp8_group(_quantization(context, k)) for k in (hidden, inner))
+        self._of_tokens, self._of_pairs = room(context.limits.max_tokens, hidden), room(pairs, inner)
+
+    def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [m, hidden] and its scales [m, hidden/128]."""
+        q, scales = (each[: len(x)] for each in self._of_tokens)
+        self._kernels[0](x, q, scales)
+        return q, scales
+
+    def pairs(self, act: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `count` rows of act, among them rows that no pair has, whose result nobody reads."""
+        q, scales = (each[:count] for each in self._of_pairs)
+        self._kernels[1](act[: count * self._inner].view(count, self._inner), q, scales)
+        return q, scales
+
+
+def _quantization(context: BindContext, k: int) -> BindContext:
+    """The binding of `quantize.fp8_group` for rows of k elements, with the tile that it takes for many rows."""
+    dims = {"k": k, "scale_format": context.problem["scale_format"]}
+    problem = ops.get("quantize.fp8_group").problem(context.problem.dtype, dims)
+    _, tile = element_tiles(context.device, problem, Params())[-1]
+    return replace(context, problem=problem, params=Params(), tile=tile)
 
 
 def _row(tensor: Any) -> int:
@@ -214,7 +280,8 @@ def _row(tensor: Any) -> int:
 
 def bind_experts(context: BindContext) -> Kernel:
     """x [m, hidden], w13 [experts, 2·intermediate, hidden], w2 [experts, hidden, intermediate], topk_weights and
-    topk_ids [m, top_k], w13_bias, w2_bias, expert_map and add or None each, out [m, hidden]; last axes contiguous.
+    topk_ids [m, top_k], then w13_bias, w2_bias, w13_scales, w2_scales, expert_map and add or None each, and out
+    [m, hidden]; last axes contiguous.
 
     Holds max_tokens · top_k rows of intermediate elements and of hidden ones.
     """

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from bidispatch_backends.triton.activation import swish
+from bidispatch_backends.triton.fp8_gemm import accumulate_blocks
 from bidispatch_backends.triton.gemm import accumulate, filled_offsets, tile_of
 
 __all__ = ["down_kernel", "gate_up_kernel", "sort_kernel", "sum_kernel"]
@@ -176,6 +177,40 @@ def _step_ptrs(row_ptrs, column_ptrs, BLOCK_K: tl.constexpr, SWAP: tl.constexpr)
 
 
 @triton.jit
+def _product(
+    x_ptrs,
+    weight_ptrs,
+    x_scales_ptr,
+    weight_scales_ptr,
+    rows,
+    inside,
+    weight_rows,
+    expert,
+    stride_expert_scales,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    K_IS_EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A tile's sum over K, of fp8 operands with their scales, which lie contiguous: x's [rows, K/128]."""
+    if x_scales_ptr is None:
+        acc = accumulate(x_ptrs, weight_ptrs, BLOCK_K, K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, "ieee")
+    else:
+        GROUPS: tl.constexpr = K // BLOCK_K
+        x_scale_ptrs = x_scales_ptr + tl.where(inside, rows, 0).to(tl.int64) * GROUPS
+        weight_scale_ptrs = weight_scales_ptr + expert.to(tl.int64) * stride_expert_scales
+        weight_scale_ptrs += weight_rows // BLOCK_K * GROUPS
+        acc = accumulate_blocks(
+            *(x_ptrs, weight_ptrs, x_scale_ptrs, weight_scale_ptrs, 1, K),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, WIDEN, False),
+        )
+    return acc
+
+
+@triton.jit
 def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The activation, in fp32."""
     if ACTIVATION == "silu":
@@ -192,7 +227,9 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
 @triton.jit(do_not_specialize=["pairs"])
 def gate_up_kernel(
     x_ptr,
+    x_scales_ptr,
     w13_ptr,
+    w13_scales_ptr,
     bias_ptr,
     ids_ptr,
     expert_map_ptr,
@@ -204,6 +241,7 @@ def gate_up_kernel(
     stride_expert,
     stride_row,
     stride_bias,
+    stride_scales,
     stride_ids,
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -222,6 +260,7 @@ def gate_up_kernel(
     SWAP: tl.constexpr,
     GROUP_M: tl.constexpr,
     K_IS_EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """act [pairs, INNER] = activation(x · w13 of each pair's expert): gate and up in one tile, rounded once.
 
@@ -268,7 +307,10 @@ def gate_up_kernel(
     row_ptrs = _row_ptrs(x_ptr, mine // TOP_K, inside, stride_x, weight_ptr, first_row, 2 * INNER, stride_row, BLOCK_N)
     column_ptrs = weight_ptr + weight_rows.to(tl.int64) * stride_row
     x_ptrs, weight_ptrs = _step_ptrs(row_ptrs, column_ptrs, BLOCK_K, SWAP)
-    acc = accumulate(x_ptrs, weight_ptrs, BLOCK_K, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, "ieee")
+    acc = _product(
+        *(x_ptrs, weight_ptrs, x_scales_ptr, w13_scales_ptr, mine // TOP_K, inside, weight_rows, expert, stride_scales),
+        *(HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, WIDEN),
+    )
 
     outputs = tile_n * HALF + tl.arange(0, HALF)
     if SWAP:
@@ -295,7 +337,9 @@ def gate_up_kernel(
 @triton.jit(do_not_specialize=["pairs"])
 def down_kernel(
     act_ptr,
+    act_scales_ptr,
     w2_ptr,
+    w2_scales_ptr,
     bias_ptr,
     weights_ptr,
     ids_ptr,
@@ -307,6 +351,7 @@ def down_kernel(
     stride_expert,
     stride_row,
     stride_bias,
+    stride_scales,
     stride_weights,
     stride_ids,
     TOP_K: tl.constexpr,
@@ -323,6 +368,7 @@ def down_kernel(
     SWAP: tl.constexpr,
     GROUP_M: tl.constexpr,
     K_IS_EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """parts [pairs, HIDDEN] = (act · w2 of each pair's expert + bias) · the pair's weight, rounded once.
 
@@ -355,7 +401,10 @@ def down_kernel(
     weight_ptr = w2_ptr + expert.to(tl.int64) * stride_expert
     row_ptrs = _row_ptrs(act_ptr, places, inside, INNER, weight_ptr, tile_n * BLOCK_N, HIDDEN, stride_row, BLOCK_N)
     x_ptrs, weight_ptrs = _step_ptrs(row_ptrs, weight_ptr + columns.to(tl.int64) * stride_row, BLOCK_K, SWAP)
-    acc = accumulate(x_ptrs, weight_ptrs, BLOCK_K, INNER, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, "ieee")
+    acc = _product(
+        *(x_ptrs, weight_ptrs, act_scales_ptr, w2_scales_ptr, places, inside, columns, expert, stride_scales),
+        *(INNER, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, WIDEN),
+    )
 
     tokens = (mine // TOP_K).to(tl.int64)
     weights = tl.load(weights_ptr + tokens * stride_weights + mine % TOP_K, mask=inside, other=0.0)

@@ -9,13 +9,23 @@ from pydantic import Field, field_validator
 
 from bidispatch.device import Arch, Device
 from bidispatch.ops.moe import known_experts
+from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.triton.fields import power_of_two_field
-from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, Shape, stages_for, units
+from bidispatch_backends.triton.fp8_params import fp8_block_numerics, tile_fault
+from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, ProductTile, Shape, stages_for, units
 from bidispatch_backends.triton.params import RowTile
 
-__all__ = ["ExpertsTile", "experts_numerics", "experts_tiles", "experts_tiles_for", "router_numerics", "router_tiles"]
+__all__ = [
+    "ExpertsTile",
+    "experts_fp8_numerics",
+    "experts_numerics",
+    "experts_tiles",
+    "experts_tiles_for",
+    "router_numerics",
+    "router_tiles",
+]
 
 
 class ExpertsTile(Tile):
@@ -64,6 +74,13 @@ def experts_numerics(params: Params, problem: Problem) -> str:
     return "moe.k_sequential"
 
 
+def experts_fp8_numerics(params: Any, problem: Problem) -> str:
+    """`moe.fp8_blocks.<products>`: the same with products as those of `gemm.fp8_block`, x and the rounded activation
+    quantised as by `quantize.fp8_group`.
+    """
+    return f"moe.{fp8_block_numerics(params, problem)}"
+
+
 _UP, _DOWN = "up", "down"
 _LEAST_STEP = 32
 # For blocks of so many rows, the shapes of both products, as `gemm_params` found them for as many rows of x.
@@ -72,6 +89,13 @@ _SHAPES: tuple[tuple[int, Shape, Shape], ...] = (
     (32, (32, 64, 128, True, 4, 5), (32, 64, 128, True, 4, 5)),
     (64, (64, 128, 128, True, 8, 4), (64, 128, 128, True, 8, 4)),
     (128, (128, 256, 64, False, 8, 3), (128, 128, 64, False, 8, 4)),
+)
+# fp8: 128 of K a step, and 64 rows or more on the matrix unit's long side, or it would be another instruction.
+_SHAPES_FP8: tuple[tuple[int, Shape, Shape], ...] = (
+    (16, (16, 64, 128, True, 4, 8), (16, 64, 128, True, 4, 8)),
+    (32, (32, 64, 128, True, 4, 8), (32, 64, 128, True, 4, 8)),
+    (64, (64, 128, 128, True, 8, 6), (64, 128, 128, True, 8, 6)),
+    (128, (128, 128, 128, False, 8, 4), (128, 128, 128, False, 8, 4)),
 )
 # A matrix instruction of 16x16 on AMD: both sides of a tile must hold two or more, and LDS one tile ahead.
 _SHAPES_AMD: tuple[tuple[int, Shape, Shape], ...] = (
@@ -94,7 +118,7 @@ _NARROW: Shape = (16, 16, 256, False, 2, 6)
 def experts_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, ExpertsTile], ...]:
     """Blocks by how many rows an expert has on average; few pairs in all are not sorted."""
     top_k, everywhere = problem.size("top_k"), known_experts(problem.dims)
-    shapes = {rows: (up, down) for rows, up, down in (_SHAPES_AMD if device.arch.vendor == "amd" else _SHAPES)}
+    shapes = _shapes(device.arch, problem)
     ladder: list[tuple[int | None, ExpertsTile]] = []
     rows_of_16 = next(most for rows, most in _BLOCK_ROWS if most)
     few = min(_COUNTED, rows_of_16 * everywhere) // top_k
@@ -114,17 +138,28 @@ def experts_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[
 
 def _pairs_that_leave_room(device: Device, problem: Problem, up: Shape) -> int:
     """Pairs whose tiles of this shape do not fill the device. None on Blackwell's data-center GPUs and on AMD's, where
-    a narrow tile is another matrix instruction, and nobody has compared their bits.
+    a narrow tile is another matrix instruction, and nobody has compared their bits; none in fp8, where they differ.
     """
-    if device.arch.vendor == "amd" or device.arch.family == "sm100":
+    if device.arch.vendor == "amd" or device.arch.family == "sm100" or _is_fp8(problem):
         return 0
     tiles = -(-2 * problem.size("intermediate") // up[1])
     return int(FILLED * units(device)) // tiles
 
 
-def _stage_bytes(block_m: int, block_n: int, block_k: int) -> int:
-    """Of one step of both operands, in 16 bits."""
-    return (block_m + block_n) * block_k * 2
+def _is_fp8(problem: Problem) -> bool:
+    return problem["weight_dtype"] == FP8
+
+
+def _shapes(arch: Arch, problem: Problem) -> dict[int, tuple[Shape, Shape]]:
+    """The shapes of both products by the rows of a block."""
+    known = _SHAPES_FP8 if _is_fp8(problem) else _SHAPES_AMD if arch.vendor == "amd" else _SHAPES
+    return {rows: (up, down) for rows, up, down in known}
+
+
+def _stages(arch: Arch, problem: Problem, blocks: tuple[int, int, int], most: int) -> int:
+    """Stages of a tile that fit; 0 where too few do."""
+    block_m, block_n, block_k = blocks
+    return stages_for(arch, (block_m + block_n) * block_k * (1 if _is_fp8(problem) else 2), most)
 
 
 def _tile(arch: Arch, problem: Problem, rows: int, up: Shape, down: Shape, counted: int = 0) -> ExpertsTile:
@@ -135,7 +170,8 @@ def _tile(arch: Arch, problem: Problem, rows: int, up: Shape, down: Shape, count
         if k % _LEAST_STEP == 0:
             while k % block_k:
                 block_k //= 2
-        while not (stages := stages_for(arch, _stage_bytes(rows, block_n, block_k), most)) and block_k > _LEAST_STEP:
+        least = GROUP if _is_fp8(problem) else _LEAST_STEP
+        while not (stages := _stages(arch, problem, (rows, block_n, block_k), most)) and block_k > least:
             block_k //= 2
         fields |= {
             f"{which}_block_n": block_n,
@@ -184,14 +220,25 @@ def experts_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> 
     for block_m in (16, 32, 64, 128):
         if not least <= block_m <= most:
             continue
-        shapes = [s for s in _TRIED if s[0] == block_m and stages_for(device.arch, _stage_bytes(*s[:3]), s[5])]
-        plain = {rows: (up, down) for rows, up, down in _SHAPES}[block_m]
+        shapes = [s for s in _TRIED if s[0] == block_m and _runs(device.arch, problem, params, s)]
+        plain = _shapes(device.arch, problem)[block_m]
         pairs = [(s, s) for s in shapes] + [(s, plain[1]) for s in shapes] + [(plain[0], s) for s in shapes]
         counted = (0, _COUNTED) if m * top_k <= _COUNTED else (0,)
         found += [
             _tile(device.arch, problem, block_m, up, down, c) for up, down in dict.fromkeys(pairs) for c in counted
         ]
     yield from dict.fromkeys(found)
+
+
+def _runs(arch: Arch, problem: Problem, params: Any, shape: Shape) -> bool:
+    """Whether a shape fits, and is of the class's instruction."""
+    block_m, block_n, block_k, swap, warps, most = shape
+    if not _stages(arch, problem, (block_m, block_n, block_k), most):
+        return False
+    if not _is_fp8(problem):
+        return True
+    tile = ProductTile(block_m=block_m, block_n=block_n, swap=swap, num_warps=warps, num_stages=1)
+    return block_k == GROUP and tile_fault(arch, params, tile) is None
 
 
 def router_numerics(params: Params, problem: Problem) -> str:

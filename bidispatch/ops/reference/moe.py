@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from bidispatch.ops.moe import known_experts
+from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.reference.draw import draw
+from bidispatch.ops.reference.linear import block_scales, widened_blocks
+from bidispatch.ops.reference.quantize import group_scales, spread
 from bidispatch.ops.schema import Problem
 
-__all__ = ["experts", "experts_inputs", "gated", "local_experts", "router", "router_inputs"]
+__all__ = ["experts", "experts_inputs", "gated", "local_experts", "quantized", "router", "router_inputs"]
 
 
 def router(problem: Problem, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -97,22 +100,43 @@ def experts(
     topk_ids: torch.Tensor,
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
+    w13_scales: torch.Tensor | None,
+    w2_scales: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     add: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """out [m, hidden] in float64, nothing rounded on the way; shapes as in the catalogue."""
+    """out [m, hidden] in float64; shapes as in the catalogue.
+
+    Nothing is rounded on the way but what fp8 weights multiply, to fp8, since that is part of what they mean.
+    """
     local = local_experts(problem, topk_ids, expert_map)
+    rows = quantized(problem, x)
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device) if add is None else add.double()
     for expert in sorted(set(local.flatten().tolist()) - {-1}):
         tokens, slots = (local == expert).nonzero(as_tuple=True)
-        both = x[tokens].double() @ w13[expert].double().T
+        both = rows[tokens] @ _widened(w13, w13_scales, expert).T
         if w13_bias is not None:
             both += w13_bias[expert].double()
-        part = gated(problem, both) @ w2[expert].double().T
+        act = quantized(problem, gated(problem, both))
+        part = act @ _widened(w2, w2_scales, expert).T
         if w2_bias is not None:
             part += w2_bias[expert].double()
         out = out.index_add(0, tokens, part * topk_weights[tokens, slots, None].double())
     return (out,)
+
+
+def quantized(problem: Problem, rows: torch.Tensor) -> torch.Tensor:
+    """rows [m, k] in float64, of a problem with fp8 weights as its dtype and then `quantize.fp8_group` round them."""
+    if problem["weight_dtype"] != FP8:
+        return rows.double()
+    rows = rows.to(getattr(torch, problem.dtype))
+    scales = spread(group_scales(problem, rows), rows.shape[1])
+    return (rows.float() / scales.float()).to(torch.float8_e4m3fn).double() * scales
+
+
+def _widened(weight: torch.Tensor, scales: torch.Tensor | None, expert: int) -> torch.Tensor:
+    """An expert's weight [n, k] in float64."""
+    return weight[expert].double() if scales is None else widened_blocks(weight[expert], scales[expert])
 
 
 _FEW_EXPERTS = 8
@@ -151,14 +175,24 @@ def experts_inputs(
         expert_map = torch.full((everywhere,), -1, dtype=torch.int32, device=device)
         mine = torch.arange(experts, device=device)
         expert_map[mine * (everywhere // experts)] = mine.int()
+    fp8 = problem["weight_dtype"] == FP8
+
+    def weight(name: str, n: int, k: int) -> torch.Tensor:
+        return values(name, experts, n, k, dtype=FP8) if fp8 else values(name, experts, n, k, scale=small * k**-0.5)
+
+    def scales(name: str, n: int, k: int) -> torch.Tensor | None:
+        return block_scales(problem, (experts, n // GROUP, k // GROUP), (seed, name), device, k**-0.5) if fp8 else None
+
     return [
         values("x", rows, hidden),
-        values("w13", experts, 2 * inner, hidden, scale=small * hidden**-0.5),
-        values("w2", experts, hidden, inner, scale=small * inner**-0.5),
+        weight("w13", 2 * inner, hidden),
+        weight("w2", hidden, inner),
         weights,
         ids,
         values("w13_bias", experts, 2 * inner, scale=small) if bias else None,
         values("w2_bias", experts, hidden, scale=small) if bias else None,
+        scales("w13_scales", 2 * inner, hidden),
+        scales("w2_scales", hidden, inner),
         expert_map,
         values("add", rows, hidden) if problem.flag("shared") else None,
     ]
