@@ -51,7 +51,7 @@ MOST_SETS = 64
 """Of weights: the smallest one would need 41 to exceed three times the L2."""
 
 # The vendor's figures: FLOP/s by dtype, and bytes/s.
-_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}
+_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float8_e4m3fn": 1979e12}
 PEAKS: Mapping[str, tuple[Mapping[str, float], float]] = {
     r"NVIDIA H100 80GB HBM3": (_HOPPER, 3.35e12),
     r"NVIDIA H200( SXM)?": (_HOPPER, 4.8e12),

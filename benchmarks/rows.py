@@ -43,6 +43,11 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *(("fused_add_rms_norm", "bfloat16", {"n": n}) for n in (2048, 4096, 8192)),
     ("qk_norm", "bfloat16", {"head_dim": 128, **HEADS}),
     *(("silu_and_mul", "bfloat16", {"n": n}) for n in (6144, 12288, 25600)),
+    *(("quantize.fp8_group", "bfloat16", {"k": k}) for k in (2048, 4096, 7168, 12288)),
+    ("quantize.fp8_group", "bfloat16", {"k": 7168, "scale_format": "ue8m0"}),
+    *(("silu_and_mul.fp8_group", "bfloat16", {"n": n}) for n in (2048, 12288, 18432)),
+    *(("rms_norm.fp8_group", "bfloat16", {"n": n}) for n in (4096, 7168)),
+    *(("fused_add_rms_norm.fp8_group", "bfloat16", {"n": n}) for n in (4096, 7168)),
     ("gelu_tanh_and_mul", "bfloat16", {"n": 12288}),
     *(("softmax", dtype, {"n": 4096, "out_dtype": "float32"}) for dtype in ("bfloat16", "float32")),
     *(("softmax", dtype, {"n": 151936, "out_dtype": "float32"}) for dtype in ("bfloat16", "float32")),
@@ -66,6 +71,9 @@ TRIED = (
     ("qk_norm", "bfloat16", {"head_dim": 128, **HEADS}),
     ("mean", "bfloat16", {"n": 4096}),
     ("silu_and_mul", "bfloat16", {"n": 12288}),
+    ("quantize.fp8_group", "bfloat16", {"k": 7168}),
+    ("silu_and_mul.fp8_group", "bfloat16", {"n": 12288}),
+    ("rms_norm.fp8_group", "bfloat16", {"n": 4096}),
     ("softmax", "bfloat16", {"n": 4096, "out_dtype": "float32"}),
     ("log_softmax", "bfloat16", {"n": 151936, "out_dtype": "float32"}),
     ("token_logprob", "bfloat16", {"n": 151936}),
@@ -170,7 +178,7 @@ class Operands:
 
 
 def width_of(problem: Problem) -> int:
-    return problem.size("head_dim" if problem.op == "qk_norm" else "n")
+    return next(problem.size(dim) for dim in ("n", "head_dim", "k") if dim in problem.dims)
 
 
 def calls(problem: Problem, counts: Sequence[int], device: torch.device) -> Iterator[Operands]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from bidispatch import ops
 from bidispatch.bench.timing import copies_beyond_cache
 from bidispatch.errors import UsageError
 from bidispatch.ops.moe import known_experts
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
+from bidispatch.runtime.bind import load_attribute
 
-__all__ = ["ExpertsOperands", "GemmOperands", "Operands", "operands_of"]
+__all__ = ["ExpertsOperands", "Operands", "ProductOperands", "operands_of"]
 
 Call = list[torch.Tensor | None]
 """An op's arguments in the catalogue's order."""
@@ -29,13 +33,13 @@ class Operands:
         self.problem, self.device = problem, device
         self._dtype: torch.dtype = getattr(torch, problem.dtype)
         sets = copies_beyond_cache(sum(self._elements()) * self._dtype.itemsize, device, most=most_sets)
-        self.weights = [self._weights() for _ in range(sets)]
+        self.weights = [self._weights(index) for index in range(sets)]
 
     def _elements(self) -> tuple[int, ...]:
         """Elements of each weight."""
         raise NotImplementedError
 
-    def _weights(self) -> tuple[torch.Tensor, ...]:
+    def _weights(self, index: int) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
     def calls(self, m: int) -> list[Call]:
@@ -61,19 +65,27 @@ class Operands:
         return size
 
 
-class GemmOperands(Operands):
-    """Of `gemm`, without a bias."""
+class ProductOperands(Operands):
+    """Of an op with one weight [n, k], on what its own generator draws."""
+
+    def _place(self) -> int:
+        """Which argument is the weight."""
+        return [argument.shape for argument in ops.get(self.problem.op).arguments].index(("n", "k"))
+
+    def _drawn(self, m: int, seed: int) -> Call:
+        generate: Callable[..., Call] = load_attribute(ops.get(self.problem.op).inputs)
+        return generate(self.problem, m, device=self.device, seed=seed)
 
     def _elements(self) -> tuple[int, ...]:
         return (self.problem.size("n") * self.problem.size("k"),)
 
-    def _weights(self) -> tuple[torch.Tensor, ...]:
-        n, k = self.problem.size("n"), self.problem.size("k")
-        return (self.randn(n, k, scale=k**-0.5),)
+    def _weights(self, index: int) -> tuple[torch.Tensor, ...]:
+        weight = self._drawn(1, index)[self._place()]
+        return () if weight is None else (weight,)
 
     def calls(self, m: int) -> list[Call]:
-        x = self.randn(m, self.problem.size("k"))
-        return [[x, weight, None] for (weight,) in self.weights]
+        arguments, place = self._drawn(m, 0), self._place()
+        return [[*arguments[:place], *weight, *arguments[place + 1 :]] for weight in self.weights]
 
     def work(self, m: int) -> tuple[float, float]:
         n, k = self.problem.size("n"), self.problem.size("k")
@@ -90,7 +102,7 @@ class ExpertsOperands(Operands):
         experts, hidden, inner = self._sizes()
         return (2 * experts * hidden * inner, experts * hidden * inner)
 
-    def _weights(self) -> tuple[torch.Tensor, ...]:
+    def _weights(self, index: int) -> tuple[torch.Tensor, ...]:
         experts, hidden, inner = self._sizes()
         if self._fp8:
             first, second = self.randn(experts, 2 * inner, hidden), self.randn(experts, hidden, inner)
@@ -145,7 +157,8 @@ class ExpertsOperands(Operands):
         return 6.0 * pairs * hidden * inner, moved
 
 
-_OF_OP: dict[str, type[Operands]] = {"gemm": GemmOperands, "moe.experts": ExpertsOperands}
+_PRODUCTS = ("gemm", "gemm.fp8_block", "gemm.fp8")
+_OF_OP: dict[str, type[Operands]] = {**dict.fromkeys(_PRODUCTS, ProductOperands), "moe.experts": ExpertsOperands}
 
 
 def operands_of(problem: Problem, device: torch.device, most_sets: int = 32) -> Operands:

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_TUNABLE = ("gemm", "moe.experts")
+_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8", "moe.experts")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def command(
-    op: Annotated[str, typer.Argument(help="The op to tune: gemm or moe.experts.", metavar="OP")],
+    op: Annotated[str, typer.Argument(help=f"The op to tune: {', '.join(_TUNABLE)}.", metavar="OP")],
     shapes: Annotated[
         Path | None, typer.Option("--shapes", help="A YAML list of shapes, each {name, dim, dim, ...}.", metavar="FILE")
     ] = None,
@@ -51,7 +51,7 @@ def command(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", help="bf16 if none is given; may be given several times.", metavar="DTYPE"),
+        typer.Option("--dtype", help="The op's first if none is given; may be given several times.", metavar="DTYPE"),
     ] = None,
     rows: Annotated[str | None, typer.Option("--m", help="The M to time, such as 1,16,64.", metavar="M,...")] = None,
     impl: Annotated[
@@ -80,7 +80,7 @@ def command(
     if (shapes is None) == (model is None):
         raise UsageError("name the shapes with --shapes FILE, or a model with --model CONFIG, and not both")
     found = _shapes(op, shapes, model, tensor_parallel, expert_parallel)
-    problems = _problems(op, found, dtype or ["bf16"])
+    problems = _problems(op, found, dtype or ops.get(op).dtypes[:1])
     wanted = _rows(rows)
     seconds = _seconds(budget)
     machine.require_torch("tune")
@@ -121,7 +121,8 @@ def _shapes(
     config, ranks = Path(str(model)), 1 if tensor_parallel is None else tensor_parallel
     if op == "moe.experts":
         return expert_shapes(config, ranks, 1 if expert_parallel is None else expert_parallel)
-    return model_shapes(config, ranks)
+    # A router is no product in fp8: what sets it apart is no dim of those.
+    return [shape for shape in model_shapes(config, ranks) if shape.dims.keys() <= set(ops.get(op).dim_names)]
 
 
 def default_path(device: Device, op: str) -> Path:

@@ -113,7 +113,8 @@ class Prover:
             self._drawn[distribution] = drawn
         subject = self._reference(problem)
         pairs = zip(self._drawn[distribution], subject.argument_specs, strict=True)
-        return [tensor if spec.present else None for tensor, spec in pairs]
+        # A bias has the dtype of the result, and was drawn for the widest.
+        return [None if tensor is None or not spec.present else tensor.to(spec.dtype) for tensor, spec in pairs]
 
     def _rows_of(self, problem: Problem, distribution: str, first: int, last: int) -> Arguments:
         """The arguments of a call with rows `first` to `last` (excluded)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ DTYPES = (
     ),
 )
 _BITS = {torch.float32: torch.int32, torch.int32: torch.int32, torch.float16: torch.int16}
+_BITS |= {torch.float8_e4m3fn: torch.uint8}
 
 
 def implementation(problem: Problem, name: str = "") -> Implementation:
@@ -94,3 +95,34 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     return float((result.double() - exact).norm() / exact.norm())
+
+
+def has_rows(problem: Problem) -> list[bool]:
+    """Which arguments have rows; weights do not."""
+    return ["m" in argument.shape for argument in ops.get(problem.op).arguments]
+
+
+def rows_of(problem: Problem, arguments: list[Any], rows: Any) -> list[Any]:
+    """The same arguments with some of the rows."""
+    return [
+        a[rows] if per_row and a is not None else a for a, per_row in zip(arguments, has_rows(problem), strict=True)
+    ]
+
+
+def rows_that_differ(problem: Problem, run_rows: Callable[[list[Any]], list[torch.Tensor]], rows: int = 5) -> int:
+    """How many rows have other bits alone than among NaN, infinity and the other rows."""
+    arguments = draw_inputs(problem, rows)
+    together = run_rows(arguments)
+    dirty = [argument if argument is None else argument.clone() for argument in arguments]
+    for argument, per_row in zip(dirty, has_rows(problem), strict=True):
+        if per_row and argument is not None and argument.is_floating_point():
+            argument[0], argument[2] = float("nan"), float("inf")
+    beside = run_rows(dirty)
+    differ = 0
+    for row in range(rows):
+        alone = run_rows(rows_of(problem, arguments, slice(row, row + 1)))
+        same = all(same_bits(a[0], t[row]) for a, t in zip(alone, together, strict=True))
+        if row not in (0, 2):
+            same = same and all(same_bits(a[0], b[row]) for a, b in zip(alone, beside, strict=True))
+        differ += not same
+    return differ

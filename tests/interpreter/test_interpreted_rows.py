@@ -5,7 +5,6 @@ Many rows a program, chunks in one kernel or two: the class of bits is the same,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,11 @@ from interpreted import (
     TOLERANCE,
     bind,
     draw_inputs,
+    has_rows,
     implementation,
     reference,
     relative_error,
+    rows_that_differ,
     run,
     same_bits,
     scalars,
@@ -61,38 +62,9 @@ def problem_of(name: str, dtype: str, n: int, dims: dict[str, Any]) -> Problem:
     return ops.get(name).problem(dtype, {"head_dim" if name == "qk_norm" else "n": n, **dims})
 
 
-def has_rows(problem: Problem) -> list[bool]:
-    """Which arguments have rows; weights do not."""
-    return ["m" in argument.shape for argument in ops.get(problem.op).arguments]
-
-
-def rows_of(problem: Problem, arguments: list[Any], rows: Any) -> list[Any]:
-    """The same arguments with some of the rows."""
-    return [a[rows] if per_row else a for a, per_row in zip(arguments, has_rows(problem), strict=True)]
-
-
 def narrow(problem: Problem) -> Any:
     """Params under which 1500 elements are more than one block or chunk."""
     return NARROW.get(implementation(problem).params)
-
-
-def rows_that_differ(problem: Problem, run_rows: Callable[[list[Any]], list[torch.Tensor]], rows: int = 5) -> int:
-    """How many rows have other bits alone than among NaN, infinity and the other rows."""
-    arguments = draw_inputs(problem, rows)
-    together = run_rows(arguments)
-    dirty = [argument.clone() for argument in arguments]
-    for argument, per_row in zip(dirty, has_rows(problem), strict=True):
-        if per_row and argument.is_floating_point():
-            argument[0], argument[2] = float("nan"), float("inf")
-    beside = run_rows(dirty)
-    differ = 0
-    for row in range(rows):
-        alone = run_rows(rows_of(problem, arguments, slice(row, row + 1)))
-        same = all(same_bits(a[0], t[row]) for a, t in zip(alone, together, strict=True))
-        if row not in (0, 2):
-            same = same and all(same_bits(a[0], b[row]) for a, b in zip(alone, beside, strict=True))
-        differ += not same
-    return differ
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bidispatch.device import ARCHS, Device
+from bidispatch.ops.schema import Op
 from bidispatch.planning.plan import Plan
 from bidispatch.profiles.load import ProfileStore
 from bidispatch.records import RecordStore
@@ -15,6 +16,13 @@ from bidispatch.runtime.context import BindContext
 H200 = Device(ARCHS["sm90"], "NVIDIA H200", compute_units=132, driver="575.1")
 CPU = Device(ARCHS["cpu"], "Some CPU")
 FLOATS = ("bfloat16", "float16", "float32")
+WITHOUT_E4M3 = ("sm80", "sm86", "sm87", "gfx942")
+"""GPUs that have no fp8 of this format."""
+
+
+def uses_e4m3(op: Op) -> bool:
+    """Whether an op takes or gives fp8 at every problem it has."""
+    return "float8_e4m3fn" in (*op.dtypes, *(output.dtype for output in op.outputs))
 
 
 class SplitParams(Params):

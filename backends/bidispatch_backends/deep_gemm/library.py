@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from bidispatch.requirements import installed_version
+from bidispatch import requirements
 from bidispatch.runtime.context import Limits
 
 __all__ = ["edges", "library"]
@@ -15,7 +15,7 @@ _LARGEST_EDGE = 8192
 
 def library() -> Any:
     """sgl-deep-gemm where it is installed, else vLLM's copy."""
-    name = "deep_gemm" if installed_version("sgl-deep-gemm") else "vllm.third_party.deep_gemm"
+    name = "deep_gemm" if requirements.installed_version("sgl-deep-gemm") else "vllm.third_party.deep_gemm"
     return importlib.import_module(name)
 
 
