@@ -122,11 +122,12 @@ def measure_shape(
         calls = operands.calls(m)
         out = torch.empty(m, problem.size("hidden"), device=device, dtype=getattr(torch, dtype))
         work, moved = operands.work(m)
-        bound_us = max(work / flops[problem.dtype], moved / bandwidth) * 1e6
+        bound_us = max(work / flops[str(problem["weight_dtype"])], moved / bandwidth) * 1e6
         rivals: dict[str, Launch] = {OURS: lambda i, calls=calls, out=out: bound(*calls[i % len(calls)], out=out)}
         try:
             stock = vllm_moe.experts(calls, known_experts(problem.dims))
-            tuned_file = vllm_moe.tuned_file(problem.size("experts"), problem.size("intermediate"))
+            sizes = problem.size("experts"), problem.size("intermediate")
+            tuned_file = vllm_moe.tuned_file(*sizes, problem["weight_dtype"] == "float8_e4m3fn")
             tuned = f"vllm {installed_version('vllm')} Triton, tuned file: {tuned_file}"
             rivals |= {STOCK: stock, ONE_TILE: vllm_moe.invariant(stock)}
         except AbsentError as error:

@@ -1,4 +1,4 @@
-"""vLLM's fused MoE on bf16 and fp16 weights, with the tile it picks by itself or the one of its invariant mode."""
+"""vLLM's Triton fused MoE, with the tile it picks by itself or the one of its invariant mode."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def _module(name: str) -> Any:
         raise AbsentError(f"{name} does not import: {error}") from error
 
 
+def _quantisation(w13_scales: torch.Tensor | None, w2_scales: torch.Tensor | None) -> dict[str, Any]:
+    """What tells vLLM of block-scaled fp8 weights."""
+    if w13_scales is None:
+        return {}
+    config = _module(f"{_FUSED}.config")
+    try:
+        make = config.fp8_w8a8_moe_quant_config
+    except AttributeError:
+        raise AbsentError("this vllm has no fp8_w8a8_moe_quant_config") from None
+    return {"quant_config": make(w1_scale=w13_scales, w2_scale=w2_scales, block_shape=[128, 128])}
+
+
 def experts(calls: Sequence[Sequence[torch.Tensor | None]], global_experts: int) -> Callable[[int], Any]:
     """`launch(i)` of silu experts on the i-th call's arguments, in the order of `moe.experts`, without biases.
 
@@ -40,10 +52,12 @@ def experts(calls: Sequence[Sequence[torch.Tensor | None]], global_experts: int)
     """
     function = _module(f"{_FUSED}.fused_moe").fused_experts
     known = inspect.signature(function).parameters
+    configs = [_quantisation(*call[7:9]) for call in calls]
 
     def launch(i: int) -> Any:
-        x, w13, w2, topk_weights, topk_ids, *_, expert_map, _ = calls[i % len(calls)]
+        x, w13, w2, topk_weights, topk_ids, _, _, _, _, expert_map, _ = calls[i % len(calls)]
         named = {"inplace": False, "global_num_experts": global_experts, "expert_map": expert_map}
+        named |= configs[i % len(calls)]
         named = {name: value for name, value in named.items() if name in known}
         return function(x, w13, w2, topk_weights, topk_ids, **named)
 
@@ -61,9 +75,11 @@ def invariant(launch: Callable[[int], Any]) -> Callable[[int], Any]:
     return one_tile
 
 
-def tuned_file(experts_count: int, intermediate: int) -> str:
+def tuned_file(experts_count: int, intermediate: int, fp8: bool) -> str:
     """The file of tuned tiles that it reads for a shape on this GPU, or that there is none."""
     module = _module(f"{_FUSED}.fused_moe")
-    name = str(module.get_config_file_name(experts_count, intermediate, None))
+    dtype, blocks = ("fp8_w8a8", [128, 128]) if fp8 else (None, None)
+    name = str(module.get_config_file_name(experts_count, intermediate, dtype, blocks))
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns for every shape that has none
-    return name if module.get_moe_configs(experts_count, intermediate, None) else f"none ({name} is not there)"
+    found = module.get_moe_configs(experts_count, intermediate, dtype, *(blocks or ()))
+    return name if found else f"none ({name} is not there)"

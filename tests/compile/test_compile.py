@@ -105,7 +105,16 @@ QUANTIZATIONS = (
     *(_problem("quantize.fp8_group", dtype, k=4096) for dtype in DTYPES),
     *(_problem(op, dtype, n=4096) for op in (*FP8_ROW_OPS, "silu_and_mul.fp8_group") for dtype in DTYPES),
 )
+FP8_EXPERTS = tuple(_problem("moe.experts", dtype, **EXPERTS, weight_dtype=FP8) for dtype in DTYPES_16_BIT)
 FP8_ODD = (
+    _problem(
+        "moe.experts",
+        **{**EXPERTS, "hidden": 7168, "activation": "swiglu_clamped", "bias": True, "out_dtype": "float32"},
+        expert_map=True,
+        global_experts=256,
+        weight_dtype=FP8,
+        scale_format="ue8m0",
+    ),
     *(_problem(op, n=n) for op in FP8_ROW_OPS for n in (40, 100, 256, 1024, 2048, 8192, 16384)),
     _problem("rms_norm.fp8_group", n=4096, scale_format="ue8m0", gemma=True),
     _problem("quantize.fp8_group", k=1003, scale_format="ue8m0"),
@@ -117,7 +126,7 @@ FP8_ODD = (
 INSTRUCTION_SETS = ("sm90", "gfx942")
 CASES = [(arch, problem) for arch in COMPILED_ARCHS for problem in TILED]
 CASES += [(arch, problem) for arch in INSTRUCTION_SETS for problem in ODD]
-CASES += [(arch, problem) for arch in FP8_ARCHS for problem in (*FP8_PRODUCTS, *QUANTIZATIONS)]
+CASES += [(arch, problem) for arch in FP8_ARCHS for problem in (*FP8_PRODUCTS, *FP8_EXPERTS, *QUANTIZATIONS)]
 CASES += [("sm90", problem) for problem in FP8_ODD]
 
 
@@ -186,7 +195,7 @@ def test_every_registered_kernel_is_compiled() -> None:
     compiled |= {(name, problem.dtype) for name, problem, *_ in SPLIT}
     compiled |= {
         (rung.implementation.name, problem.dtype)
-        for problem in (*FP8_PRODUCTS, *QUANTIZATIONS)
+        for problem in (*FP8_PRODUCTS, *FP8_EXPERTS, *QUANTIZATIONS)
         for rung in triton_rungs("sm90", problem)
     }
     registered = {(found.name, dtype) for found in registry for dtype in found.dtypes}
@@ -282,6 +291,32 @@ FP8_INSTRUCTIONS = {
     ("sm120", "fp8"): r"mma\.sync\S+\.e4m3\.e4m3",
 }
 ANY_PRODUCT = r"(?:wgmma\.mma_async|tcgen05\.mma\.|mma\.sync)\S*"
+
+
+@pytest.mark.parametrize("arch", ["sm89", "sm90", "sm100", "sm120"])
+def test_experts_multiply_fp8_by_the_instruction_of_their_class(arch: str) -> None:
+    """In every tile, those that tune tries too; one that would widen is refused."""
+    (problem, _) = FP8_EXPERTS
+    tried = load_attribute("bidispatch_backends.triton.moe_params:experts_tiles_for")
+    device = Device(ARCHS[arch], arch, predicted=True)
+    (rung, *_) = triton_rungs(arch, problem)
+    tiles = {str(tile): tile for m in (16, 1024) for tile in tried(device, problem, rung.params, m)}
+    found = set()
+    for tile in tiles.values():
+        for variant in variants(rung.implementation.name, problem, rung.params, tile, ARCHS[arch]):
+            text = compile_variant(variant, target_of(ARCHS[arch])).asm["ptx"]
+            found |= set(re.findall(ANY_PRODUCT, text))
+    assert found
+    assert all(re.match(FP8_INSTRUCTIONS[arch, "fp8"], instruction) for instruction in found), found
+
+
+def test_a_tile_of_experts_that_would_widen_fp8_is_refused() -> None:
+    (problem, _) = FP8_EXPERTS
+    (rung, *_) = triton_rungs("sm90", problem)
+    assert rung.tile is not None
+    tile = rung.tile.model_copy(update={"up_swap": False})  # 16 rows on the long side
+    with pytest.raises(ValueError, match="products=fp8 needs 64 rows"):
+        variants(rung.implementation.name, problem, rung.params, tile, ARCHS["sm90"])
 
 
 def fp8_products(arch: str, problem: Problem, params: Any, tile: Any) -> set[str]:

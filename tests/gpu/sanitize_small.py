@@ -57,6 +57,7 @@ DIMS = {
         {"experts": 5, "top_k": 2, "hidden": 72, "intermediate": 56},
         {"experts": 9, "top_k": 3, "hidden": 67, "intermediate": 33, "activation": "swiglu_clamped", "bias": True},
         {**_RANK, "hidden": 80, "intermediate": 96, "activation": "gelu", "shared": True},
+        {**_RANK, "hidden": 256, "intermediate": 128, "weight_dtype": "float8_e4m3fn"},
     ),
     "attention.mla": (
         {"num_heads": 16},

@@ -60,6 +60,13 @@ def device(arch="sm90"):
         ("moe.experts", {**SMALL, "global_experts": 12}, "expert_map=true says which"),
         ("moe.experts", {**SMALL, "expert_map": True}, "needs global_experts of at least experts=6, not 0"),
         ("moe.experts", {**SMALL, "expert_map": True, "global_experts": 12, "top_k": 13}, "exceeds the 12 experts"),
+        ("moe.experts", {**SMALL, "weight_dtype": "fp8"}, "needs hidden a multiple of 128, not 32"),
+        (
+            "moe.experts",
+            {**SMALL, "hidden": 128, "weight_dtype": "fp8"},
+            "needs intermediate a multiple of 128, not 24",
+        ),
+        ("moe.experts", {**SMALL, "weight_dtype": "fp16"}, "weight_dtype is bfloat16 or float8_e4m3fn, not float16"),
         ("moe.router", {"experts": 4, "top_k": 5}, "top_k=5 exceeds experts=4"),
         ("moe.router", {"experts": 10, "top_k": 2, "n_group": 4}, "experts=10 is not divided by n_group=4"),
         ("moe.router", {"experts": 8, "top_k": 2, "n_group": 4, "topk_group": 5}, "topk_group=5 exceeds n_group=4"),
@@ -125,6 +132,7 @@ def test_the_grid_has_room_for_every_spread(pairs, experts, block_m):
     "dims",
     [
         {},
+        {"hidden": 256, "intermediate": 128, "weight_dtype": "float8_e4m3fn"},
         {"activation": "gelu", "bias": True, "shared": True},
         {
             "activation": "swiglu_clamped",
@@ -164,6 +172,32 @@ def test_no_rows_give_no_rows_and_more_than_it_was_bound_for_are_refused():
         assert bound(*none).shape == (0, 32)
         with pytest.raises(ArgumentError, match="5 m, but it was bound for at most 4"):
             bound(*arguments)
+
+
+def test_scales_of_another_shape_are_refused_and_experts_without_them_too():
+    chosen = problem(hidden=256, intermediate=128, weight_dtype="fp8")
+    bound = bid.plan("cpu").select_problem(chosen).bind(max_tokens=4)
+    arguments = load_attribute(ops.get("moe.experts").inputs)(chosen, 3)
+    wrong = [*arguments[:7], arguments[7][:, :1], *arguments[8:]]
+    with torch.no_grad(), pytest.raises(ArgumentError, match=r"w13_scales must be \[6, 2, 2\], not \[6, 1, 2\]"):
+        bound(*wrong)
+    with torch.no_grad(), pytest.raises(ArgumentError, match="w13_scales is missing"):
+        bound(*arguments[:7])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_scale_that_is_no_number_reaches_only_the_rows_of_its_expert(value):
+    chosen = problem(hidden=256, intermediate=128, weight_dtype="fp8")
+    bound = bid.plan("cpu").select_problem(chosen).bind(max_tokens=20)
+    arguments = load_attribute(ops.get("moe.experts").inputs)(chosen, 20)
+    with torch.no_grad():
+        clean = bound(*arguments)
+        arguments[7][2] = value
+        dirty = bound(*arguments)
+    reached = (arguments[4] == 2).any(dim=1)
+    assert torch.equal(clean[~reached], dirty[~reached])
+    assert reached.any()
+    assert torch.isfinite(dirty[reached]).all() == (value == 0)
 
 
 def test_ids_of_another_dtype_and_weights_of_another_shape_are_refused():
@@ -240,6 +274,9 @@ def test_what_is_timed_has_the_arguments_of_the_op(monkeypatch):
     from bidispatch.bench import operands
 
     monkeypatch.setattr(operands, "copies_beyond_cache", lambda size, device, most: 2)
+    fp8 = problem(hidden=128, intermediate=128, weight_dtype="fp8")
+    scales = operands_of(fp8, torch.device("cpu")).calls(2)[0][7:9]
+    assert [tuple(each.shape) for each in scales] == [(6, 2, 1), (6, 1, 1)]
     for chosen in (problem(expert_map=True, global_experts=12, bias=True, shared=True), problem()):
         made = operands_of(chosen, torch.device("cpu"))
         calls = made.calls(3)
