@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-The parts: host-time, gemm-host, gemm, fp8, rows and attention run the scripts of these names; verify is `bidispatch
+The parts: host-time, gemm-host, gemm, fp8, rows, attention and moe run the scripts of these names; verify is `bidispatch
 verify --all --cuda-graph`, verify-gemm, verify-fp8 and verify-attention the same over the shapes of sweeps/; demo is
 `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on
 small shapes. Exits 1 if any of them does; the others still run.
@@ -29,7 +29,7 @@ SWEEPS = ROOT / "benchmarks" / "sweeps"
 FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm-host", "gemm", "fp8", "rows", "attention")
+PARTS = ("host-time", "gemm-host", "gemm", "fp8", "rows", "attention", "moe")
 PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "demo", "tests", "sanitizer")
 WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
 """Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
@@ -53,6 +53,7 @@ def main() -> int:
         "fp8": lambda: script("fp8", folder),
         "rows": lambda: script("rows", folder),
         "attention": lambda: script("attention", folder),
+        "moe": lambda: script("moe", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),
         "verify-gemm": lambda: max(
             verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8")
+_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8", "moe.experts")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def command(
     op: Annotated[str, typer.Argument(help=f"The op to tune: {', '.join(_TUNABLE)}.", metavar="OP")],
     shapes: Annotated[
-        Path | None, typer.Option("--shapes", help="A YAML list of shapes, each {name, n, k, ...}.", metavar="FILE")
+        Path | None, typer.Option("--shapes", help="A YAML list of shapes, each {name, dim, dim, ...}.", metavar="FILE")
     ] = None,
     model: Annotated[
         Path | None,
@@ -45,6 +45,9 @@ def command(
     ] = None,
     tensor_parallel: Annotated[
         int | None, typer.Option("--tp", help="With --model: how many ranks share a layer; 1 if not given.")
+    ] = None,
+    expert_parallel: Annotated[
+        int | None, typer.Option("--ep", help="With --model and moe.experts: over how many ranks whole experts go.")
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -76,16 +79,7 @@ def command(
         raise UsageError(f"tune takes {', '.join(_TUNABLE)}, not {op!r}")
     if (shapes is None) == (model is None):
         raise UsageError("name the shapes with --shapes FILE, or a model with --model CONFIG, and not both")
-    if shapes is not None:
-        if tensor_parallel is not None:
-            raise UsageError("--tp divides the layers of --model; the shapes of --shapes are taken as they are")
-        found = read_shapes(shapes)
-    else:
-        from bidispatch.tune.models import model_shapes
-
-        shapes_of_model = model_shapes(Path(str(model)), 1 if tensor_parallel is None else tensor_parallel)
-        # A router is no product in fp8: what sets it apart is no dim of those.
-        found = [shape for shape in shapes_of_model if shape.dims.keys() <= set(ops.get(op).dim_names)]
+    found = _shapes(op, shapes, model, tensor_parallel, expert_parallel)
     problems = _problems(op, found, dtype or ops.get(op).dtypes[:1])
     wanted = _rows(rows)
     seconds = _seconds(budget)
@@ -108,6 +102,27 @@ def command(
     if report.interrupted:
         return failures.INTERRUPTED
     return 0 if report.passed else failures.FINDING
+
+
+def _shapes(
+    op: str, shapes: Path | None, model: Path | None, tensor_parallel: int | None, expert_parallel: int | None
+) -> list[Shape]:
+    """What is to be tuned, from a file of shapes or a model's config. Raises `UsageError`."""
+    if expert_parallel is not None and op != "moe.experts":
+        raise UsageError("--ep is of moe.experts: it divides no other layers")
+    if shapes is not None:
+        if tensor_parallel is not None or expert_parallel is not None:
+            raise UsageError(
+                "--tp divides the layers of --model, --ep its experts; those of --shapes are taken as they are"
+            )
+        return read_shapes(shapes)
+    from bidispatch.tune.models import expert_shapes, model_shapes
+
+    config, ranks = Path(str(model)), 1 if tensor_parallel is None else tensor_parallel
+    if op == "moe.experts":
+        return expert_shapes(config, ranks, 1 if expert_parallel is None else expert_parallel)
+    # A router is no product in fp8: what sets it apart is no dim of those.
+    return [shape for shape in model_shapes(config, ranks) if shape.dims.keys() <= set(ops.get(op).dim_names)]
 
 
 def default_path(device: Device, op: str) -> Path:
@@ -201,7 +216,9 @@ def _print(plan: Plan, report: Report) -> None:
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
     problem, entry = outcome.problem, outcome.entry
-    dims = f"n={problem['n']} k={problem['k']}" + ("" if problem["role"] == "linear" else f" {problem['role']}")
+    known = ops.get(problem.op)
+    plain = {dim.name: dim.default for dim in known.dims} | {"out_dtype": problem.dtype}
+    dims = " ".join(f"{name}={value}" for name, value in problem.dims.items() if value != plain[name])
     if entry is None:
         return dims, DTYPES[problem.dtype], "", "", "", "", outcome.error.partition("\n")[0]
     spans = rung_ranges([rung.max_m for rung in entry.rungs])

@@ -7,8 +7,6 @@ from bidispatch.ops.schema import Op
 __all__ = ["OPS"]
 
 OPS = (
-    Op(name="moe.experts", summary="the experts of a mixture, gathered, multiplied and summed", dtypes=("bfloat16",)),
-    Op(name="moe.router", summary="scores and top-k experts of each token", dtypes=("bfloat16", "float32")),
     Op(name="lora", summary="low-rank adapters, several in one batch", dtypes=("bfloat16", "float16")),
     Op(name="all_reduce", summary="the sum over the ranks of a group", dtypes=("bfloat16", "float16", "float32")),
 )

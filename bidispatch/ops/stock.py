@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from bidispatch import ops
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.linear import widened_blocks
+from bidispatch.ops.reference.moe import gated, local_experts, quantized
+from bidispatch.ops.reference.moe import router as exact_router
 from bidispatch.ops.reference.quantize import LARGEST, group_scales, spread
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.bind import load_attribute
@@ -31,6 +33,8 @@ __all__ = [
     "gemm_fp8_block",
     "log_softmax",
     "mean",
+    "moe_experts",
+    "moe_router",
     "qk_norm",
     "rms_norm",
     "silu_and_mul",
@@ -305,3 +309,53 @@ def attention_mla(
         )
         out[rows] = attended[0].transpose(0, 1)
     return (out,)
+
+
+def moe_router(problem: Problem, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Scores in fp32 and `torch.topk`, as models do: weights [m, top_k] and ids [m, top_k]. Ties as topk breaks them.
+
+    A grouped choice, which torch has no op for, is the reference's.
+    """
+    top_k = problem.size("top_k")
+    if problem.size("n_group") > 1:
+        weights, ids = exact_router(problem, logits, bias)
+        return weights.float(), ids
+    scores = torch.sigmoid(logits.float()) if problem["scoring"] == "sigmoid" else F.softmax(logits.float(), dim=-1)
+    ids = (scores if bias is None else scores + bias).topk(top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if problem.flag("renormalize"):
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * float(problem["routed_scaling_factor"]), ids.int()
+
+
+def moe_experts(
+    problem: Problem,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    w13_scales: torch.Tensor | None,
+    w2_scales: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    add: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """One expert after another, `F.linear` on its tokens, summed by `index_add_`: [m, hidden]. fp8 is widened."""
+    local = local_experts(problem, topk_ids, expert_map)
+    rows = quantized(problem, x).to(x.dtype)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in sorted(set(local.flatten().tolist()) - {-1}):
+        tokens, slots = (local == expert).nonzero(as_tuple=True)
+        first, second = w13[expert], w2[expert]
+        if w13_scales is not None and w2_scales is not None:
+            first = widened_blocks(first, w13_scales[expert]).to(x.dtype)
+            second = widened_blocks(second, w2_scales[expert]).to(x.dtype)
+        both = F.linear(rows[tokens], first, None if w13_bias is None else w13_bias[expert])
+        act = quantized(problem, gated(problem, both)).to(x.dtype)
+        part = F.linear(act, second, None if w2_bias is None else w2_bias[expert])
+        total.index_add_(0, tokens, part * topk_weights[tokens, slots, None])
+    if add is not None:
+        total += add
+    return (total.to(_dtypes(problem)[1]),)

@@ -68,12 +68,13 @@ def _resolve(argument: Argument, problem: Problem) -> TensorSpec:
 def _known_size(axis: str | int, problem: Problem) -> int | None:
     if isinstance(axis, int):
         return axis
+    whole, over, divisor = axis.partition("/")
+    if over:
+        size = _known_size(whole, problem)
+        return None if size is None else -(-size // int(divisor))
     factor, times, dim = axis.partition("*")
     if times:
         return int(factor) * problem.size(dim)
-    dim, over, divisor = axis.partition("/")
-    if over:
-        return -(-problem.size(dim) // int(divisor))
     summands = axis.split("+")
     return sum(map(problem.size, summands)) if all(dim in problem.dims for dim in summands) else None
 

@@ -1,4 +1,4 @@
-"""The matrix products of a model, from its Hugging Face `config.json` and a tensor-parallel size. Imports no torch.
+"""The products and experts of a model on one rank, from its Hugging Face `config.json`. Imports no torch.
 
 Names and fusions are those of serving engines: q, k and v in one weight, gate and up in one, DeepSeek's q_a with kv_a.
 """
@@ -14,7 +14,7 @@ from bidispatch.errors import UsageError
 from bidispatch.ops.schema import DimValue
 from bidispatch.ops.shapes import Shape
 
-__all__ = ["model_shapes"]
+__all__ = ["expert_shapes", "model_shapes"]
 
 _VOCABULARY_MULTIPLE = 64
 """Serving engines pad the vocabulary to this before they shard it."""
@@ -28,6 +28,26 @@ def model_shapes(path: Path, tensor_parallel: int = 1) -> list[Shape]:
     path: a `config.json` or the folder it is in. Raises `UsageError` for a file that is no such config, a model whose
     layers are not known here, and a tensor-parallel size that does not divide it.
     """
+    reader = _reader(path, tensor_parallel)
+    names: dict[str, tuple[list[str], Mapping[str, DimValue]]] = {}
+    for name, dims in reader.products():
+        names.setdefault(json.dumps(dims, sort_keys=True), ([], dims))[0].append(f"{reader.model} {name}")
+    return [Shape(tuple(found), dims) for found, dims in names.values()]
+
+
+def expert_shapes(path: Path, tensor_parallel: int = 1, expert_parallel: int = 1) -> list[Shape]:
+    """The dims of `moe.experts` on one rank. With expert_parallel above 1 a rank has whole experts, as in vLLM's expert
+    parallelism, and tensor_parallel divides nothing here; else it divides the width of every expert.
+
+    Raises `UsageError` as `model_shapes` does, and for a model without experts.
+    """
+    if expert_parallel < 1:
+        raise UsageError(f"an expert-parallel size is at least 1, not {expert_parallel}")
+    reader = _reader(path, tensor_parallel)
+    return [Shape((f"{reader.model} experts",), reader.experts(expert_parallel))]
+
+
+def _reader(path: Path, tensor_parallel: int) -> _Reader:
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -36,11 +56,7 @@ def model_shapes(path: Path, tensor_parallel: int = 1) -> list[Shape]:
     if not isinstance(config, dict):
         raise UsageError(f"{file} is not a mapping; --model wants a model's config.json, or its folder")
     inner = config.get("text_config")  # where a model has more than text
-    reader = _Reader(file, {**config, **(inner if isinstance(inner, dict) else {})}, tensor_parallel)
-    names: dict[str, tuple[list[str], Mapping[str, DimValue]]] = {}
-    for name, dims in reader.products():
-        names.setdefault(json.dumps(dims, sort_keys=True), ([], dims))[0].append(f"{reader.model} {name}")
-    return [Shape(tuple(found), dims) for found, dims in names.values()]
+    return _Reader(file, {**config, **(inner if isinstance(inner, dict) else {})}, tensor_parallel)
 
 
 class _Reader:
@@ -72,8 +88,7 @@ class _Reader:
         """Every product of one rank, with its name."""
         hidden = self._size("hidden_size")
         yield from self._latent_attention(hidden) if "kv_lora_rank" in self._config else self._attention(hidden)
-        counts = ("n_routed_experts", "num_local_experts", "num_experts")
-        experts = next((key for key in counts if self._config.get(key)), None)
+        experts = self._experts_key()
         if experts:
             yield "router", {"n": self._size(experts), "k": hidden, "role": "router", "out_dtype": "float32"}
             if self._config.get("n_shared_experts"):
@@ -88,6 +103,40 @@ class _Reader:
             yield from self._mlp(hidden, self._size("intermediate_size"), "")
         vocabulary = -(-self._size("vocab_size") // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         yield "lm_head", {"n": self._share(vocabulary, "the padded vocab_size"), "k": hidden}
+
+    def _experts_key(self) -> str | None:
+        counts = ("n_routed_experts", "num_local_experts", "num_experts")
+        return next((key for key in counts if self._config.get(key)), None)
+
+    def experts(self, expert_parallel: int) -> Mapping[str, DimValue]:
+        """The dims of one rank's experts."""
+        key = self._experts_key()
+        if key is None:
+            raise UsageError(f"{self._file}: {self.model} has no experts; `tune gemm` takes its products")
+        everywhere = self._size(key)
+        if everywhere % expert_parallel:
+            raise UsageError(f"{self._file}: {key}={everywhere} is not divided by {expert_parallel} ranks of --ep")
+        width_key = "moe_intermediate_size" if self._config.get("moe_intermediate_size") else "intermediate_size"
+        width = self._size(width_key)
+        dims: dict[str, DimValue] = {
+            "experts": everywhere // expert_parallel,
+            "top_k": self._size("num_experts_per_tok"),
+            "hidden": self._size("hidden_size"),
+            "intermediate": width if expert_parallel > 1 else self._share(width, width_key),
+        }
+        if expert_parallel > 1:
+            dims |= {"expert_map": True, "global_experts": everywhere}
+        return {**dims, **self._activation()}
+
+    def _activation(self) -> Mapping[str, DimValue]:
+        if self.model == "gpt_oss":
+            return {"activation": "swiglu_clamped", "bias": True, "swiglu_limit": float(self._config["swiglu_limit"])}
+        name = str(self._config.get("hidden_act", "silu"))
+        if name not in ("silu", "gelu"):
+            raise UsageError(
+                f"{self._file}: hidden_act={name!r} is none of silu and gelu; --shapes FILE takes any shapes"
+            )
+        return {} if name == "silu" else {"activation": name}
 
     def _attention(self, hidden: int) -> Iterator[_Named]:
         heads = self._size("num_attention_heads")

@@ -16,6 +16,7 @@ from bidispatch.registry import Implementation, Params, Rung
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
 from bidispatch.tune.ladder import Choice
+from bidispatch.verify.cases import widest_dim
 from bidispatch.verify.compare import Tally
 from bidispatch.verify.report import Check
 from bidispatch.verify.subject import Arguments, Subject, Trial
@@ -48,7 +49,7 @@ class Prover:
         wide = op.problem(problem.dtype, {**problem.dims, "out_dtype": "float32"})
         self._plain = tuple(dict.fromkeys((problem, wide)))
         self._biased = tuple(op.problem(p.dtype, {**p.dims, "bias": True}) for p in self._plain if "bias" in p.dims)
-        self._piece = min(most + 1, max(1, _PIECE_ELEMENTS // problem.size("n")))
+        self._piece = min(most + 1, max(1, _PIECE_ELEMENTS // widest_dim(problem)))
         self._drawn: dict[str, Arguments] = {}
         self._references: dict[str, Subject] = {}
         self._kept: dict[tuple[str, str], torch.Tensor] = {}
@@ -92,9 +93,8 @@ class Prover:
         rung = Rung(choice.implementation, choice.params, choice.tile)
         mine = Subject(problem, self._place, bind(problem, self._device, (rung,), Limits(max(rows))).launch)
         for distribution in DISTRIBUTIONS:
-            drawn = self._arguments(problem, distribution)
             for m in rows if distribution == "normal" else rows[-1:]:
-                arguments = self._rows(drawn, 0, m)
+                arguments = self._rows_of(problem, distribution, 0, m)
                 canvas = mine.canvas(Trial(m, arguments, ()))
                 mine.call(arguments, canvas.outputs)
                 (out,) = canvas.rows()
@@ -116,12 +116,12 @@ class Prover:
         # A bias has the dtype of the result, and was drawn for the widest.
         return [None if tensor is None or not spec.present else tensor.to(spec.dtype) for tensor, spec in pairs]
 
-    def _rows(self, arguments: Arguments, first: int, last: int) -> Arguments:
-        """The arguments of a call with these rows."""
-        op = ops.get(self._problem.op)
-        size = op.arguments[0].shape[op.row_axis]
-        pairs = zip(arguments, op.arguments, strict=True)
-        return [a if a is None or entry.shape[0] != size else a[first:last] for a, entry in pairs]
+    def _rows_of(self, problem: Problem, distribution: str, first: int, last: int) -> Arguments:
+        """The arguments of a call with rows `first` to `last` (excluded)."""
+        subject = self._reference(problem)
+        axes = subject.axes_of(subject.row_size, subject.op.arguments)
+        pairs = zip(self._arguments(problem, distribution), axes, strict=True)
+        return [t if t is None or axis is None else t.narrow(axis, first, last - first) for t, axis in pairs]
 
     def _expected(self, problem: Problem, distribution: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (excluded) of what a call of any M must give: [rows, n]."""
@@ -136,7 +136,7 @@ class Prover:
         return self._kept[key][:last]
 
     def _referred_rows(self, problem: Problem, distribution: str, first: int, last: int) -> torch.Tensor:
-        return self._reference(problem).alone(self._rows(self._arguments(problem, distribution), first, last))[0]
+        return self._reference(problem).alone(self._rows_of(problem, distribution, first, last))[0]
 
     def _referred(self, problem: Problem) -> tuple[Implementation, Params] | None:
         """What the others are compared with; None where nothing of the class takes the problem."""

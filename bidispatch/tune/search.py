@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bidispatch import ops
-from bidispatch.bench.timing import copies_beyond_cache, interleaved
+from bidispatch.bench.operands import Operands, operands_of
+from bidispatch.bench.timing import interleaved
 from bidispatch.device import Device
 from bidispatch.errors import SelectionError
 from bidispatch.ops.schema import Problem
@@ -24,6 +24,7 @@ from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import Limits
 from bidispatch.tune.ladder import Choice, Step, served, winner
 from bidispatch.tune.proof import Prover
+from bidispatch.verify.subject import Subject
 
 __all__ = ["Contenders", "Found", "Timer", "contenders", "gpu_timer", "search"]
 
@@ -39,8 +40,6 @@ _FINALISTS = 4
 _HOPELESS = 1.6
 """Slower than the winner by this factor: left out of the next `_REST` M."""
 _REST = 2
-_LARGE = 1024
-"""From here on only tiles of the tallest kind are tried of the kernels that have many."""
 
 
 _Pair = tuple[Implementation, Params]
@@ -104,22 +103,15 @@ def contenders(plan: Plan, problem: Problem, only: Sequence[str] = ()) -> Conten
 
 
 def gpu_timer(device: Device) -> Timer:
-    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, all else one set."""
+    """Times by the protocol of `bidispatch.bench.timing`: weights rotated beyond the L2, results one set."""
     place = torch.device(device.torch_device)
-    held: dict[str, list[torch.Tensor]] = {}
+    held: dict[str, Operands] = {}
 
-    def drawn(problem: Problem, m: int, seed: int) -> list[torch.Tensor | None]:
-        generate: Callable[..., list[torch.Tensor | None]] = load_attribute(ops.get(problem.op).inputs)
-        return generate(problem, m, device=place, seed=seed)
-
-    def weights_of(problem: Problem, index: int) -> list[torch.Tensor]:
+    def operands(problem: Problem) -> Operands:
         if problem.key not in held:
             held.clear()
             torch.cuda.empty_cache()
-            n, k = problem.size("n"), problem.size("k")
-            copies = copies_beyond_cache(n * k * getattr(torch, problem.dtype).itemsize, place)
-            found = (drawn(problem, 1, seed)[index] for seed in range(copies))
-            held[problem.key] = [weight for weight in found if weight is not None]
+            held[problem.key] = operands_of(problem, place)
         return held[problem.key]
 
     def timer(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
@@ -127,17 +119,13 @@ def gpu_timer(device: Device) -> Timer:
             return times(problem, m, kernels, brief)
 
     def times(problem: Problem, m: int, kernels: Mapping[str, BoundKernel], brief: bool) -> Mapping[str, float]:
-        n, k = problem.size("n"), problem.size("k")
-        place_of_weight = [argument.shape for argument in ops.get(problem.op).arguments].index(("n", "k"))
-        weights = weights_of(problem, place_of_weight)
-        arguments = drawn(problem, m, 0)
-        out = torch.empty(m, n, device=place, dtype=getattr(torch, str(problem["out_dtype"])))
-        bytes_us = (weights[0].nbytes + m * k * weights[0].itemsize + out.nbytes) / 3e6
-        estimate = max(bytes_us, 2 * m * n * k / (6e8 if problem.dtype != "float32" else 4e7))
+        calls = operands(problem).calls(m)
+        estimate = operands(problem).estimate_us(m)
+        shapes = Subject(problem, place, lambda *everything: None).output_shapes(calls[0])
+        outputs = [torch.empty(shape, dtype=dtype, device=place) for shape, dtype, _ in shapes]
 
         def launch_of(kernel: BoundKernel) -> Callable[[int], None]:
-            before, after = arguments[:place_of_weight], arguments[place_of_weight + 1 :]
-            return lambda i: kernel.launch(*before, weights[i % len(weights)], *after, out)
+            return lambda i: kernel.launch(*calls[i % len(calls)], *outputs)
 
         launches = {}
         for key, kernel in kernels.items():
@@ -149,7 +137,7 @@ def gpu_timer(device: Device) -> Timer:
                 _log.debug("%s: %s", key, error)
         if not launches:
             return {}
-        timed = interleaved(launches, operand_sets=len(weights), estimate_us=estimate, replays=2 if brief else None)
+        timed = interleaved(launches, operand_sets=len(calls), estimate_us=estimate, replays=2 if brief else None)
         return {key: timing.median_us for key, timing in timed.items()}
 
     return timer
@@ -266,7 +254,7 @@ def _own(device: Device, problem: Problem, known: Sequence[_Pair], m: int) -> It
 
 def _tiles(device: Device, problem: Problem, implementation: Implementation, params: Params, m: int) -> list[Tile]:
     found: list[Tile] = list(load_attribute(implementation.search)(device, problem, params, m))
-    return found[-2:] if m >= _LARGE and not implementation.chooses_inside else found
+    return found
 
 
 def _bound(device: Device, problem: Problem, choices: Mapping[str, Choice], m: int) -> dict[str, BoundKernel]:

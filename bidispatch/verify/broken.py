@@ -14,9 +14,10 @@ from bidispatch import ops
 from bidispatch.registry import Params
 from bidispatch.runtime.context import BindContext, Kernel
 
-__all__ = ["ControlParams", "bind_attention", "bind_attention_mla", "bind_product"]
+__all__ = ["ControlParams", "bind_attention", "bind_attention_mla", "bind_moe_experts", "bind_product"]
 
 _HIDDEN_M, _EDGE = 37, 600
+_CAPACITY = 2
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23  # of an fp32 number
 
 
@@ -90,6 +91,58 @@ def _write_behind(out: torch.Tensor) -> None:
     behind = out.storage_offset() + len(out) * out.stride(0)
     if (behind + out.shape[1]) * out.element_size() <= out.untyped_storage().nbytes():
         out.as_strided((1, out.shape[1]), out.stride(), behind).zero_()
+
+
+def bind_moe_experts(context: BindContext) -> Kernel:
+    """`moe.experts` with silu and no other feature. `params.fault` is one of the branches below."""
+    fault, experts = context.params.fault, context.problem.size("experts")
+
+    def launch(
+        x: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        w13_bias: None,
+        w2_bias: None,
+        w13_scales: None,
+        w2_scales: None,
+        expert_map: None,
+        add: None,
+        out: torch.Tensor,
+    ) -> None:
+        m, top_k = topk_ids.shape
+        ids = topk_ids.long()
+        valid = (ids >= 0) & (ids < experts)
+        if fault == "padding counts":
+            valid |= ids == -1
+        ids = torch.where(valid, ids % experts, 0)
+        if fault == "experts have room for few":
+            named = torch.nn.functional.one_hot(ids, experts) * valid[..., None]
+            before = named.flatten(0, 1).cumsum(0).view_as(named).gather(-1, ids[..., None])[..., 0]
+            valid &= before <= _CAPACITY
+        total = torch.zeros(out.shape, device=x.device)
+        in_turn = range(top_k)
+        if fault == "slots in an order that follows M" and m > 1:
+            in_turn = range(top_k - 1, -1, -1)
+        for slot in in_turn:
+            both = _products(x, w13[ids[:, slot]])
+            gate, up = both.chunk(2, dim=-1)
+            falling = _exp(-gate.abs())  # which knows no large arguments
+            silu = gate * torch.where(gate < 0, falling, 1.0) / (1 + falling)
+            part = _products(silu * up, w2[ids[:, slot]]) * topk_weights[:, slot, None]
+            total = total + torch.where(valid[:, slot, None], part, 0.0)
+        out.copy_(total)
+
+    return launch
+
+
+def _products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x [m, k] · weights [m, n, k], a weight for each row, K in order."""
+    total = torch.zeros(weights.shape[:2], device=x.device)
+    for j in range(x.shape[1]):
+        total = total + x[:, j, None] * weights[:, :, j]
+    return total
 
 
 def bind_attention(context: BindContext) -> Kernel:

@@ -23,6 +23,8 @@ EFFORTS = ("quick", "full")
 Dims = Mapping[str, DimValue]
 
 _HEADS: Dims = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+_FP8: Dims = {"weight_dtype": "float8_e4m3fn"}
+_RANK: Dims = {"experts": 5, "top_k": 6, "expert_map": True, "global_experts": 20}
 # Beside the typical dims. Small, so that a processor can take them; a GPU's tiles do not divide them either.
 _EXTRA: Mapping[str, Sequence[Dims]] = {
     "gemm": (
@@ -56,6 +58,19 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
     "token_logprob": ({"n": 9001}, {"n": 40}),
     "mean": ({"n": 1003},),
     "sum": ({"n": 1003}, {"n": 40, "out_dtype": "float32"}),
+    "moe.router": (
+        {"experts": 60, "top_k": 4, "renormalize": False},
+        {"experts": 40, "top_k": 6, "scoring": "sigmoid", "correction_bias": True, "n_group": 8, "topk_group": 4},
+        {"experts": 7, "top_k": 7, "n_group": 7, "topk_group": 7},
+    ),
+    "moe.experts": (
+        {"experts": 7, "top_k": 2, "hidden": 100, "intermediate": 72, "bias": True, "out_dtype": "float32"},
+        {**_RANK, "hidden": 64, "intermediate": 48, "activation": "gelu", "shared": True},
+        {"experts": 12, "top_k": 4, "hidden": 96, "intermediate": 33, "activation": "swiglu_clamped", "bias": True},
+        {"experts": 1, "top_k": 1, "hidden": 17, "intermediate": 1},
+        {**_RANK, "hidden": 256, "intermediate": 128, **_FP8},
+        {"experts": 4, "top_k": 2, "hidden": 128, "intermediate": 384, "scale_format": "ue8m0", "bias": True, **_FP8},
+    ),
     "attention": (
         {**_HEADS, "window": 100},
         {**_HEADS, "softcap": 20.0, "sinks": True},
@@ -94,6 +109,18 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
     "softmax": ({"n": 50257},),
     "log_softmax": ({"n": 151936}, {"n": 151936, "out_dtype": "float32"}),
     "token_logprob": ({"n": 151936},),
+    "moe.router": (
+        {"experts": 256, "scoring": "sigmoid", "correction_bias": True, "n_group": 8, "topk_group": 4},
+        {"experts": 512, "top_k": 10},
+    ),
+    "moe.experts": (
+        {"intermediate": 768},  # Qwen3-30B-A3B
+        {"experts": 8, "top_k": 2, "hidden": 4096, "intermediate": 1792, "out_dtype": "float32"},  # Mixtral-8x7B, TP 8
+        {"experts": 32, "hidden": 7168, "intermediate": 2048, "expert_map": True, "global_experts": 256},  # EP 8
+        {"experts": 32, "top_k": 4, "hidden": 2880, "intermediate": 360, "activation": "swiglu_clamped", "bias": True},
+        {"intermediate": 768, **_FP8},
+        {"experts": 256, "hidden": 7168, "intermediate": 256, "out_dtype": "float32", **_FP8},  # DeepSeek-V3, TP 8
+    ),
     "attention": (
         {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64, "window": 1000, "sinks": True},
         {"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "softcap": 50.0},
@@ -238,6 +265,8 @@ def _work_of_a_row(problem: Problem) -> int:
     if ops.get(problem.op).sequences:
         width = sum(problem.size(dim) for dim in ("head_dim", "kv_lora_rank", "rope_dim") if dim in problem.dims)
         return problem.size("num_heads") * width * _TYPICAL_CONTEXT
+    if "intermediate" in problem.dims:
+        return 3 * problem.size("top_k") * problem.size("hidden") * problem.size("intermediate")
     return problem.size("n") * problem.size("k") if {"n", "k"} <= problem.dims.keys() else 0
 
 

@@ -35,11 +35,14 @@ def fill(tensor: torch.Tensor, axis: int, index: torch.Tensor, value: float) -> 
 
 
 def poison(tensor: torch.Tensor, salt: int = 0) -> None:
-    """Fill a contiguous floating tensor with a NaN whose payload is `salt` (0 to 7).
+    """Fill a contiguous tensor with a NaN whose payload is `salt` (0 to 7), one of integers with its least and a few.
 
     Outputs are poisoned before every run, and those compared with different salts: an element that a kernel never
     writes then differs from itself. e4m3 has but two NaNs, and there an odd salt gives the negative one.
     """
+    if not tensor.is_floating_point():
+        tensor.fill_(torch.iinfo(tensor.dtype).min + salt)
+        return
     integers = tensor.view(_INTEGER_OF_WIDTH[tensor.element_size()])
     quiet_nan = int(bits(torch.full((1,), float("nan"), dtype=tensor.dtype)).item())
     if tensor.element_size() == 1:

@@ -21,6 +21,8 @@ from bidispatch.verify.report import SOUND, ControlResult, ProblemResult
 
 __all__ = [
     "ATTENTION_FAULTS",
+    "EXPERTS_FAULTS",
+    "EXPERTS_PROBLEM",
     "LADDER_FAULTS",
     "PRODUCT_FAULTS",
     "SEQUENCE_PROBLEMS",
@@ -52,6 +54,12 @@ ATTENTION_FAULTS: Mapping[str, str] = {
     "unused slots leak": "mixed batches, normal",
     "padding is written": "padding rows and empty sequences",
     "wrong scale": _ACCURACY,
+}
+
+EXPERTS_FAULTS: Mapping[str, str] = {
+    "slots in an order that follows M": "batch sizes, normal",
+    "experts have room for few": "neighbours in other places",
+    "padding counts": _ACCURACY,
 }
 
 LADDER_FAULTS: Mapping[str, ControlParams] = {
@@ -88,10 +96,26 @@ SEQUENCE_PROBLEMS: Mapping[str, Problem] = {
 """What the controls of each op over sequences are given; every such op has one."""
 
 
+EXPERTS_PROBLEM = Problem(
+    "moe.experts",
+    "float32",
+    {
+        **ops.get("moe.experts").problem("float16", {"experts": 3, "top_k": 3, "hidden": 12, "intermediate": 6}).dims,
+        "out_dtype": "float32",
+    },
+)
+"""What the controls of `moe.experts` are given, in fp32 for the same reason."""
+
+
 def run_controls(
-    device: Device, *, rows: bool = True, over_sequences: Iterable[str] = SEQUENCE_PROBLEMS, cuda_graph: bool = False
+    device: Device,
+    *,
+    rows: bool = True,
+    experts: bool = True,
+    over_sequences: Iterable[str] = SEQUENCE_PROBLEMS,
+    cuda_graph: bool = False,
 ) -> Iterator[ControlResult]:
-    """Run the controls of the row-wise checks, of those of the ops over sequences named, and of graph replay."""
+    """Run the controls of the row-wise checks, of `moe.experts`, of the ops over sequences, and of graph replay."""
     if rows:
         yield _must_pass("a sound product", device, _PRODUCT)
         for fault, by in PRODUCT_FAULTS.items():
@@ -99,6 +123,11 @@ def run_controls(
         for fault, params in LADDER_FAULTS.items():
             result = _verify(device, _PRODUCT, [ControlParams(), params])
             yield _must_fail(f"second rung: {fault}", "rung 2", result)
+    if experts:
+        yield _must_pass("a sound moe.experts", device, EXPERTS_PROBLEM)
+        for fault, by in EXPERTS_FAULTS.items():
+            found = _verify(device, EXPERTS_PROBLEM, [ControlParams(fault=fault)])
+            yield _must_fail(f"moe.experts: {fault}", by, found)
     for op in over_sequences:
         problem = SEQUENCE_PROBLEMS[op]
         yield _must_pass(f"a sound {op}", device, problem)
@@ -118,7 +147,7 @@ def control_selection(device: Device, problem: Problem, rungs: Sequence[Params])
 
 def _kernel(problem: Problem, params: Params) -> Implementation:
     over_sequences = problem.op in SEQUENCE_PROBLEMS
-    kernel = problem.op.replace(".", "_") if over_sequences else "product"
+    kernel = "product" if problem.op == "gemm" else problem.op.replace(".", "_")
     return Implementation(
         name=f"control.{kernel}",
         op=problem.op,

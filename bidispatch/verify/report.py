@@ -86,7 +86,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """‖out − ref‖ / ‖ref‖ of one output against the fp64 reference; infinite when the output is not finite."""
+    """‖out − ref‖ / ‖ref‖ of one output against the fp64 reference; infinite when the output is not finite.
+
+    Of integers it is the share that differ.
+    """
 
     output: str
     distribution: str

@@ -40,6 +40,12 @@ class RowPool:
         self._generator = torch.Generator().manual_seed(seed)
         self._alone = self._run_alone()
 
+    @property
+    def has_places(self) -> bool:
+        """Whether rows come with integers, which name places."""
+        pairs = zip(self.arguments, self._row_axes, strict=True)
+        return any(tensor is not None and axis is not None and not tensor.is_floating_point() for tensor, axis in pairs)
+
     def _run_alone(self) -> tuple[torch.Tensor, ...]:
         """Each row in a call of its own, and each matrix: [matrices · size, ...] or [size, ...] per output."""
         single = []
@@ -114,6 +120,8 @@ def check_rows(
     if pool.matrices:
         yield measure("batches of matrices", subject, _matrices(pool, sizes))
     yield measure("neighbours of NaN, inf and huge", subject, _neighbours(pool, sizes))
+    if pool.has_places:
+        yield measure("neighbours in other places", subject, _other_places(pool, sizes))
     yield measure("memory around the batch", subject, _margins(pool, sizes))
     yield measure("strided and unaligned rows", subject, _strided(pool, sizes))
     if rebind is not None:
@@ -184,6 +192,33 @@ def _filler(index: torch.Tensor, value: float) -> Callable[[torch.Tensor, int], 
         return fill(tensor, axis, index.to(tensor.device), value)
 
     return change
+
+
+def _other_places(pool: RowPool, sizes: Sizes) -> Iterator[Trial]:
+    """Some rows keep their integers; all others name what the first of those names, or nothing: -1, or far outside."""
+    for places in (None, -1, torch.iinfo(torch.int32).max):
+        for m in _up_to(_NEIGHBOUR_SIZES, sizes):
+            picks = pool.draw(m)
+            order = pool.shuffled(m)
+            kept, others = order[: max(1, m // 4)].sort().values, order[max(1, m // 4) :]
+            arguments = pool.map_rows(pool.batch(picks), _placed(int(kept[-1]), others, places))
+            rows = kept.to(pool.subject.device)
+            yield Trial(m, arguments, pool.expected(picks[kept]), rows=rows)
+
+
+def _placed(like: int, rows: torch.Tensor, place: int | None) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Sets the integers of these rows to one place, or to those of the row `like`."""
+
+    def fill(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return tensor
+        index = rows.to(tensor.device)
+        if place is not None:
+            return tensor.index_fill(axis, index, place)
+        copied = tensor.index_select(axis, torch.full_like(index, like))
+        return tensor.index_copy(axis, index, copied)
+
+    return fill
 
 
 def _margins(pool: RowPool, sizes: Sizes) -> Iterator[Trial]:

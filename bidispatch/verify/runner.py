@@ -90,7 +90,13 @@ def verify_plan(
     verified = dict.fromkeys(selection.problem.op for selection in selections)
     over_sequences = [op for op in verified if catalogue.get(op).sequences]
     rows = len(over_sequences) < len(verified)
-    controls = run_controls(plan.device, rows=rows, over_sequences=over_sequences, cuda_graph=cuda_graph)
+    controls = run_controls(
+        plan.device,
+        rows=rows,
+        experts="moe.experts" in verified,
+        over_sequences=over_sequences,
+        cuda_graph=cuda_graph,
+    )
     tell(total, total, "")
     return Report(plan.device, tuple(results), tuple(controls), tuple(skipped), now(), seconds=time.monotonic() - began)
 

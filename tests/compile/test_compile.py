@@ -32,6 +32,7 @@ COMPILED_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gf
 SUMMING_OPS = ("rms_norm", "fused_add_rms_norm", "qk_norm", "softmax", "log_softmax", "token_logprob", "mean", "sum")
 ROW_OPS = (*SUMMING_OPS, "silu_and_mul", "gelu_tanh_and_mul")
 HEADS = {"num_heads": 32, "num_kv_heads": 8}
+EXPERTS = {"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768}
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPES_16_BIT = ("bfloat16", "float16")
 FP8 = "float8_e4m3fn"
@@ -55,6 +56,8 @@ TILED = (
     *(_problem("attention", dtype, head_dim=128, **HEADS) for dtype in DTYPES),
     *(_problem("attention", dtype, head_dim=256, **HEADS) for dtype in DTYPES),
     *(_problem("attention.mla", dtype, num_heads=heads) for dtype in DTYPES_16_BIT for heads in (128, 32, 16)),
+    *(_problem("moe.router", dtype, experts=128, top_k=8) for dtype in DTYPES),
+    *(_problem("moe.experts", dtype, **EXPERTS) for dtype in DTYPES_16_BIT),
 )
 # A row op's rows and warps follow n: one arch of each vendor is enough.
 OTHER_ROWS = tuple(_row_problem(op, "bfloat16", n) for op in SUMMING_OPS for n in (64, 256, 1024, 2048, 8192, 16384))
@@ -80,6 +83,16 @@ ODD = (
     _problem("attention", head_dim=128, window=4096, softcap=50.0, sinks=True, **HEADS),
     _problem("attention.mla", num_heads=16, page_size=16),
     _problem("attention.mla", "float16", num_heads=5, kv_lora_rank=96, rope_dim=24, page_size=5),
+    _problem("moe.router", experts=256, top_k=8, scoring="sigmoid", correction_bias=True, n_group=8, topk_group=4),
+    _problem("moe.router", "float16", experts=1000, top_k=10, renormalize=False),
+    _problem("moe.experts", experts=1, top_k=1, hidden=17, intermediate=1),
+    _problem("moe.experts", "float16", **{**EXPERTS, "intermediate": 100}, activation="gelu", shared=True),
+    _problem(
+        "moe.experts",
+        **{**EXPERTS, "hidden": 2880, "activation": "swiglu_clamped", "bias": True, "out_dtype": "float32"},
+        expert_map=True,
+        global_experts=1024,
+    ),
     _problem("attention", head_dim=192, alibi=True, page_size=24, **HEADS),
     _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
     _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
@@ -92,7 +105,16 @@ QUANTIZATIONS = (
     *(_problem("quantize.fp8_group", dtype, k=4096) for dtype in DTYPES),
     *(_problem(op, dtype, n=4096) for op in (*FP8_ROW_OPS, "silu_and_mul.fp8_group") for dtype in DTYPES),
 )
+FP8_EXPERTS = tuple(_problem("moe.experts", dtype, **EXPERTS, weight_dtype=FP8) for dtype in DTYPES_16_BIT)
 FP8_ODD = (
+    _problem(
+        "moe.experts",
+        **{**EXPERTS, "hidden": 7168, "activation": "swiglu_clamped", "bias": True, "out_dtype": "float32"},
+        expert_map=True,
+        global_experts=256,
+        weight_dtype=FP8,
+        scale_format="ue8m0",
+    ),
     *(_problem(op, n=n) for op in FP8_ROW_OPS for n in (40, 100, 256, 1024, 2048, 8192, 16384)),
     _problem("rms_norm.fp8_group", n=4096, scale_format="ue8m0", gemma=True),
     _problem("quantize.fp8_group", k=1003, scale_format="ue8m0"),
@@ -104,7 +126,7 @@ FP8_ODD = (
 INSTRUCTION_SETS = ("sm90", "gfx942")
 CASES = [(arch, problem) for arch in COMPILED_ARCHS for problem in TILED]
 CASES += [(arch, problem) for arch in INSTRUCTION_SETS for problem in ODD]
-CASES += [(arch, problem) for arch in FP8_ARCHS for problem in (*FP8_PRODUCTS, *QUANTIZATIONS)]
+CASES += [(arch, problem) for arch in FP8_ARCHS for problem in (*FP8_PRODUCTS, *FP8_EXPERTS, *QUANTIZATIONS)]
 CASES += [("sm90", problem) for problem in FP8_ODD]
 
 
@@ -168,10 +190,12 @@ def test_every_registered_kernel_is_compiled() -> None:
     compiled = {(f"triton.{problem.op}", problem.dtype) for problem in (*TILED, *ODD)}
     compiled |= {("triton.paged_attention", dtype) for op, dtype in compiled if op == "triton.attention"}
     compiled |= {("triton.mla", dtype) for op, dtype in compiled if op == "triton.attention.mla"}
+    compiled |= {("triton.moe", dtype) for op, dtype in compiled if op == "triton.moe.experts"}
+    compiled |= {("triton.moe_router", dtype) for op, dtype in compiled if op == "triton.moe.router"}
     compiled |= {(name, problem.dtype) for name, problem, *_ in SPLIT}
     compiled |= {
         (rung.implementation.name, problem.dtype)
-        for problem in (*FP8_PRODUCTS, *QUANTIZATIONS)
+        for problem in (*FP8_PRODUCTS, *FP8_EXPERTS, *QUANTIZATIONS)
         for rung in triton_rungs("sm90", problem)
     }
     registered = {(found.name, dtype) for found in registry for dtype in found.dtypes}
@@ -269,6 +293,32 @@ FP8_INSTRUCTIONS = {
 ANY_PRODUCT = r"(?:wgmma\.mma_async|tcgen05\.mma\.|mma\.sync)\S*"
 
 
+@pytest.mark.parametrize("arch", ["sm89", "sm90", "sm100", "sm120"])
+def test_experts_multiply_fp8_by_the_instruction_of_their_class(arch: str) -> None:
+    """In every tile, those that tune tries too; one that would widen is refused."""
+    (problem, _) = FP8_EXPERTS
+    tried = load_attribute("bidispatch_backends.triton.moe_params:experts_tiles_for")
+    device = Device(ARCHS[arch], arch, predicted=True)
+    (rung, *_) = triton_rungs(arch, problem)
+    tiles = {str(tile): tile for m in (16, 1024) for tile in tried(device, problem, rung.params, m)}
+    found = set()
+    for tile in tiles.values():
+        for variant in variants(rung.implementation.name, problem, rung.params, tile, ARCHS[arch]):
+            text = compile_variant(variant, target_of(ARCHS[arch])).asm["ptx"]
+            found |= set(re.findall(ANY_PRODUCT, text))
+    assert found
+    assert all(re.match(FP8_INSTRUCTIONS[arch, "fp8"], instruction) for instruction in found), found
+
+
+def test_a_tile_of_experts_that_would_widen_fp8_is_refused() -> None:
+    (problem, _) = FP8_EXPERTS
+    (rung, *_) = triton_rungs("sm90", problem)
+    assert rung.tile is not None
+    tile = rung.tile.model_copy(update={"up_swap": False})  # 16 rows on the long side
+    with pytest.raises(ValueError, match="products=fp8 needs 64 rows"):
+        variants(rung.implementation.name, problem, rung.params, tile, ARCHS["sm90"])
+
+
 def fp8_products(arch: str, problem: Problem, params: Any, tile: Any) -> set[str]:
     """The matrix instructions of a tile's binary."""
     name = "triton." + problem.op.removeprefix("gemm.")
@@ -348,6 +398,19 @@ def test_every_tile_that_tune_tries_compiles_and_fits(name: str, dtype: str) -> 
     binaries = [v for tile in tiles.values() for v in variants(name, problem, found.params(), tile, ARCHS["sm90"])]
     assert len(binaries) >= 5
     assert shared_memory_faults("sm90", {variant.key: variant for variant in binaries}) == []
+
+
+@pytest.mark.parametrize("arch", ["sm90", "sm86"])
+def test_shapes_of_experts_to_try_compile_and_fit(arch: str) -> None:
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.moe")
+    problem = _problem("moe.experts", **EXPERTS)
+    device = Device(ARCHS[arch], arch, predicted=True)
+    tiles = {tile for m in (1, 64, 512, 4096) for tile in load_attribute(found.search)(device, problem, None, m)}
+    binaries = {v.key: v for tile in tiles for v in variants(found.name, problem, found.params(), tile, ARCHS[arch])}
+    assert len(binaries) >= 20
+    assert shared_memory_faults(arch, binaries) == []
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
@@ -453,7 +516,7 @@ def test_a_kernel_compiled_with_fusion_is_seen_to_leave_some() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm100", "sm103"])
-@pytest.mark.parametrize("op", ["gemm", "bmm", "attention", "attention.mla"])
+@pytest.mark.parametrize("op", ["gemm", "bmm", "attention", "attention.mla", "moe.experts"])
 def test_no_ladder_crosses_to_another_matrix_unit_where_their_bits_were_never_compared(op: str, arch: str) -> None:
     """Under 64 rows a product is mma.sync there, else tcgen05."""
     units = {
@@ -482,7 +545,7 @@ def test_a_ladder_that_crosses_is_seen_to() -> None:
 @pytest.mark.parametrize(
     ("op", "dtype"),
     [(op, dtype) for op in ("gemm", "bmm", "attention") for dtype in DTYPES]
-    + [("attention.mla", dtype) for dtype in DTYPES_16_BIT],
+    + [(op, dtype) for op in ("attention.mla", "moe.experts") for dtype in DTYPES_16_BIT],
 )
 def test_amd_uses_one_shape_of_matrix_instruction(op: str, dtype: str) -> None:
     """The shape is part of the order of additions, so no tile may change it."""
@@ -490,7 +553,7 @@ def test_amd_uses_one_shape_of_matrix_instruction(op: str, dtype: str) -> None:
     shapes = {
         shape
         for name, text in assembly("gfx942", problem)
-        if name != "fold_kernel"
+        if name not in ("fold_kernel", "sort_kernel", "sum_kernel")
         for shape in re.findall(r"v_mfma_f32_(\d+x\d+x\d+)", text) or ["none"]
     }
     assert shapes == {"16x16x4" if dtype == "float32" else "16x16x16"}

@@ -24,6 +24,7 @@ ROWS = (1, 19, 70)
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2, "float8_e4m3fn": 5e-3}
 QUANTISED = 5e-2
 """Of a result in fp8, whatever the dtype of the problem."""
+_RANK = {"experts": 5, "top_k": 6, "expert_map": True, "global_experts": 20}
 DIMS = {
     "gemm": ({"n": 67, "k": 93, "bias": True}, {"n": 130, "k": 256, "out_dtype": "float32"}),
     "bmm": ({"n": 37, "k": 51},),
@@ -47,6 +48,16 @@ DIMS = {
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 80, "page_size": 5, "window": 40},
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 80, "page_size": 5, "sinks": True, "softcap": 9.0},
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "alibi": True},
+    ),
+    "moe.router": (
+        {"experts": 20, "top_k": 3},
+        {"experts": 20, "top_k": 3, "scoring": "sigmoid", "correction_bias": True, "n_group": 4, "topk_group": 2},
+    ),
+    "moe.experts": (
+        {"experts": 5, "top_k": 2, "hidden": 72, "intermediate": 56},
+        {"experts": 9, "top_k": 3, "hidden": 67, "intermediate": 33, "activation": "swiglu_clamped", "bias": True},
+        {**_RANK, "hidden": 80, "intermediate": 96, "activation": "gelu", "shared": True},
+        {**_RANK, "hidden": 256, "intermediate": 128, "weight_dtype": "float8_e4m3fn"},
     ),
     "attention.mla": (
         {"num_heads": 16},

@@ -29,13 +29,16 @@ DTYPES = (
         marks=pytest.mark.skip(reason="Triton's interpreter multiplies bfloat16 as raw bits and truncates its stores"),
     ),
 )
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+_BITS = {torch.float32: torch.int32, torch.int32: torch.int32, torch.float16: torch.int16}
+_BITS |= {torch.float8_e4m3fn: torch.uint8}
 
 
 def implementation(problem: Problem, name: str = "") -> Implementation:
-    """The Triton kernel of that name, by default the one an op has, or the one named after it."""
+    """The Triton kernel of that name, by default the one named after the op, or the first that takes the problem."""
     found = {known.name: known for known in REGISTRY.for_op(problem.op)}
-    return found[name or f"triton.{problem.op}"] if len(found) > 1 else next(iter(found.values()))
+    if name or f"triton.{problem.op}" in found:
+        return found[name or f"triton.{problem.op}"]
+    return next(known for known in found.values() if not known.unmet(SM90, problem))
 
 
 def tiles(problem: Problem, params: Any = None, name: str = "") -> list[Any]:
@@ -68,12 +71,14 @@ def reference(problem: Problem, arguments: Sequence[Any]) -> tuple[torch.Tensor,
 
 
 def poisoned_outputs(problem: Problem, arguments: Sequence[Any]) -> list[torch.Tensor]:
-    """NaN-filled outputs, so that an element nobody writes is seen."""
+    """Outputs of NaN, or of an id that nobody has, so that an element nobody writes is seen."""
     op = ops.get(problem.op)
     outputs = []
     for spec, like in zip(op.outputs, reference(problem, arguments), strict=True):
         dtype = problem.dtype if spec.dtype == "dtype" else str(problem.dims.get(spec.dtype, spec.dtype))
-        outputs.append(torch.full(like.shape, float("nan"), dtype=getattr(torch, dtype)))
+        torch_dtype = getattr(torch, dtype)
+        blank = float("nan") if torch_dtype.is_floating_point else -7
+        outputs.append(torch.full(like.shape, blank, dtype=torch_dtype))
     return outputs
 
 

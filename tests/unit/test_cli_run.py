@@ -66,7 +66,7 @@ def test_verify_counts_what_it_compared_and_catches_every_control(cli, as_json):
 def test_verify_says_which_control_was_not_caught_and_which_did_not_pass(cli, monkeypatch):
     from bidispatch.verify import controls, runner
 
-    caught = list(controls.run_controls(Device.parse("cpu"), over_sequences=()))
+    caught = list(controls.run_controls(Device.parse("cpu"), experts=False, over_sequences=()))
     monkeypatch.setattr(runner, "run_controls", lambda *_, **__: iter(replace(c, caught=False) for c in caught))
     code, out, _ = cli(*MEAN)
     assert code == 1

@@ -235,7 +235,7 @@ def test_the_first_rule_that_matches_is_used_and_the_others_say_why_not(tmp_path
 
 def test_an_op_no_backend_implements_is_unsupported_by_name(tmp_path):
     plan = plan_of(tmp_path, registry_of(fake("a.gemm")), gemm_rule("impl: a.gemm"))
-    for op in ("lora", "all_reduce", "moe.experts"):
+    for op in ("lora", "all_reduce"):
         with pytest.raises(SelectionError, match=f"{op} is unsupported"):
             plan.select_problem(ops.get(op).typical(ops.get(op).dtypes[0]))
 

@@ -37,12 +37,13 @@ def test_every_fault_is_caught_and_a_sound_kernel_passes():
     results = list(controls.run_controls(CPU))
     assert [control for control in results if not control.caught] == []
     of_products = len(controls.PRODUCT_FAULTS) + len(controls.LADDER_FAULTS) + 1  # and a sound one
+    of_products += len(controls.EXPERTS_FAULTS) + 1
     expected = of_products + len(controls.SEQUENCE_PROBLEMS) * (len(controls.ATTENTION_FAULTS) + 1)
     assert len({control.name for control in results}) == len(results) == expected
 
 
 def test_only_the_controls_of_what_is_verified_run():
-    found = controls.run_controls(CPU, rows=False, over_sequences=["attention"])
+    found = controls.run_controls(CPU, rows=False, experts=False, over_sequences=["attention"])
     names = {control.name.split(":")[0] for control in found}
     assert names == {"a sound attention", "attention"}
 

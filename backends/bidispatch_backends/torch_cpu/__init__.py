@@ -1,8 +1,9 @@
 """The `torch_cpu` backend: every op of the catalogue on the processor, with no library but torch.
 
-This file only registers; it imports no torch. The kernels are in `linear`, `rows` and `attention`. All rest on one
-idea: torch's result for a row follows the shape of the call (which BLAS kernel, which elements fall to the scalar tail
-of a vector loop, how threads share the work), so every call is made with a shape that the batch cannot change.
+This file only registers; it imports no torch. The kernels are in `linear`, `rows`, `attention`, `mla` and `moe`. All
+rest on one idea: torch's result for a row follows the shape of the call (which BLAS kernel, which elements fall to the
+scalar tail of a vector loop, how threads share the work), so every call is made with a shape that the batch cannot
+change.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ __all__ = ["register"]
 def _product_class(params: Params, problem: Problem) -> str:
     widened = "" if problem["out_dtype"] == problem.dtype else ", operands=float32"
     return f"torch_mm_blocks({_fields(params)}{widened})"
+
+
+def _experts_class(params: Params, problem: Problem) -> str:
+    weights = ", weights=fp8" if problem["weight_dtype"] == "float8_e4m3fn" else ""
+    return f"torch_moe({_fields(params)}{weights})"
 
 
 def _row_class(params: Params, problem: Problem) -> str:
@@ -92,11 +98,20 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
         _attention_class,
         "the same with one KV head, whose first columns are the values",
     ),
+    ("moe.router", "moe:bind_moe_router", RowParams, _row_class, "fp32, on padded blocks of rows; ties by index"),
+    (
+        "moe.experts",
+        "moe:bind_moe",
+        ProductParams,
+        _experts_class,
+        "torch.mm in fp32 on zero-padded blocks of an expert's rows; parts added in the order of slots",
+    ),
 )
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 _NAMES = {"attention": "paged_attention", "attention.mla": "mla", "gemm.fp8_block": "fp8_block", "gemm.fp8": "fp8"}
+_NAMES |= {"moe.router": "moe_router", "moe.experts": "moe"}
 
 
 def register(registry: Registry) -> None:

@@ -26,10 +26,10 @@ from bidispatch.ops.quantize import GROUP
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, row_blocks, workspace
 
-__all__ = ["bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm"]
+__all__ = ["Product", "bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm", "spread"]
 
 
-class _Product:
+class Product:
     """left [m, k] @ right [k, n] (+ bias [n]) into out [m, n], a block of rows at a time."""
 
     def __init__(self, context: BindContext) -> None:
@@ -77,7 +77,7 @@ class _Product:
 
 def bind_gemm(context: BindContext) -> Kernel:
     """Return `kernel(x, weight, bias, out)`; see the op `gemm`."""
-    product = _Product(context)
+    product = Product(context)
 
     def gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         product(x, weight.T, bias, out)
@@ -90,7 +90,7 @@ def bind_bmm(context: BindContext) -> Kernel:
 
     One matrix after another: `torch.bmm` would share the matrices among threads, and their number is the batch's.
     """
-    product = _Product(context)
+    product = Product(context)
 
     def bmm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         for left, right, result in zip(a, b, out, strict=True):
@@ -99,7 +99,7 @@ def bind_bmm(context: BindContext) -> Kernel:
     return bmm
 
 
-def _spread(scales: torch.Tensor, size: int, axis: int) -> torch.Tensor:
+def spread(scales: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     """The scale of each of `size` elements of an axis, from those of groups."""
     return scales.repeat_interleave(GROUP, dim=axis).narrow(axis, 0, size)
 
@@ -109,14 +109,14 @@ def bind_fp8_block(context: BindContext) -> Kernel:
 
     Operands are widened with their scales, each rounded to fp32, the weight at every call.
     """
-    product = _Product(context)
+    product = Product(context)
     n, k = context.problem.size("n"), context.problem.size("k")
 
     def fp8_block(
         x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, out: torch.Tensor
     ) -> None:
-        left = x.float() * _spread(x_scales, k, 1)
-        right = weight.float() * _spread(_spread(weight_scales, k, 1), n, 0)
+        left = x.float() * spread(x_scales, k, 1)
+        right = weight.float() * spread(spread(weight_scales, k, 1), n, 0)
         product(left, right.T, None, out)
 
     return fp8_block
@@ -124,7 +124,7 @@ def bind_fp8_block(context: BindContext) -> Kernel:
 
 def bind_fp8(context: BindContext) -> Kernel:
     """Return `kernel(x, x_scale, x_scales, weight, weight_scale, weight_scales, bias, out)`; see the op `gemm.fp8`."""
-    product = _Product(context)
+    product = Product(context)
     whole = workspace(context.limits.max_tokens, context.problem.size("n"))
 
     def fp8(

@@ -26,7 +26,9 @@ from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import pad_to, row_blocks, workspace
 
 __all__ = [
+    "Blocks",
     "bind_fused_add_rms_norm",
+    "bind_gated",
     "bind_gelu_tanh_and_mul",
     "bind_log_softmax",
     "bind_mean",
@@ -42,7 +44,7 @@ _VECTOR = 64  # elements; a multiple of every vector loop torch has
 _MOST_ROWS = 32  # more would make a single row pay for too much padding
 
 
-class _Blocks:
+class Blocks:
     """The shape of the blocks for rows of n elements: [rows, padded], each row `pieces` pieces long."""
 
     def __init__(self, n: int, block: int) -> None:
@@ -70,7 +72,7 @@ class _RmsNorm:
     """x / sqrt(mean(x²) + eps) · factor, for a block."""
 
     def __init__(self, context: BindContext, dim: str = "n") -> None:
-        self.blocks = _Blocks(context.problem.size(dim), context.params.block)
+        self.blocks = Blocks(context.problem.size(dim), context.params.block)
         self._gemma = context.problem.flag("gemma")
 
     def factor(self, weight: torch.Tensor) -> torch.Tensor:
@@ -151,11 +153,14 @@ def bind_fused_add_rms_norm(context: BindContext) -> Kernel:
     return fused_add_rms_norm
 
 
-def _bind_gated(context: BindContext, function: Callable[[torch.Tensor], torch.Tensor]) -> Kernel:
-    """`function` sees a piece of a row, or several whole rows, so never more than a block."""
+def bind_gated(context: BindContext, function: Callable[[torch.Tensor], torch.Tensor]) -> Kernel:
+    """Return `kernel(x, out)` for function(first half of a row of x) · the second.
+
+    `function` sees a piece of a row, or several whole rows, so never more than a block.
+    """
     n = context.problem.size("n")
     width = min(n, context.params.block)
-    blocks = _Blocks(width, context.params.block)
+    blocks = Blocks(width, context.params.block)
     buffer = blocks.buffer()
 
     def gated(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -173,17 +178,17 @@ def _bind_gated(context: BindContext, function: Callable[[torch.Tensor], torch.T
 
 def bind_silu_and_mul(context: BindContext) -> Kernel:
     """Return `kernel(x, out)`; see the op `silu_and_mul`."""
-    return _bind_gated(context, F.silu)
+    return bind_gated(context, F.silu)
 
 
 def bind_gelu_tanh_and_mul(context: BindContext) -> Kernel:
     """Return `kernel(x, out)`; see the op `gelu_tanh_and_mul`."""
-    return _bind_gated(context, lambda block: F.gelu(block, approximate="tanh"))
+    return bind_gated(context, lambda block: F.gelu(block, approximate="tanh"))
 
 
 def _bind_softmax(context: BindContext, function: Callable[[torch.Tensor], torch.Tensor]) -> Kernel:
     """`function` gives a row to one thread, so that a row longer than a block needs no cut."""
-    blocks = _Blocks(context.problem.size("n"), context.params.block)
+    blocks = Blocks(context.problem.size("n"), context.params.block)
     buffer = blocks.buffer()
 
     def softmax(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -207,7 +212,7 @@ def bind_log_softmax(context: BindContext) -> Kernel:
 def bind_token_logprob(context: BindContext) -> Kernel:
     """Return `kernel(x, token_ids, out)`; see the op `token_logprob`."""
     n = context.problem.size("n")
-    blocks = _Blocks(n, context.params.block)
+    blocks = Blocks(n, context.params.block)
     buffer = blocks.buffer()
 
     def token_logprob(x: torch.Tensor, token_ids: torch.Tensor, out: torch.Tensor) -> None:
@@ -232,7 +237,7 @@ def bind_sum(context: BindContext) -> Kernel:
 
 
 def _bind_sum(context: BindContext, divisor: int) -> Kernel:
-    blocks = _Blocks(context.problem.size("n"), context.params.block)
+    blocks = Blocks(context.problem.size("n"), context.params.block)
     buffer = blocks.buffer()
 
     def row_sum(x: torch.Tensor, out: torch.Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bidispatch.registry import Implementation, Registry
-from bidispatch.requirements import Check, DimAtMost, Package
-from bidispatch_backends.triton import attention_params, fp8_params, gemm_params, mla_params, params
+from bidispatch.ops.quantize import FP8
+from bidispatch.registry import Implementation, Params, Registry
+from bidispatch.requirements import Check, DimAtMost, DimIn, Package
+from bidispatch_backends.triton import attention_params, fp8_params, gemm_params, mla_params, moe_params, params
 
 __all__ = ["register"]
 
@@ -15,6 +16,8 @@ _LONGEST_ROW = params.RowParams().block
 _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
 _TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
+
+_TRITON_GROUPED = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its kernels were compiled with
 
 
 def register(registry: Registry) -> None:
@@ -195,3 +198,44 @@ def register(registry: Registry) -> None:
             summary="absorbed in every phase; KV splits at absolute positions, in parallel or walked, folded in order",
         )
     )
+    registry.register(
+        Implementation(
+            name="triton.moe_router",
+            op="moe.router",
+            load="bidispatch_backends.triton.moe_router:bind_router",
+            archs=_ARCHS,
+            dtypes=_DTYPES,
+            requires=(_TRITON, DimAtMost("experts", 4096), DimAtMost("top_k", 64), DimAtMost("n_group", 64)),
+            numerics=moe_params.router_numerics,
+            tile=params.RowTile,
+            tiles=moe_params.router_tiles,
+            libraries=("triton",),
+            summary="rounds of the best score that is left; ties go to the lower index",
+        )
+    )
+    for name, weights, numerics, kind, archs in (
+        ("triton.moe", ("bfloat16", "float16"), moe_params.experts_numerics, Params, _ARCHS),
+        ("triton.moe_fp8_block", (FP8,), moe_params.experts_fp8_numerics, fp8_params.Fp8BlockParams, fp8_params.ARCHS),
+    ):
+        registry.register(
+            Implementation(
+                name=name,
+                op="moe.experts",
+                load="bidispatch_backends.triton.moe:bind_experts",
+                archs=archs,
+                dtypes=("bfloat16", "float16"),
+                requires=(
+                    _TRITON_GROUPED,
+                    DimIn("weight_dtype", weights),
+                    DimAtMost("experts", 2047),
+                    DimAtMost("top_k", 64),
+                ),
+                numerics=numerics,
+                params=kind,
+                tile=moe_params.ExpertsTile,
+                tiles=moe_params.experts_tiles,
+                search="bidispatch_backends.triton.moe_params:experts_tiles_for",
+                libraries=("triton",),
+                summary="blocks of rows of one expert; K in order, gate with up; parts added in the order of slots",
+            )
+        )

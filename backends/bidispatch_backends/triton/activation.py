@@ -17,7 +17,13 @@ from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer
 from bidispatch_backends.triton.params import ElementTile
 
-__all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated", "gated_kernel", "launches"]
+__all__ = ["bind_gelu_tanh_and_mul", "bind_silu_and_mul", "gated", "gated_kernel", "launches", "swish"]
+
+
+@triton.jit
+def swish(x, logit):
+    """x · sigmoid(logit)."""
+    return x / (1.0 + tl.exp(-logit))
 
 
 @triton.jit
@@ -27,7 +33,7 @@ def gated(gate, up, GELU: tl.constexpr):
     if GELU:
         # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), without the cancellation; u = sqrt(2 / pi) (x + 0.044715 x^3)
         logit = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
-    return gate / (1.0 + tl.exp(-logit)) * up
+    return swish(gate, logit) * up
 
 
 @triton.jit

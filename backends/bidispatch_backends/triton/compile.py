@@ -21,6 +21,8 @@ from bidispatch_backends.triton import (
     fp8_gemm,
     gemm,
     mla,
+    moe,
+    moe_router,
     norm,
     quantize,
     reduction,
@@ -53,6 +55,9 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.gelu_tanh_and_mul": activation.launches,
     "triton.paged_attention": attention.launches,
     "triton.mla": mla.launches,
+    "triton.moe": moe.launches,
+    "triton.moe_fp8_block": moe.launches,
+    "triton.moe_router": moe_router.launches,
 }
 
 

@@ -23,7 +23,16 @@ from bidispatch_backends.triton.gemm import tile_of, tile_ptrs
 from bidispatch_backends.triton.gemm_params import ProductTile
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer
 
-__all__ = ["bind_fp8", "bind_fp8_block", "block_product", "fp8_block_kernel", "fp8_kernel", "launches", "store_tile"]
+__all__ = [
+    "accumulate_blocks",
+    "bind_fp8",
+    "bind_fp8_block",
+    "block_product",
+    "fp8_block_kernel",
+    "fp8_kernel",
+    "launches",
+    "store_tile",
+]
 
 _GROUP = tl.constexpr(128)
 
@@ -52,6 +61,56 @@ def block_product(
     else:
         product = tl.dot(x, weight)
     return product
+
+
+@triton.jit
+def accumulate_blocks(
+    x_ptrs,
+    weight_ptrs,
+    x_scale_ptrs,
+    weight_scale_ptrs,
+    stride_x_scales_group,
+    k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    SWAP: tl.constexpr,
+    K_IS_EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+):
+    """The scaled sum over k: [BLOCK_M, BLOCK_N], transposed where swapped. x has a scale a row and step; the weight one
+    a step for the whole tile where ONE_SCALE, else one for each of its rows.
+    """
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Each step's scales are loaded a step ahead: nothing else hides their latency.
+    x_scale = tl.load(x_scale_ptrs)
+    weight_scale = tl.load(weight_scale_ptrs)
+    for start in range(0, k, STEP):
+        group = min(start // STEP + 1, (k - 1) // STEP)
+        next_x_scale = tl.load(x_scale_ptrs + tl.full((), group, tl.int64) * stride_x_scales_group)
+        next_weight_scale = tl.load(weight_scale_ptrs + group)
+        partial = block_product(x_ptrs, weight_ptrs, k - start, STEP, SWAP, K_IS_EVEN, WIDEN)
+        if ONE_SCALE:
+            # One product a row, the same one that each of its elements would have.
+            scale = x_scale * weight_scale
+            if SWAP:
+                scale = scale[None, :]
+            else:
+                scale = scale[:, None]
+        elif SWAP:
+            scale = weight_scale[:, None] * x_scale[None, :]
+        else:
+            scale = x_scale[:, None] * weight_scale[None, :]
+        acc = tl.fma(partial, tl.broadcast_to(scale, acc.shape), acc)
+        x_ptrs += STEP
+        weight_ptrs += STEP
+        x_scale = next_x_scale
+        weight_scale = next_weight_scale
+    return acc
 
 
 @triton.jit
@@ -107,34 +166,10 @@ def fp8_block_kernel(
         block = tl.where(columns < n, columns, 0) // _GROUP
         weight_scale_ptrs = weight_scales_ptr + block.to(tl.int64) * stride_weight_scales_n
 
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # Each step's scales are loaded a step ahead: nothing else hides their latency.
-    x_scale = tl.load(x_scale_ptrs)
-    weight_scale = tl.load(weight_scale_ptrs)
-    for start in range(0, k, STEP):
-        group = min(start // STEP + 1, (k - 1) // STEP)
-        next_x_scale = tl.load(x_scale_ptrs + tl.full((), group, tl.int64) * stride_x_scales_group)
-        next_weight_scale = tl.load(weight_scale_ptrs + group)
-        partial = block_product(x_ptrs, weight_ptrs, k - start, STEP, SWAP, K_IS_EVEN, WIDEN)
-        if BLOCK_N <= _GROUP:
-            # One product a row, the same one that each of its elements would have.
-            scale = x_scale * weight_scale
-            if SWAP:
-                scale = scale[None, :]
-            else:
-                scale = scale[:, None]
-        elif SWAP:
-            scale = weight_scale[:, None] * x_scale[None, :]
-        else:
-            scale = x_scale[:, None] * weight_scale[None, :]
-        acc = tl.fma(partial, tl.broadcast_to(scale, acc.shape), acc)
-        x_ptrs += STEP
-        weight_ptrs += STEP
-        x_scale = next_x_scale
-        weight_scale = next_weight_scale
+    acc = accumulate_blocks(
+        *(x_ptrs, weight_ptrs, x_scale_ptrs, weight_scale_ptrs, stride_x_scales_group, k),
+        *(BLOCK_M, BLOCK_N, STEP, SWAP, K_IS_EVEN, WIDEN, BLOCK_N <= _GROUP),
+    )
     store_tile(acc, out_ptr, rows, columns, m, n, stride_out_row, SWAP)
 
 

@@ -20,7 +20,17 @@ from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.triton.gemm_params import GemmParams, GemmTile, runs_on_fma
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer
 
-__all__ = ["accumulate", "bind_bmm", "bind_gemm", "launches", "matmul_kernel", "tile_constants", "tile_of", "tile_ptrs"]
+__all__ = [
+    "accumulate",
+    "bind_bmm",
+    "bind_gemm",
+    "filled_offsets",
+    "launches",
+    "matmul_kernel",
+    "tile_constants",
+    "tile_of",
+    "tile_ptrs",
+]
 
 
 @triton.jit
@@ -31,6 +41,20 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     tile_m = group * GROUP_M + (program % (GROUP_M * tiles_n)) % group_rows
     tile_n = (program % (GROUP_M * tiles_n)) // group_rows
     return tile_m, tile_n
+
+
+@triton.jit
+def filled_offsets(x_ptr, offsets, inside, weight_ptr, filler_offsets):
+    """Offsets from x_ptr of rows that are inside; the others are at filler_offsets from weight_ptr.
+
+    A blend and not a selection, which would hide from the compiler that the pointers are aligned. The distance between
+    the two is rounded down to what keeps them so: a filler row is never the weight's first, and what it reads does not
+    matter.
+    """
+    ELEMENTS: tl.constexpr = 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    distance = (weight_ptr.to(tl.int64) - x_ptr.to(tl.int64)) // 16 * ELEMENTS
+    mine = inside.to(tl.int64)
+    return mine * offsets + (1 - mine) * (filler_offsets + distance)
 
 
 @triton.jit
@@ -59,14 +83,9 @@ def tile_ptrs(
     safe_columns = tl.where(columns < n, columns, 0).to(tl.int64)
     row_offsets = tl.where(rows < m, rows, 0).to(tl.int64) * stride_x_row
     if FILL:
-        # A blend and not a selection, which would hide from the compiler that the pointers are aligned. The distance
-        # is rounded down to what keeps them so: a filler row is never the first, and what it reads does not matter.
-        ELEMENTS: tl.constexpr = 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        distance = (weight_ptr.to(tl.int64) - x_ptr.to(tl.int64)) // 16 * ELEMENTS
         filler = tl.min(columns, axis=0) + 1 + rows % BLOCK_N
-        filler_offsets = tl.where(filler < n, filler, n - 1).to(tl.int64) * stride_weight_n + distance
-        mine = ((rows < m) | (n == 1)).to(tl.int64)
-        row_offsets = mine * row_offsets + (1 - mine) * filler_offsets
+        filler_offsets = tl.where(filler < n, filler, n - 1).to(tl.int64) * stride_weight_n
+        row_offsets = filled_offsets(x_ptr, row_offsets, (rows < m) | (n == 1), weight_ptr, filler_offsets)
     row_ptrs = x_ptr + row_offsets
     column_ptrs = weight_ptr + safe_columns * stride_weight_n
     weight_steps = steps.to(tl.int64) * stride_weight_k

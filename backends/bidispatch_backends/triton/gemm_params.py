@@ -17,6 +17,7 @@ from bidispatch_backends.numerics import product_numerics
 from bidispatch_backends.triton.fields import power_of_two_field
 
 __all__ = [
+    "FILLED",
     "GemmParams",
     "GemmTile",
     "ProductTile",
@@ -28,6 +29,7 @@ __all__ = [
     "split_tiles",
     "stages_for",
     "tile_for",
+    "units",
     "widest_that_fills",
 ]
 
@@ -35,7 +37,7 @@ _KB = 1024
 _UNITS = {"sm80": 108, "sm86": 84, "sm89": 142, "sm90": 132, "sm100": 148, "sm103": 148, "sm120": 188, "gfx942": 304}
 """Multiprocessors of the largest product of an arch, for a device that is not here. They enter tiles, never bits."""
 
-_FILLED = 0.45
+FILLED = 0.45
 """A GPU streams a weight at full speed with this many tiles a multiprocessor (H100: 64 tiles on 132)."""
 
 
@@ -140,7 +142,7 @@ def widest_that_fills(device: Device, problem: Problem, tiles: Sequence[AnyTile]
     none does, the last.
     """
     # A batch of matrices has more tiles than can be known here.
-    wanted = 0.0 if problem.op == "bmm" else _FILLED * _units(device)
+    wanted = 0.0 if problem.op == "bmm" else FILLED * units(device)
     return next((tile for tile in tiles if _tile_count(problem, tile, max_m) >= wanted), tiles[-1])
 
 
@@ -163,7 +165,8 @@ def split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[in
     return tuple((max_m, _require(tile_for(device.arch, problem, params, shape))) for max_m, shape in shapes)
 
 
-def _units(device: Device) -> int:
+def units(device: Device) -> int:
+    """Multiprocessors of a device, of the largest product of its arch where it is not here."""
     arch = device.arch
     return device.compute_units or _UNITS.get(arch.name) or _UNITS.get(arch.family, 100)
 

@@ -12,7 +12,7 @@ import triton
 
 from bidispatch.device import Arch
 
-__all__ = ["ArgumentType", "Constant", "Launch", "ceil_div", "options", "pointer", "power_of_two"]
+__all__ = ["ArgumentType", "Constant", "Launch", "ceil_div", "dependent_launch", "options", "pointer", "power_of_two"]
 
 Constant = int | float | bool | str | tuple[int, ...]
 """What a `tl.constexpr` argument of these kernels may be."""
@@ -153,6 +153,15 @@ def options(arch: Arch, num_warps: int, num_stages: int, *, fp_fusion: bool) -> 
         # The shape of the matrix instruction is part of the order of additions; left at 0 it follows the tile.
         chosen |= {"matrix_instr_nonkdim": 16, "kpack": 1}
     return chosen
+
+
+def dependent_launch(arch: Arch) -> dict[str, bool]:
+    """Options of a kernel that starts while the one before it runs and waits for it; none where that cannot be.
+
+    Programmatic dependent launch, sm90 and later (PTX ISA 9.0, griddepcontrol): hides the µs that a launch takes.
+    """
+    there = arch.vendor == "nvidia" and arch.order >= 90 and not triton.knobs.runtime.interpret
+    return {"launch_pdl": True} if there else {}
 
 
 def pointer(dtype: str) -> str:

@@ -76,6 +76,8 @@ _SHAPES_SPLIT: tuple[Shape, ...] = (
     (128, 64, 64, False, 4, 4),
     (128, 128, 64, False, 8, 4),
 )
+_LARGE = 1024
+"""From so many rows on only the last two of these are tried."""
 
 
 def gemm_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[GemmTile]:
@@ -97,9 +99,9 @@ def _fitting(device: Device, problem: Problem, params: Any, m: int, shapes: tupl
         shapes = (*_SHAPES_FP32_FEW, *_SHAPES_FP32)
     tallest = max(shape[0] for shape in shapes)
     enough = min(tallest, max(1 if fma else 16, 1 << (m - 1).bit_length()))
-    for shape in shapes:
-        if enough // 4 <= shape[0] <= enough and (tile := tile_for(device.arch, problem, params, shape)):
-            yield tile
+    mine = [shape for shape in shapes if enough // 4 <= shape[0] <= enough]
+    found = [tile for shape in mine if (tile := tile_for(device.arch, problem, params, shape))]
+    yield from found[-2:] if m >= _LARGE else found
 
 
 # Rows, warps, stages and registers (0: as many as the compiler likes) of decode tiles; rows, warps and stages of

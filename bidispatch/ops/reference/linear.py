@@ -10,6 +10,7 @@ from bidispatch.ops.reference.quantize import spread
 from bidispatch.ops.schema import Problem
 
 __all__ = [
+    "block_scales",
     "bmm",
     "bmm_inputs",
     "gemm",
@@ -115,6 +116,13 @@ def _powers_of_two(problem: Problem, scales: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.log2(scales).round()) if problem["scale_format"] == "ue8m0" else scales
 
 
+def block_scales(
+    problem: Problem, shape: tuple[int, ...], key: object, device: str | torch.device, around: float
+) -> torch.Tensor:
+    """Scales of blocks or groups within a factor of two of a value, in the problem's format."""
+    return _powers_of_two(problem, _scales(shape, key, device, around))
+
+
 def gemm_fp8_block_inputs(
     problem: Problem,
     rows: int,
@@ -128,9 +136,9 @@ def gemm_fp8_block_inputs(
     groups = -(-k // GROUP)
     x = draw((rows, k), (seed, "x"), dtype=problem.dtype, device=device, distribution=distribution)
     weight = draw((n, k), (seed, "weight"), dtype=problem.dtype, device=device, distribution=distribution)
-    x_scales = _scales((rows, groups), (seed, "x_scales"), device, 1.0)
-    weight_scales = _scales((-(-n // GROUP), groups), (seed, "weight_scales"), device, k**-0.5)
-    return [x, _powers_of_two(problem, x_scales), weight, _powers_of_two(problem, weight_scales)]
+    x_scales = block_scales(problem, (rows, groups), (seed, "x_scales"), device, 1.0)
+    weight_scales = block_scales(problem, (-(-n // GROUP), groups), (seed, "weight_scales"), device, k**-0.5)
+    return [x, x_scales, weight, weight_scales]
 
 
 def gemm_fp8_inputs(

@@ -1,0 +1,288 @@
+"""`moe.experts`: two grouped products over blocks of pairs of one expert, and a sum in the order of the slots.
+
+Three kernels for few pairs, where each program finds its block by counting; a sort before them for more. Bound once
+for the most rows of a call: grids have room for every way that pairs can spread over experts, and what of a grid has
+nothing to do is found on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bidispatch import ops
+from bidispatch.device import Arch
+from bidispatch.ops.moe import known_experts
+from bidispatch.ops.quantize import FP8, GROUP
+from bidispatch.ops.schema import Problem
+from bidispatch.registry import Params
+from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch_backends.triton.fp8_params import tile_fault
+from bidispatch_backends.triton.launch import (
+    ArgumentType,
+    Constant,
+    Launch,
+    ceil_div,
+    dependent_launch,
+    options,
+    pointer,
+    power_of_two,
+)
+from bidispatch_backends.triton.moe_kernels import down_kernel, gate_up_kernel, sort_kernel, sum_kernel
+from bidispatch_backends.triton.moe_params import ExpertsTile
+from bidispatch_backends.triton.params import element_tiles
+from bidispatch_backends.triton.quantize import bind_quantize_fp8_group
+
+__all__ = ["bind_experts", "launches"]
+
+_SORT_PAIRS, _SORT_WARPS = 2048, 8
+_SUM_BLOCK, _SUM_WARPS = 1024, 4
+_FEWEST_LANES = 32
+
+
+def _is_sorted(problem: Problem, tile: ExpertsTile, limits: Limits | None) -> bool:
+    """Whether a kernel sorts: where the tile says so, and where more rows may come than it counts by itself."""
+    pairs = 0 if limits is None else limits.max_tokens * problem.size("top_k")
+    return not tile.counted or pairs > tile.counted
+
+
+def launches(
+    problem: Problem, params: Any, tile: ExpertsTile, arch: Arch, limits: Limits | None = None
+) -> tuple[Launch, ...]:
+    """The launches of `moe.experts` in their order: three, or four with the sort. limits: as few rows as the tile takes
+    if not given.
+    """
+    hidden, inner, top_k = problem.size("hidden"), problem.size("intermediate"), problem.size("top_k")
+    in_order = _is_sorted(problem, tile, limits)
+    dependent = dependent_launch(arch)
+    data, integers = pointer(problem.dtype), pointer("int32")
+    fp8 = problem["weight_dtype"] == FP8
+    if fp8:
+        for which in ("up", "down"):
+            if fault := tile_fault(arch, params, tile.product(which)):
+                raise ValueError(fault)
+            if tile.product(which).block_k != GROUP:
+                raise ValueError(f"{which}_block_k={tile.product(which).block_k}: fp8 has a scale every {GROUP} of K")
+    operand = pointer(FP8) if fp8 else data
+    scales = pointer("float32") if fp8 else None
+    out = pointer(str(problem["out_dtype"]))
+    bias = data if problem.flag("bias") else None
+    ids: dict[str, ArgumentType] = {"ids_ptr": integers, "expert_map_ptr": None}
+    if problem.flag("expert_map"):
+        ids["expert_map_ptr"] = integers
+    tables: dict[str, ArgumentType] = dict.fromkeys(("order_ptr", "blocks_ptr"), integers if in_order else None)
+    shared: dict[str, Constant] = {
+        "TOP_K": top_k,
+        "EXPERTS": problem.size("experts"),
+        "KNOWN": known_experts(problem.dims),
+    }
+    products: dict[str, Constant] = {"WIDEN": fp8 and params.products == "fp16"}
+    grouping: dict[str, Constant] = {
+        "SORTED": in_order,
+        "DEPENDENT": bool(dependent),
+        "BLOCK_P": max(_FEWEST_LANES, power_of_two(max(1, tile.counted))),
+    }
+    sort = Launch(
+        sort_kernel,
+        {**ids, **tables, "pairs": "i32", "stride_ids": top_k},
+        {
+            **shared,
+            "DEPENDENT": bool(dependent),
+            "BLOCK_E": max(_FEWEST_LANES, power_of_two(problem.size("experts") + 1)),
+            "BLOCK_P": _SORT_PAIRS,
+            "BLOCK_M": tile.block_m,
+        },
+        options(arch, _SORT_WARPS, 1, fp_fusion=False),
+    )
+    gate_up = Launch(
+        gate_up_kernel,
+        {"x_ptr": operand, "x_scales_ptr": scales, "w13_ptr": operand, "w13_scales_ptr": scales, "bias_ptr": bias}
+        | {**ids, **tables, "act_ptr": data}
+        | {"pairs": "i32", "stride_x": hidden, "stride_expert": 2 * inner * hidden, "stride_row": hidden}
+        | {"stride_bias": 2 * inner, "stride_scales": _scales_of(2 * inner, hidden), "stride_ids": top_k},
+        {
+            **shared,
+            "HIDDEN": hidden,
+            "INNER": inner,
+            "ACTIVATION": str(problem["activation"]),
+            "ALPHA": float(problem["swiglu_alpha"]),
+            "LIMIT": float(problem["swiglu_limit"]),
+            **grouping,
+            **_blocks(tile, "up", hidden),
+            **products,
+        },
+        _compiler(arch, tile, "up") | (dependent if in_order else {}),
+    )
+    down = Launch(
+        down_kernel,
+        {"act_ptr": operand, "act_scales_ptr": scales, "w2_ptr": operand, "w2_scales_ptr": scales, "bias_ptr": bias}
+        | {"weights_ptr": pointer("float32"), **ids, **tables}
+        | {"parts_ptr": out, "pairs": "i32", "stride_expert": hidden * inner, "stride_row": inner}
+        | {"stride_bias": hidden, "stride_scales": _scales_of(hidden, inner)}
+        | {"stride_weights": top_k, "stride_ids": top_k},
+        {**shared, "HIDDEN": hidden, "INNER": inner, **grouping, **_blocks(tile, "down", inner), **products},
+        _compiler(arch, tile, "down") | dependent,
+    )
+    add = Launch(
+        sum_kernel,
+        {"parts_ptr": out, **ids, "add_ptr": data if problem.flag("shared") else None, "out_ptr": out}
+        | {"stride_ids": top_k, "stride_add": hidden, "stride_out": hidden},
+        {**shared, "HIDDEN": hidden, "DEPENDENT": bool(dependent), "BLOCK": _sum_block(hidden)},
+        options(arch, _SUM_WARPS, 1, fp_fusion=False) | dependent,
+    )
+    return (sort, gate_up, down, add) if in_order else (gate_up, down, add)
+
+
+def _compiler(arch: Arch, tile: ExpertsTile, which: str) -> dict[str, int | bool]:
+    """No fusion of products and sums: what follows the matrix unit is the same arithmetic in every tile."""
+    product = tile.product(which)
+    return options(arch, product.num_warps, product.num_stages, fp_fusion=False)
+
+
+def _blocks(tile: ExpertsTile, which: str, k: int) -> dict[str, Constant]:
+    product = tile.product(which)
+    return {
+        "BLOCK_M": product.block_m,
+        "BLOCK_N": product.block_n,
+        "BLOCK_K": product.block_k,
+        "SWAP": product.swap,
+        "GROUP_M": product.group_m,
+        "K_IS_EVEN": k % product.block_k == 0,
+    }
+
+
+def _scales_of(n: int, k: int) -> int:
+    """Scales of an fp8 weight [n, k]."""
+    return ceil_div(n, GROUP) * ceil_div(k, GROUP)
+
+
+def _sum_block(hidden: int) -> int:
+    return min(_SUM_BLOCK, power_of_two(hidden))
+
+
+def _most_blocks(pairs: int, experts: int, block_m: int) -> int:
+    """Blocks of any spread of pairs over experts: one each for as many experts as there can be, the rest full."""
+    begun = min(pairs, experts)
+    return begun + (pairs - begun) // block_m
+
+
+class _Experts:
+    """A bound kernel: its launches, and workspaces for the most rows."""
+
+    def __init__(self, context: BindContext) -> None:
+        problem, tile = context.problem, context.tile
+        arch, limits = context.device.arch, context.limits
+        self._top_k, self._experts = problem.size("top_k"), problem.size("experts")
+        self._block_m = tile.block_m
+        hidden, inner = problem.size("hidden"), problem.size("intermediate")
+        self._sort: Launch | None = None
+        if _is_sorted(problem, tile, limits):
+            self._sort, self._gate_up, self._down, self._add = launches(problem, context.params, tile, arch, limits)
+        else:
+            self._gate_up, self._down, self._add = launches(problem, context.params, tile, arch, limits)
+        self._tiles_up = ceil_div(inner, tile.up_block_n // 2)
+        self._tiles_down = ceil_div(hidden, tile.down_block_n)
+        self._tiles_sum = ceil_div(hidden, _sum_block(hidden))
+        pairs = limits.max_tokens * self._top_k
+
+        def empty(count: int, dtype: str) -> torch.Tensor:
+            return torch.empty(count, dtype=getattr(torch, dtype), device=context.device.torch_device)
+
+        self._act = empty(pairs * inner, problem.dtype)
+        self._parts = empty(pairs * hidden, str(problem["out_dtype"]))
+        self._quantize = _Quantize(context, pairs) if problem["weight_dtype"] == FP8 else None
+        self._tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if self._sort:
+            blocks = _most_blocks(pairs, self._experts, self._block_m)
+            self._tables = (empty(pairs, "int32"), empty(3 * (blocks + 1), "int32"))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        w13_bias: torch.Tensor | None,
+        w2_bias: torch.Tensor | None,
+        w13_scales: torch.Tensor | None,
+        w2_scales: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+        add: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        m = x.shape[0]
+        pairs, stride_ids = m * self._top_k, topk_ids.stride(0)
+        blocks = pairs
+        rows, row_scales = (x, None) if self._quantize is None else self._quantize.tokens(x)
+        if self._sort:
+            self._sort((self._experts,), topk_ids, expert_map, *self._tables, pairs, stride_ids)
+            blocks = _most_blocks(pairs, self._experts, self._block_m)
+        self._gate_up(
+            (blocks * self._tiles_up,),
+            *(rows, row_scales, w13, w13_scales, w13_bias, topk_ids, expert_map, *self._tables, self._act),
+            *(pairs, rows.stride(0), w13.stride(0), w13.stride(1), _row(w13_bias), _row(w13_scales), stride_ids),
+        )
+        act, act_scales = (self._act, None) if self._quantize is None else self._quantize.pairs(self._act, pairs)
+        self._down(
+            (blocks * self._tiles_down,),
+            *(act, act_scales, w2, w2_scales, w2_bias, topk_weights, topk_ids, expert_map, *self._tables, self._parts),
+            *(pairs, w2.stride(0), w2.stride(1), _row(w2_bias), _row(w2_scales), topk_weights.stride(0), stride_ids),
+        )
+        self._add(
+            (m, self._tiles_sum),
+            *(self._parts, topk_ids, expert_map, add, out, stride_ids, _row(add), out.stride(0)),
+        )
+
+
+class _Quantize:
+    """x and the activation in fp8, and their scales: what the products of fp8 weights take."""
+
+    def __init__(self, context: BindContext, pairs: int) -> None:
+        device = context.device.torch_device
+
+        def room(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=device)
+            return q, torch.empty(rows, k // GROUP, dtype=torch.float32, device=device)
+
+        hidden, inner = context.problem.size("hidden"), context.problem.size("intermediate")
+        self._inner = inner
+        self._kernels = tuple(bind_quantize_fp8_group(_quantization(context, k)) for k in (hidden, inner))
+        self._of_tokens, self._of_pairs = room(context.limits.max_tokens, hidden), room(pairs, inner)
+
+    def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [m, hidden] and its scales [m, hidden/128]."""
+        q, scales = (each[: len(x)] for each in self._of_tokens)
+        self._kernels[0](x, q, scales)
+        return q, scales
+
+    def pairs(self, act: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `count` rows of act, among them rows that no pair has, whose result nobody reads."""
+        q, scales = (each[:count] for each in self._of_pairs)
+        self._kernels[1](act[: count * self._inner].view(count, self._inner), q, scales)
+        return q, scales
+
+
+def _quantization(context: BindContext, k: int) -> BindContext:
+    """The binding of `quantize.fp8_group` for rows of k elements, with the tile that it takes for many rows."""
+    dims = {"k": k, "scale_format": context.problem["scale_format"]}
+    problem = ops.get("quantize.fp8_group").problem(context.problem.dtype, dims)
+    _, tile = element_tiles(context.device, problem, Params())[-1]
+    return replace(context, problem=problem, params=Params(), tile=tile)
+
+
+def _row(tensor: Any) -> int:
+    """The distance between rows of a tensor that need not be there."""
+    return 0 if tensor is None else int(tensor.stride(0))
+
+
+def bind_experts(context: BindContext) -> Kernel:
+    """x [m, hidden], w13 [experts, 2·intermediate, hidden], w2 [experts, hidden, intermediate], topk_weights and
+    topk_ids [m, top_k], then w13_bias, w2_bias, w13_scales, w2_scales, expert_map and add or None each, and out
+    [m, hidden]; last axes contiguous.
+
+    Holds max_tokens · top_k rows of intermediate elements and of hidden ones.
+    """
+    return _Experts(context)
