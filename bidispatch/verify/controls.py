@@ -101,6 +101,7 @@ EXPERTS_PROBLEM = Problem(
     "float32",
     {
         **ops.get("moe.experts").problem("float16", {"experts": 3, "top_k": 3, "hidden": 12, "intermediate": 6}).dims,
+        "weight_dtype": "float32",
         "out_dtype": "float32",
     },
 )
