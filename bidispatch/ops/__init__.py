@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bidispatch.errors import UsageError, did_you_mean
-from bidispatch.ops import activation, attention, linear, mla, moe, norm, planned, quantize, reduction
+from bidispatch.ops import activation, attention, int4, linear, mla, moe, norm, planned, quantize, reduction
 from bidispatch.ops.schema import Op
 
 __all__ = ["CATALOGUE", "get"]
 
 CATALOGUE: Mapping[str, Op] = {
     op.name: op
-    for family in (linear, quantize, norm, activation, reduction, attention, mla, moe, planned)
+    for family in (linear, int4, quantize, norm, activation, reduction, attention, mla, moe, planned)
     for op in family.OPS
 }
 

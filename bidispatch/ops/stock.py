@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bidispatch import ops
+from bidispatch.int4 import dequantize
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.linear import widened_blocks
 from bidispatch.ops.reference.moe import gated, local_experts, quantized
@@ -31,6 +32,7 @@ __all__ = [
     "gemm",
     "gemm_fp8",
     "gemm_fp8_block",
+    "gemm_int4",
     "log_softmax",
     "mean",
     "moe_experts",
@@ -55,6 +57,18 @@ def gemm(
 ) -> tuple[torch.Tensor, ...]:
     """`F.linear`, then a cast where the result is wider, as models do with their logits: [m, n]."""
     return (F.linear(x, weight, bias).to(_dtypes(problem)[1]),)
+
+
+def gemm_int4(
+    problem: Problem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """The weight dequantised, then as `gemm`: [m, n]."""
+    return gemm(problem, x, dequantize(weight, scales, zeros), bias)
 
 
 def bmm(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:

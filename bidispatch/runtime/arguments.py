@@ -71,7 +71,7 @@ def _known_size(axis: str | int, problem: Problem) -> int | None:
     whole, over, divisor = axis.partition("/")
     if over:
         size = _known_size(whole, problem)
-        return None if size is None else -(-size // int(divisor))
+        return None if size is None else -(-size // (int(divisor) if divisor.isdigit() else problem.size(divisor)))
     factor, times, dim = axis.partition("*")
     if times:
         return int(factor) * problem.size(dim)

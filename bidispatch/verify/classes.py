@@ -17,7 +17,7 @@ from bidispatch.verify.compare import Tally
 from bidispatch.verify.report import Check
 from bidispatch.verify.subject import Subject
 
-__all__ = ["check_merged"]
+__all__ = ["can_be_merged", "check_merged"]
 
 _MERGED = "merged and separate weights"
 _COLUMNS = 8
@@ -25,8 +25,10 @@ _COLUMNS = 8
 
 
 def can_be_merged(problem: Problem) -> bool:
-    """Whether an op has a weight [n, k], whose rows hosts merge and shard."""
-    return any(argument.shape == ("n", "k") for argument in ops.get(problem.op).arguments)
+    """Whether an op is a product with a weight [n, ...] for all its rows, which hosts merge and shard by n."""
+    return any(
+        argument.name == "weight" and argument.shape[0] == "n" for argument in ops.get(problem.op).arguments[1:2]
+    )
 
 
 def check_merged(selection: Selection, sizes: Sizes, select: Callable[[Problem], Selection]) -> Check:
@@ -73,11 +75,12 @@ def _divisor(axis: str | int) -> int:
 
 
 def _cut(tensor: torch.Tensor | None, entry: Argument, size: str, first: int, last: int) -> torch.Tensor | None:
-    """The part of an argument from `first` to `last` of a size, on its first axis, where it has that size or groups of
-    it; the argument itself where it has not.
+    """The part of an argument from `first` to `last` of a size, where an axis has that size or groups of it, contiguous
+    as what a host loads is; the argument itself where none has.
     """
-    axis, _, divisor = str(entry.shape[0]).partition("/")
-    if tensor is None or axis != size:
-        return tensor
-    group = int(divisor or 1)
-    return tensor[first // group : -(-last // group)]
+    for axis, extent in enumerate(entry.shape):
+        name, _, divisor = str(extent).partition("/")
+        if tensor is not None and name == size:
+            group = int(divisor or 1)
+            return tensor.narrow(axis, first // group, -(-last // group) - first // group).contiguous()
+    return tensor

@@ -27,6 +27,10 @@ QUANTISED = 5e-2
 _RANK = {"experts": 5, "top_k": 6, "expert_map": True, "global_experts": 20}
 DIMS = {
     "gemm": ({"n": 67, "k": 93, "bias": True}, {"n": 130, "k": 256, "out_dtype": "float32"}),
+    "gemm.int4": (
+        {"n": 80, "k": 2176, "bias": True},
+        {"n": 144, "k": 256, "zero_points": True, "group_size": 32, "out_dtype": "float32"},
+    ),
     "bmm": ({"n": 37, "k": 51},),
     "gemm.fp8_block": ({"n": 67, "k": 93}, {"n": 300, "k": 300, "scale_format": "ue8m0"}, {"n": 136, "k": 256}),
     "gemm.fp8": ({"n": 67, "k": 93, "bias": True}, {"n": 130, "k": 300, "x_scaling": "tensor"}),

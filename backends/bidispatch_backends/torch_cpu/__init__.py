@@ -68,6 +68,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
         )
         for op in ("silu_and_mul", "rms_norm", "fused_add_rms_norm")
     ),
+    ("gemm.int4", "linear:bind_int4", ProductParams, _product_class, "dequantised at each call, then as gemm"),
     ("rms_norm", "rows:bind_rms_norm", RowParams, _row_class, "fp32, on padded blocks of rows"),
     ("fused_add_rms_norm", "rows:bind_fused_add_rms_norm", RowParams, _row_class, "fp32, on padded blocks of rows"),
     ("qk_norm", "rows:bind_qk_norm", RowParams, _row_class, "fp32, on padded blocks of heads"),
@@ -110,8 +111,8 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
-_NAMES = {"attention": "paged_attention", "attention.mla": "mla", "gemm.fp8_block": "fp8_block", "gemm.fp8": "fp8"}
-_NAMES |= {"moe.router": "moe_router", "moe.experts": "moe"}
+_NAMES = {"attention": "paged_attention", "attention.mla": "mla"}
+_NAMES |= {"gemm.fp8_block": "fp8_block", "gemm.fp8": "fp8", "gemm.int4": "int4"}
 
 
 def register(registry: Registry) -> None:

@@ -22,11 +22,12 @@ from collections.abc import Iterator
 
 import torch
 
+from bidispatch.int4 import dequantize
 from bidispatch.ops.quantize import GROUP
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, row_blocks, workspace
 
-__all__ = ["Product", "bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm", "spread"]
+__all__ = ["bind_bmm", "bind_fp8", "bind_fp8_block", "bind_gemm", "bind_int4"]
 
 
 class Product:
@@ -83,6 +84,27 @@ def bind_gemm(context: BindContext) -> Kernel:
         product(x, weight.T, bias, out)
 
     return gemm
+
+
+def bind_int4(context: BindContext) -> Kernel:
+    """Return `kernel(x, weight, scales, zeros, bias, out)`; see the op `gemm.int4`.
+
+    Every call dequantises the whole weight, into room that is kept.
+    """
+    product, problem = Product(context), context.problem
+    whole = workspace(problem.size("n"), problem.size("k"), dtype=getattr(torch, problem.dtype))
+
+    def int4(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        product(x, dequantize(weight, scales, zeros, out=whole).T, bias, out)
+
+    return int4
 
 
 def bind_bmm(context: BindContext) -> Kernel:

@@ -28,6 +28,7 @@ __all__ = [
     "runs_on_fma",
     "split_tiles",
     "stages_for",
+    "tile_count",
     "tile_for",
     "units",
     "widest_that_fills",
@@ -143,7 +144,7 @@ def widest_that_fills(device: Device, problem: Problem, tiles: Sequence[AnyTile]
     """
     # A batch of matrices has more tiles than can be known here.
     wanted = 0.0 if problem.op == "bmm" else FILLED * units(device)
-    return next((tile for tile in tiles if _tile_count(problem, tile, max_m) >= wanted), tiles[-1])
+    return next((tile for tile in tiles if tile_count(problem, tile.block_m, tile.block_n, max_m) >= wanted), tiles[-1])
 
 
 def runs_on_fma(arch: Arch, problem: Problem, params: Any) -> bool:
@@ -171,10 +172,10 @@ def units(device: Device) -> int:
     return device.compute_units or _UNITS.get(arch.name) or _UNITS.get(arch.family, 100)
 
 
-def _tile_count(problem: Problem, tile: ProductTile, max_m: int | None) -> float:
+def tile_count(problem: Problem, block_m: int, block_n: int, max_m: int | None) -> float:
     """Tiles of a call at the top of a rung; a rung without one has as many as it likes."""
-    rows = float("inf") if max_m is None else -(-max_m // tile.block_m)
-    return rows * -(-problem.size("n") // tile.block_n)
+    rows = float("inf") if max_m is None else -(-max_m // block_m)
+    return rows * -(-problem.size("n") // block_n)
 
 
 def tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> GemmTile | None:
