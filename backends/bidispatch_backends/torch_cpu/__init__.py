@@ -111,7 +111,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
-_NAMES = {"attention": "paged_attention", "attention.mla": "mla"}
+_NAMES = {"attention": "paged_attention", "attention.mla": "mla", "moe.router": "moe_router", "moe.experts": "moe"}
 _NAMES |= {"gemm.fp8_block": "fp8_block", "gemm.fp8": "fp8", "gemm.int4": "int4"}
 
 
