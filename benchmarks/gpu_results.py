@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-The parts: host-time, gemm-host, gemm, rows, attention and moe run the scripts of these names; verify is
-`bidispatch verify --all --cuda-graph`, verify-gemm and verify-attention the same over the shapes of sweeps/; demo is
-`bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on
-small shapes. Exits 1 if any of them does; the others still run.
+The parts: host-time, gemm-host, gemm, fp8, rows, attention and moe run the scripts of these names; verify is `bidispatch
+verify --all --cuda-graph`, verify-gemm, verify-fp8, verify-attention and verify-moe the same over the shapes of sweeps/;
+demo is `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel
+on small shapes. Exits 1 if any of them does; the others still run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SWEEPS = ROOT / "benchmarks" / "sweeps"
 FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention", "moe")
-PARTS += ("verify", "verify-gemm", "verify-attention", "demo", "tests", "sanitizer")
+PARTS = ("host-time", "gemm-host", "gemm", "fp8", "rows", "attention", "moe")
+PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "verify-moe", "demo", "tests", "sanitizer")
 WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
 """Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
@@ -50,6 +50,7 @@ def main() -> int:
         "host-time": lambda: script("host_time", folder),
         "gemm-host": lambda: script("gemm_host", folder),
         "gemm": lambda: script("gemm", folder),
+        "fp8": lambda: script("fp8", folder),
         "rows": lambda: script("rows", folder),
         "attention": lambda: script("attention", folder),
         "moe": lambda: script("moe", folder),
@@ -58,11 +59,17 @@ def main() -> int:
             verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")
             for name, dtypes in (("gemm", ("--dtype", "bf16", "--dtype", "fp16")), ("gemm_fp32", ("--dtype", "fp32")))
         ),
+        "verify-fp8": lambda: verify(
+            ("gemm.fp8_block", "--dtype", "fp8", "--shapes", str(SWEEPS / "fp8.yaml")), folder / "verify_fp8.json"
+        ),
         "verify-attention": lambda: max(
             verify(
                 ("attention", "--shapes", str(SWEEPS / "attention_features.yaml")), folder / "verify_attention.json"
             ),
             verify(("attention", "--dtype", "bf16", "--full"), folder / "verify_attention_long.json"),
+        ),
+        "verify-moe": lambda: verify(
+            ("moe.experts", "--dtype", "bf16", "--shapes", str(SWEEPS / "moe.yaml")), folder / "verify_moe.json"
         ),
         "demo": lambda: run((*BIDISPATCH, "demo", "--json"), folder / "demo.json"),
         "tests": lambda: run((*tests, "--results", str(folder / "gpu_tests.json"))),

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bidispatch import ops
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.linear import widened_blocks
 from bidispatch.ops.reference.moe import gated, local_experts, quantized
 from bidispatch.ops.reference.moe import router as exact_router
 from bidispatch.ops.reference.quantize import LARGEST, group_scales, spread
 from bidispatch.ops.schema import Problem
+from bidispatch.runtime.bind import load_attribute
 
 __all__ = [
     "attention",
@@ -70,7 +72,7 @@ def fp8_group(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def fused_fp8_group(problem: Problem, *everything: Any) -> tuple[torch.Tensor, ...]:
     """What torch does for the op without quantisation, then `fp8_group`."""
     before, quantization = unfused(problem)
-    out, *others = globals()[before.op](before, *everything)
+    out, *others = load_attribute(ops.get(before.op).stock)(before, *everything)
     return (*fp8_group(quantization, out), *others)
 
 

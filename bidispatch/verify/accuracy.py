@@ -34,9 +34,9 @@ _FEW = 4096
 # 5.5e-5 off, whichever kernel runs. A limit of one unit in the last place a step is twice that.
 _MATRIX_STEP, _LAST_PLACE = 16, 2.0**-23
 
-# While an fp8 instruction adds, Hopper keeps 14 bits of the sum (arXiv 2412.19437, 3.3.2). Kernels take it out every
-# 128 of K, which four instructions make up: a unit of the last place for each.
-_FP8 = 4 * 2.0**-13
+# While an fp8 instruction adds, Hopper keeps about 14 bits of the sum (arXiv 2412.19437, 3.3.2) and cuts off the rest
+# of each of its 32 products: half a unit of the last place for each. Kernels take the sum out every 128 of K.
+_FP8 = 16 * 2.0**-13
 
 # fp32 scores of scaled q and k reach 2^24: their last place is then wider than the softmax.
 _OVER_SEQUENCES = ("normal", "positive")

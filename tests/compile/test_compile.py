@@ -356,6 +356,17 @@ def test_a_tile_that_leaves_its_instruction_is_refused_and_would_leave_it(monkey
     assert any(re.match(r"mma\.sync\S+\.f16\.f16", one) for one in instructions)
 
 
+@pytest.mark.parametrize("arch", ["sm90", "sm89", "sm100"])
+def test_longer_steps_of_fp8_compile_and_fit(arch: str) -> None:
+    registry = Registry()
+    register(registry)
+    found, problem = registry.get("triton.fp8"), _problem("gemm.fp8", FP8, n=4096, k=4096)
+    params = found.params(max_num_imprecise_acc=256)
+    tiles = found.tiles(Device(ARCHS[arch], arch, predicted=True), problem, params)
+    binaries = {v.key: v for _, tile in tiles for v in variants(found.name, problem, params, tile, ARCHS[arch])}
+    assert shared_memory_faults(arch, binaries) == []
+
+
 @pytest.mark.parametrize("arch", ["sm90", "sm89"])
 @pytest.mark.parametrize("op", ["gemm.fp8_block", "gemm.fp8"])
 def test_every_fp8_tile_that_tune_tries_fits(op: str, arch: str) -> None:

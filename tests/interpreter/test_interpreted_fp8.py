@@ -24,7 +24,7 @@ from bidispatch import ops
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.bind import load_attribute
-from bidispatch_backends.triton.fp8_params import Fp8BlockParams
+from bidispatch_backends.triton.fp8_params import Fp8BlockParams, Fp8Params
 from bidispatch_backends.triton.gemm_params import ProductTile
 from bidispatch_backends.triton.params import ElementTile, RowTile
 
@@ -213,6 +213,18 @@ def test_scaled_products_are_exact_in_every_tile(
         arguments = whole_arguments(problem, tile.block_m + 1)
         (out,) = run(problem, arguments, bind(problem, tile=tile))
         assert torch.equal(out.double(), reference(problem, arguments)[0]), tile
+
+
+@pytest.mark.parametrize("products", ["fp8", "fp16"])
+def test_longer_steps_are_exact_and_of_another_class(products: str) -> None:
+    problem = product("gemm.fp8", 70, 700)
+    arguments = whole_arguments(problem, 20)
+    long_steps, short_steps = (Fp8Params(products=products, max_num_imprecise_acc=size) for size in (256, 128))
+    (out,) = run(problem, arguments, bind(problem, params=long_steps))
+    assert torch.equal(out.double(), reference(problem, arguments)[0])
+    arguments = draw_inputs(problem, 20, distribution="positive")
+    outs = [run(problem, arguments, bind(problem, params=params))[0] for params in (long_steps, short_steps)]
+    assert not same_bits(*outs)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "positive", "scaled"])

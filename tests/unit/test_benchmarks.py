@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -28,6 +29,11 @@ def script(name):
 @pytest.fixture(scope="module")
 def gemm():
     yield from script("gemm")
+
+
+@pytest.fixture(scope="module")
+def fp8():
+    yield from script("fp8")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,51 @@ def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_res
 def cell(gemm, ours=10.0, cublas=10.0, one_tile=30.0, dtype="bfloat16", m=16, floor=5.0):
     peers = {"cublas": cublas, "one_tile_128": one_tile}
     return gemm.Row("gemm", dtype, 64, 64, m, ("x qkv",), "linear", dtype, floor, ours, "a.gemm 16x64x128", peers)
+
+
+def fp8_cell(fp8, ours=10.0, deep_gemm=10.0, bf16=12.0, quantised=False, **peers):
+    timed = {"deep_gemm": deep_gemm, "cublas_bf16": bf16, **peers}
+    quantiser = "vllm" if quantised else ""
+    names = ("x qkv",)
+    return fp8.Row(
+        "gemm.fp8_block", "float8_e4m3fn", 64, 128, 16, names, quantised, quantiser, 5.0, ours, "a.fp8", "k", timed
+    )
+
+
+def test_fp8_is_judged_with_and_without_the_quantisation(fp8):
+    lines, missed = fp8.summary([fp8_cell(fp8), fp8_cell(fp8, quantised=True, ours=10.1, triton=10.1)])
+    assert missed == []
+    assert any(line.startswith("alone, ours / deep_gemm") for line in lines)
+    assert any(line.startswith("with the quantisation, ours / triton") for line in lines)
+    for quantised in (False, True):
+        (miss,) = fp8.summary([fp8_cell(fp8), fp8_cell(fp8, quantised=True), fp8_cell(fp8, 10.5, quantised=quantised)])[
+            1
+        ]
+        assert ("with the quantisation" in miss) is quantised
+
+
+def test_fp8_may_not_be_slower_than_bf16_where_deep_gemm_is_not(fp8):
+    assert fp8_cell(fp8, ours=13.0).over_bf16
+    assert not fp8_cell(fp8, ours=13.0, deep_gemm=12.5).over_bf16
+    assert not fp8_cell(fp8, ours=13.0, quantised=True).over_bf16
+    (miss,) = fp8.summary([fp8_cell(fp8, ours=13.0, deep_gemm=11.9, bf16=12.0), *[fp8_cell(fp8, ours=9.0)] * 9])[1]
+    assert "slower than bf16" in miss
+
+
+def test_fp8_without_deep_gemm_is_not_judged(fp8):
+    row = fp8_cell(fp8)
+    alone = dataclasses.replace(row, peers={"cublas_bf16": 12.0})
+    assert fp8.summary([alone]) == (["alone, ours / cublas_bf16, geometric mean of 1 cells: 0.833"], [])
+
+
+def test_fp8_shapes_are_problems_of_their_op(fp8):
+    op = ops.get("gemm.fp8_block")
+    for shape in fp8.read_shapes(fp8.SHAPES):
+        problem = op.problem("fp8", shape.dims)
+        flops, rate = fp8.peaks_of("NVIDIA H200")
+        alone = fp8.floor_us(problem, 1, flops, rate)
+        assert alone > problem.size("n") * problem.size("k") / rate * 1e6
+        assert fp8.quantised_floor_us(problem, 1, flops, rate) > alone
 
 
 def host(gemm_host, over, judged=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 import bidispatch as bid
 from bidispatch import ops
+from bidispatch.bench.timing import Timing
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, UsageError
+from bidispatch.invariance import Invariance
 from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.draw import draw
 from bidispatch.ops.schema import Argument
@@ -22,9 +25,14 @@ from bidispatch.registry import default_registry
 from bidispatch.runtime.arguments import tensor_specs
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.tune import search
+from bidispatch.tune.ladder import Choice
+from bidispatch.tune.proof import Prover
 from bidispatch.verify.cases import sizes_for
 from bidispatch.verify.classes import check_merged
 from bidispatch.verify.compare import bits, fill, poison, take
+from bidispatch.verify.rows import check_rows
+from bidispatch.verify.subject import Subject
 from bidispatch_backends.triton.fp8_params import Fp8BlockParams, fp8_tiles, fp8_tiles_for, tile_fault
 from bidispatch_backends.triton.gemm_params import ProductTile
 
@@ -186,6 +194,47 @@ def test_merged_weights_are_cut_where_scales_are(plan):
     assert (check.rows, check.note) == (0, "n=100 has no parts")
 
 
+# -- tuning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["gemm.fp8_block", "gemm.fp8"])
+def test_winners_are_compared_row_by_row_and_with_a_bias(op):
+    """Scales have rows as x has; a bias has the dtype of the result."""
+    problem = ops.get(op).problem("fp8", {"n": 40, "k": 300})
+    found = default_registry().get("torch_cpu." + op.removeprefix("gemm."))
+    prover = Prover(Device(ARCHS["cpu"], "cpu"), problem, [(found, found.params())], 20)
+    choice = Choice(found, found.params(), None)
+    assert prover.check(choice, 3, 20).passed
+    assert prover.check_bias(choice, 3, 20).passed
+    assert prover.comparisons
+
+
+@pytest.mark.parametrize("op", ["gemm", "gemm.fp8_block", "gemm.fp8"])
+def test_the_timer_calls_a_kernel_with_each_weight_in_turn(op, monkeypatch, plan):
+    """The GPU's timer, played on the processor."""
+    problem = ops.get(op).problem(ops.get(op).dtypes[0], {"n": 40, "k": 300})
+    kernel = plan.select_problem(problem).bind(max_tokens=8)
+    seen = []
+    launch = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda *everything: (seen.append(everything), launch(*everything)))
+
+    def interleaved(launches, **options):
+        for run in launches.values():
+            run(0), run(1), run(2)
+        return dict.fromkeys(launches, Timing(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(search, "interleaved", interleaved)
+    monkeypatch.setattr(search, "copies_beyond_cache", lambda *arguments: 2)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
+    assert search.gpu_timer(plan.device)(problem, 8, {"it": kernel}, False) == {"it": 1.0}
+    index = [argument.shape for argument in ops.get(op).arguments].index(("n", "k"))
+    weights = [everything[index].data_ptr() for everything in seen[-3:]]
+    assert weights[0] == weights[2] != weights[1]
+    assert all(len(everything[0]) == 8 for everything in seen)
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -231,6 +280,17 @@ def test_every_tile_is_of_its_class(op, arch, n, m):
     tiles = [tile for _, tile in ladder] + list(fp8_tiles_for(device, problem, params, m))
     assert len(tiles) > len(ladder)
     assert not any(tile_fault(ARCHS[arch], params, tile) for tile in tiles)
+
+
+@pytest.mark.parametrize("arch", ["sm89", "sm90", "sm100", "sm103", "sm120"])
+def test_longer_steps_have_tiles_that_fit(arch):
+    device = Device(ARCHS[arch], arch, predicted=True)
+    found = default_registry().get("triton.fp8")
+    problem = ops.get("gemm.fp8").problem("fp8", {"n": 4096, "k": 4096})
+    params = found.params(max_num_imprecise_acc=256)
+    assert found.numerics(params, problem) == "fp8_chunks.256.fp8"
+    for _, tile in fp8_tiles(device, problem, params):
+        assert (tile.block_m + tile.block_n) * 256 * tile.num_stages < ARCHS[arch].shared_memory
 
 
 @pytest.mark.parametrize(
@@ -336,6 +396,28 @@ def test_a_missing_library_is_said():
     assert any("sgl-deep-gemm==0.1.5" in reason for reason in reasons)
 
 
+# -- negative control ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_scale_of_the_whole_batch_is_caught(plan, shared):
+    """What verify compares sees per-tensor scaling, whose scale follows the neighbours, and passes a scale a group."""
+    selection = plan.select("quantize.fp8_group", dtype="fp32", k=200)
+    kernel = selection.bind(max_tokens=300).launch
+
+    def launch(x, q, scales):
+        kernel(x, q, scales)
+        if shared:
+            scales[:] = scales.amax()
+            q.copy_((x / scales[:1, :1]).to(FP8))
+
+    subject = Subject(selection.problem, torch.device("cpu"), launch)
+    checks = list(check_rows(subject, Invariance.BATCH, sizes_for(selection, "quick")))
+    failed = [check.name for check in checks if not check.passed]
+    assert any(name.startswith("batch sizes") for name in failed) is shared
+    assert bool(failed) is shared
+
+
 # -- what verify does with bytes -----------------------------------------------------------------------------------
 
 
@@ -368,3 +450,23 @@ def test_rows_are_filled_whatever_the_dtype(value):
 @pytest.mark.parametrize("distribution", ["normal", "positive", "scaled"])
 def test_drawn_fp8_is_finite(distribution):
     assert draw((200, 200), 0, dtype="float8_e4m3fn", distribution=distribution).float().isfinite().all()
+
+
+# -- scales side by side -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_scales_of_a_group_may_lie_side_by_side(plan, rows):
+    """As a host makes them for DeepGEMM: written by the quantisation, read by the product."""
+    quantize = plan.select("quantize.fp8_group", dtype="bf16", k=300).bind(max_tokens=8)
+    x = torch.randn(rows, 300).bfloat16()
+    side_by_side = torch.empty_strided((rows, 3), (1, -(-rows // 4) * 4))
+    q, scales = quantize(x)
+    again = torch.empty_like(q)
+    quantize(x, q=again, scales=side_by_side)
+    assert same(again, q)
+    assert same(side_by_side, scales)
+    problem = block(40, 300)
+    _, _, weight, weight_scales = inputs(problem, rows)
+    product = plan.select_problem(problem).bind(max_tokens=8)
+    assert same(product(q, side_by_side, weight, weight_scales), product(q, scales, weight, weight_scales))

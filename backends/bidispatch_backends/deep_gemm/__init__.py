@@ -64,9 +64,10 @@ def register(registry: Registry) -> None:
             summary="DeepGEMM; its tile follows M, its walk along K does not. Compiles when a shape is first called",
         )
     )
-    # Two kernels of one function of the library. On Hopper (1D2D) fp32 scales are applied between blocks of K, as
-    # `triton.fp8_block` does; its label stays apart until their bits have been compared. On Blackwell (1D1D) scales are
-    # powers of two and enter the matrix instruction: given others, the library would round them without asking.
+    # Two kernels of one function of the library. On Hopper (1D2D) fp32 scales are applied between blocks of K by the
+    # expression of `numerics.fp8_block_numerics("fp8")`; that label is its own as soon as bits have been compared
+    # (tests/gpu/test_fp8.py). On Blackwell (1D1D) scales are powers of two and enter the matrix instruction: given
+    # others, the library would round them without asking.
     for name, archs, label, limits, summary in (
         ("fp8", ("sm90",), "deep_gemm.1d2d", (DimIn("out_dtype", ("bfloat16",)),), "fp32 scales between blocks of K"),
         (

@@ -144,7 +144,7 @@ def register(registry: Registry) -> None:
             )
         )
     for op, kernel, numerics, made_of in (
-        ("gemm.fp8_block", "fp8_block", fp8_params.fp8_block_numerics, fp8_params.Fp8BlockParams),
+        ("gemm.fp8_block", "fp8_block", fp8_params.block_numerics, fp8_params.Fp8BlockParams),
         ("gemm.fp8", "fp8", fp8_params.fp8_numerics, fp8_params.Fp8Params),
     ):
         registry.register(

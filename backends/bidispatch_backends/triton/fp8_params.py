@@ -14,13 +14,14 @@ from bidispatch.device import Arch, Device
 from bidispatch.ops.quantize import GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params
+from bidispatch_backends.numerics import fp8_block_numerics
 from bidispatch_backends.triton.gemm_params import ProductTile, stages_for, widest_that_fills
 
 __all__ = [
     "ARCHS",
     "Fp8BlockParams",
     "Fp8Params",
-    "fp8_block_numerics",
+    "block_numerics",
     "fp8_numerics",
     "fp8_tiles",
     "fp8_tiles_for",
@@ -56,9 +57,9 @@ class Fp8Params(Fp8BlockParams):
     max_num_imprecise_acc: Literal[128, 256] = 128
 
 
-def fp8_block_numerics(params: Any, problem: Problem) -> str:
+def block_numerics(params: Any, problem: Problem) -> str:
     """`fp8_blocks.<products>`: 128 of K at a time."""
-    return f"fp8_blocks.{params.products}"
+    return fp8_block_numerics(params.products)
 
 
 def fp8_numerics(params: Any, problem: Problem) -> str:
@@ -96,7 +97,7 @@ _SHAPES: tuple[tuple[int | None, tuple[Fp8Shape, ...]], ...] = (
     (64, ((64, 128, True, 8, 6), (64, 64, True, 4, 8))),
     (128, ((64, 128, True, 8, 6), (64, 64, True, 4, 8))),
     (512, ((128, 128, False, 8, 4), (64, 128, True, 8, 6), (64, 64, True, 4, 8))),
-    (None, ((128, 128, False, 8, 4),)),
+    (None, ((128, 128, False, 8, 4), (64, 64, True, 4, 8))),
 )
 _SHAPES_TRIED: tuple[Fp8Shape, ...] = (
     (8, 64, True, 4, 10),

@@ -108,7 +108,7 @@ def bmm_inputs(
 
 
 def _scales(shape: tuple[int, ...], key: object, device: str | torch.device, around: float) -> torch.Tensor:
-    """Positive scales within a factor of two of a value, powers of two in none of the cases that matter."""
+    """Positive scales within a factor of two of a value."""
     return around * torch.exp2(draw(shape, key, dtype="float32", device=device).clamp(-1, 1))
 
 

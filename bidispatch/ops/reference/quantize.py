@@ -18,6 +18,7 @@ LARGEST = 448.0
 """The largest finite e4m3."""
 _LEAST = 1e-10
 """Of a maximum and, before it is rounded up to a power of two, of a scale."""
+_BIAS, _MANTISSA_BITS = 127, 23
 
 
 def group_scales(problem: Problem, x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +36,9 @@ def group_scales(problem: Problem, x: torch.Tensor) -> torch.Tensor:
 def _to_power_of_two(scales: torch.Tensor) -> torch.Tensor:
     """Each positive normal fp32 rounded up to a power of two; infinity stays."""
     mantissa, exponent = torch.frexp(scales)
-    rounded = torch.ldexp(torch.ones_like(scales), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).to(torch.int32)
+    # By its bits: a GPU's power of two is not promised to be one.
+    rounded = ((exponent + _BIAS) << _MANTISSA_BITS).view(torch.float32)
     return torch.where(scales.isinf(), scales, rounded)
 
 
