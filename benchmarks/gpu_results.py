@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-The parts: host-time, gemm-host, gemm, fp8, rows, attention and moe run the scripts of these names; verify is `bidispatch
-verify --all --cuda-graph`, verify-gemm, verify-fp8, verify-attention and verify-moe the same over the shapes of sweeps/;
-demo is `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel
-on small shapes. Exits 1 if any of them does; the others still run.
+The parts: host-time, gemm-host, gemm, fp8, rows, attention and moe run the scripts of these names; verify is
+`bidispatch verify --all --cuda-graph`, verify-gemm, verify-fp8, verify-attention and verify-moe the same over the
+shapes of sweeps/; demo is `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and
+racecheck) over every kernel on small shapes. Exits 1 if any of them does; the others still run.
 """
 
 from __future__ import annotations

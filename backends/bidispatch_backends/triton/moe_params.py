@@ -13,7 +13,7 @@ from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.triton.fields import power_of_two_field
-from bidispatch_backends.triton.fp8_params import fp8_block_numerics, tile_fault
+from bidispatch_backends.triton.fp8_params import block_numerics, tile_fault
 from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, ProductTile, Shape, stages_for, units
 from bidispatch_backends.triton.params import RowTile
 
@@ -78,7 +78,7 @@ def experts_fp8_numerics(params: Any, problem: Problem) -> str:
     """`moe.fp8_blocks.<products>`: the same with products as those of `gemm.fp8_block`, x and the rounded activation
     quantised as by `quantize.fp8_group`.
     """
-    return f"moe.{fp8_block_numerics(params, problem)}"
+    return f"moe.{block_numerics(params, problem)}"
 
 
 _UP, _DOWN = "up", "down"
