@@ -37,7 +37,7 @@ from bidispatch_backends.triton.quantize import bind_quantize_fp8_group
 
 __all__ = ["bind_experts", "launches"]
 
-_SORT_PAIRS, _SORT_WARPS = 2048, 8
+_SORT_PAIRS, _FEWEST_SORTED, _SORT_WARPS = 2048, 256, 8
 _SUM_BLOCK, _SUM_WARPS = 1024, 4
 _FEWEST_LANES = 32
 
@@ -91,7 +91,7 @@ def launches(
             **shared,
             "DEPENDENT": bool(dependent),
             "BLOCK_E": max(_FEWEST_LANES, power_of_two(problem.size("experts") + 1)),
-            "BLOCK_P": _SORT_PAIRS,
+            "BLOCK_P": _pairs_at_once(problem, limits),
             "BLOCK_M": tile.block_m,
         },
         options(arch, _SORT_WARPS, 1, fp_fusion=False),
@@ -133,6 +133,13 @@ def launches(
         options(arch, _SUM_WARPS, 1, fp_fusion=False) | dependent,
     )
     return (sort, gate_up, down, add) if in_order else (gate_up, down, add)
+
+
+def _pairs_at_once(problem: Problem, limits: Limits | None) -> int:
+    """Pairs that a program of the sort takes at a time: as few as there can be."""
+    if limits is None:
+        return _SORT_PAIRS
+    return min(_SORT_PAIRS, max(_FEWEST_SORTED, power_of_two(limits.max_tokens * problem.size("top_k"))))
 
 
 def _compiler(arch: Arch, tile: ExpertsTile, which: str) -> dict[str, int | bool]:

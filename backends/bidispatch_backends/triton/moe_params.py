@@ -12,9 +12,8 @@ from bidispatch.ops.moe import known_experts
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
-from bidispatch_backends.numerics import fp8_block_numerics
 from bidispatch_backends.triton.fields import power_of_two_field
-from bidispatch_backends.triton.fp8_params import tile_fault
+from bidispatch_backends.triton.fp8_params import block_numerics, tile_fault
 from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, ProductTile, Shape, stages_for, units
 from bidispatch_backends.triton.params import RowTile
 
@@ -79,7 +78,7 @@ def experts_fp8_numerics(params: Any, problem: Problem) -> str:
     """`moe.fp8_blocks.<products>`: the same with products as those of `gemm.fp8_block`, x and the rounded activation
     quantised as by `quantize.fp8_group`.
     """
-    return f"moe.{fp8_block_numerics(params.products)}"
+    return f"moe.{block_numerics(params, problem)}"
 
 
 _UP, _DOWN = "up", "down"
@@ -108,6 +107,8 @@ _SHAPES_AMD: tuple[tuple[int, Shape, Shape], ...] = (
 _COUNTED = 128
 """Pairs up to which each program counts for itself. A sort is a kernel more; the counting compares every row of a block
 with every pair."""
+_MOST_COUNTED = 512
+"""Up to how many it is tried."""
 _BLOCK_ROWS = ((16, 12), (32, 24), (64, 96), (128, None))
 """Rows of a block, and up to how many rows of an expert, on average, it serves."""
 
@@ -224,7 +225,7 @@ def experts_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> 
         shapes = [s for s in _TRIED if s[0] == block_m and _runs(device.arch, problem, params, s)]
         plain = _shapes(device.arch, problem)[block_m]
         pairs = [(s, s) for s in shapes] + [(s, plain[1]) for s in shapes] + [(plain[0], s) for s in shapes]
-        counted = (0, _COUNTED) if m * top_k <= _COUNTED else (0,)
+        counted = (0, max(_COUNTED, 1 << (m * top_k - 1).bit_length())) if m * top_k <= _MOST_COUNTED else (0,)
         found += [
             _tile(device.arch, problem, block_m, up, down, c) for up, down in dict.fromkeys(pairs) for c in counted
         ]
