@@ -24,6 +24,7 @@ _LONGEST_ROW = params.RowParams().block
 _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
 _TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
+_TRITON_INT4 = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest it was compiled with
 
 _TRITON_GROUPED = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its kernels were compiled with
 
@@ -81,7 +82,7 @@ def register(registry: Registry) -> None:
                 load=f"bidispatch_backends.triton.int4:bind_{kernel}",
                 archs=_ARCHS,
                 dtypes=("bfloat16", "float16"),
-                requires=(_TRITON, DimMultipleOf("n", 16)),
+                requires=(_TRITON_INT4, DimMultipleOf("n", 16)),
                 numerics=int4_params.int4_numerics,
                 params=kernel_params,
                 tile=int4_params.Int4Tile,
