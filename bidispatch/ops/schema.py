@@ -103,8 +103,9 @@ def _from_text(text: str, kind: type, wanted: str) -> DimValue:
 class Argument:
     """A tensor an op takes or gives.
 
-    `shape` holds, per axis, a number, a dim's name, `"2*dim"`, the sum of two (`"dim+dim"`), a run-time size in
-    lower case such as `"m"`, or such a size plus one (`"seqs+1"`). `dtype` is `"dtype"` (the problem's), the name
+    `shape` holds, per axis, a number, a dim's name, `"2*dim"`, `"dim/128"` or `"dim/dim"` (rounded up: a shorter last
+    group counts), the sum of two (`"dim+dim"`), a run-time size in lower case such as `"m"`, or such a size plus one
+    (`"seqs+1"`). `dtype` is `"dtype"` (the problem's), the name
     of a dim that holds one (`"out_dtype"`), or a torch dtype name. `when` names a bool dim that must be true for the
     tensor to be there, or a dim and the value it must have (`"kv_dtype=float8_e4m3fn"`); it is None otherwise.
     """

@@ -71,6 +71,9 @@ def _known_size(axis: str | int, problem: Problem) -> int | None:
     factor, times, dim = axis.partition("*")
     if times:
         return int(factor) * problem.size(dim)
+    dim, over, divisor = axis.partition("/")
+    if over:
+        return -(-problem.size(dim) // (int(divisor) if divisor.isdigit() else problem.size(divisor)))
     summands = axis.split("+")
     return sum(map(problem.size, summands)) if all(dim in problem.dims for dim in summands) else None
 
