@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bidispatch.errors import UsageError, did_you_mean
-from bidispatch.ops import activation, attention, linear, mla, norm, planned, reduction
+from bidispatch.ops import activation, attention, int4, linear, mla, norm, planned, reduction
 from bidispatch.ops.schema import Op
 
 __all__ = ["CATALOGUE", "get"]
 
 CATALOGUE: Mapping[str, Op] = {
-    op.name: op for family in (linear, norm, activation, reduction, attention, mla, planned) for op in family.OPS
+    op.name: op
+    for family in (linear, int4, norm, activation, reduction, attention, mla, planned)
+    for op in family.OPS
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from bidispatch.int4 import dequantize
 from bidispatch.ops.schema import Problem
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "fused_add_rms_norm",
     "gelu_tanh_and_mul",
     "gemm",
+    "gemm_int4",
     "log_softmax",
     "mean",
     "qk_norm",
@@ -40,6 +42,18 @@ def gemm(
 ) -> tuple[torch.Tensor, ...]:
     """`F.linear`, then a cast where the result is wider, as models do with their logits: [m, n]."""
     return (F.linear(x, weight, bias).to(_dtypes(problem)[1]),)
+
+
+def gemm_int4(
+    problem: Problem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """The weight dequantised, then `F.linear`: [m, n]."""
+    return (F.linear(x, dequantize(weight, scales, zeros), bias),)
 
 
 def bmm(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:

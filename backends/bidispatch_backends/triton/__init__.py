@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bidispatch.registry import Implementation, Registry
-from bidispatch.requirements import Check, DimAtMost, Package
-from bidispatch_backends.triton import attention_params, gemm_params, mla_params, params
+from bidispatch.requirements import Check, DimAtMost, DimMultipleOf, Package
+from bidispatch_backends.triton import attention_params, gemm_params, int4_params, mla_params, params
 
 __all__ = ["register"]
 
@@ -52,6 +52,32 @@ def register(registry: Registry) -> None:
             summary="chunks of K in parallel, added in ascending order by the program that comes last",
         )
     )
+    for kernel, kernel_params, tiles, summary in (
+        ("int4", int4_params.Int4Params, int4_params.int4_tiles, "one tile a program; K in order"),
+        (
+            "int4_split_k",
+            int4_params.SplitInt4Params,
+            int4_params.int4_split_tiles,
+            "chunks of K in parallel, added in ascending order by the program that comes last",
+        ),
+    ):
+        registry.register(
+            Implementation(
+                name=f"triton.{kernel}",
+                op="gemm.int4",
+                load=f"bidispatch_backends.triton.int4:bind_{kernel}",
+                archs=_ARCHS,
+                dtypes=("bfloat16", "float16"),
+                requires=(_TRITON, DimMultipleOf("n", 16)),
+                numerics=int4_params.int4_numerics,
+                params=kernel_params,
+                tile=int4_params.Int4Tile,
+                tiles=tiles,
+                search="bidispatch_backends.triton.int4_params:int4_tiles_for",
+                libraries=("triton",),
+                summary=f"weights unpacked in registers, rounded to the dtype; {summary}",
+            )
+        )
     for op in ("rms_norm", "fused_add_rms_norm", "qk_norm", "mean", "sum"):
         module = "norm" if op.endswith("norm") else "reduction"
         registry.register(

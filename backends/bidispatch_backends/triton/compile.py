@@ -15,7 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from bidispatch.device import Arch
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.ops.schema import Problem
-from bidispatch_backends.triton import activation, attention, gemm, mla, norm, reduction, softmax, split_gemm
+from bidispatch_backends.triton import activation, attention, gemm, int4, mla, norm, reduction, softmax, split_gemm
 from bidispatch_backends.triton.launch import Constant, Launch
 
 __all__ = ["Variant", "compile_variant", "target_of", "variants"]
@@ -24,6 +24,8 @@ _LAUNCHES: Mapping[str, Callable[..., tuple[Launch, ...]]] = {
     "triton.gemm": gemm.launches,
     "triton.bmm": gemm.launches,
     "triton.gemm_split_k": split_gemm.launches,
+    "triton.int4": int4.launches,
+    "triton.int4_split_k": int4.split_launches,
     "triton.rms_norm": norm.launches,
     "triton.fused_add_rms_norm": norm.launches,
     "triton.qk_norm": norm.launches,

@@ -26,7 +26,8 @@ _ALIGNMENT = 16
 _SIZES = ("i32", "i64")
 _BEYOND_32_BITS = 2**31
 
-_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+_TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_TRITON_TYPES |= {"int8": "i8", "int32": "i32", "int64": "i64"}
 _TRITON_TYPES |= {"float8_e4m3fn": "fp8e4nv"}
 
 

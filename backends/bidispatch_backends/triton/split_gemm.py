@@ -21,11 +21,11 @@ from bidispatch_backends.triton.gemm import accumulate, tile_constants, tile_of,
 from bidispatch_backends.triton.gemm_params import GemmTile, SplitParams
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer
 
-__all__ = ["bind_gemm_split_k", "launches"]
+__all__ = ["bind_gemm_split_k", "fold_partials", "is_last", "launches"]
 
 
 @triton.jit
-def _is_last(counter_ptr, programs):
+def is_last(counter_ptr, programs):
     """Whether all other programs of a tile have stored their partials, which then are visible. Resets the count."""
     tl.debug_barrier()  # every thread's part is stored before one of them says so
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
@@ -35,7 +35,7 @@ def _is_last(counter_ptr, programs):
 
 
 @triton.jit
-def _fold(partial_ptrs, stride_chunk, chunks, inside):
+def fold_partials(partial_ptrs, stride_chunk, chunks, inside):
     """A tile's partials added in ascending order. `.cg`: another multiprocessor wrote them, and L1 may not know."""
     total = tl.load(partial_ptrs, mask=inside, other=0.0, cache_modifier=".cg")
     for _ in range(1, chunks):
@@ -96,8 +96,8 @@ def split_kernel(
         partial_ptrs = partial_ptr + long_rows[:, None] * n + columns[None, :]
         out_ptrs = out_ptr + long_rows[:, None] * stride_out_row + columns[None, :]
     tl.store(partial_ptrs + chunk * stride_chunk, acc, mask=inside)
-    if _is_last(counter_ptr + tile, tl.num_programs(1)):
-        total = _fold(partial_ptrs, stride_chunk, tl.num_programs(1), inside)
+    if is_last(counter_ptr + tile, tl.num_programs(1)):
+        total = fold_partials(partial_ptrs, stride_chunk, tl.num_programs(1), inside)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
             if SWAP:

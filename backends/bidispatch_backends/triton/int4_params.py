@@ -1,0 +1,166 @@
+"""Reduction params, tiles, default tile ladders and class labels of `gemm.int4`. Imports no triton, no torch.
+
+A ladder is `((max_m, tile), ...)`, as `Implementation.tiles` wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from bidispatch.device import Arch, Device
+from bidispatch.ops.int4 import K_BLOCK
+from bidispatch.ops.schema import Problem
+from bidispatch.registry import Params, Tile
+from bidispatch_backends.numerics import product_numerics
+from bidispatch_backends.triton.fields import power_of_two_field
+
+__all__ = [
+    "Int4Params",
+    "Int4Tile",
+    "SplitInt4Params",
+    "int4_numerics",
+    "int4_split_tiles",
+    "int4_tiles",
+    "int4_tiles_for",
+]
+
+_KB = 1024
+
+
+class Int4Params(Params):
+    """How a product sums over K. Whatever the tile, K is walked in ascending order into fp32 accumulators."""
+
+    k_chunk: int = Field(default=0, ge=0, multiple_of=256)
+    """0: one accumulator for all of K. Else each so many elements of K start from a fresh accumulator, and these are
+    added in ascending order, one after another."""
+
+
+class SplitInt4Params(Int4Params):
+    """The same, for kernels that take the chunks in parallel: they need some."""
+
+    k_chunk: int = Field(default=1024, ge=256, multiple_of=256)
+
+
+class Int4Tile(Tile):
+    """Launch shape; none of it enters the order of a sum. The weight's rows lie on the matrix unit's long side."""
+
+    block_m: int = Field(ge=8)
+    """Rows of x."""
+    block_n: int = Field(ge=16)
+    """Rows of the weight."""
+    block_k: int = Field(ge=K_BLOCK)
+    group_m: int = Field(default=8, ge=1)
+    num_warps: int = Field(ge=1, le=16)
+    num_stages: int = Field(ge=1)
+
+    _sizes = field_validator("block_m", "block_n", "block_k", "num_warps")(power_of_two_field)
+
+
+def int4_numerics(params: Any, problem: Problem) -> str:
+    """`k_sequential` or `k_chunks.<c>`: the bits of `gemm` in that class with the dequantised weight."""
+    return product_numerics(problem, "", params.k_chunk)
+
+
+Shape = tuple[int, int, int, int, int]
+"""block_m, block_n, block_k, num_warps, the most stages that pay."""
+
+_Ladder = tuple[tuple[int | None, tuple[Shape, ...]], ...]
+
+# For each M the shapes that may serve, the best first; where the first does not fit, or its steps do not divide K or a
+# chunk, the next. A step of 256 halves what a loop costs beside its products. Not measured yet.
+_WALKED: _Ladder = (
+    (8, ((8, 64, 256, 4, 5), (8, 64, 128, 4, 6))),
+    (16, ((16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
+    (32, ((32, 64, 256, 4, 4), (32, 64, 128, 4, 5))),
+    (64, ((64, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
+    (None, ((128, 128, 128, 8, 4), (128, 128, 128, 8, 2), (64, 64, 128, 4, 3))),
+)
+_SPLIT: _Ladder = (
+    (8, ((8, 64, 256, 4, 4), (8, 64, 128, 4, 6))),
+    (16, ((16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
+    (32, ((32, 128, 128, 8, 4), (32, 64, 128, 4, 4))),
+    (64, ((64, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
+    (None, ((128, 128, 128, 8, 4), (128, 128, 128, 8, 2), (64, 64, 128, 4, 3))),
+)
+_AMD: _Ladder = (
+    (16, ((16, 64, 128, 4, 2),)),
+    (64, ((64, 64, 128, 4, 2),)),
+    (None, ((64, 128, 128, 8, 2),)),
+)
+
+# What `tune` tries.
+_TRIED: tuple[Shape, ...] = (
+    (8, 32, 256, 2, 5),
+    (8, 64, 128, 4, 4),
+    (8, 64, 128, 4, 8),
+    (8, 64, 256, 4, 4),
+    (8, 64, 256, 4, 6),
+    (8, 64, 512, 4, 3),
+    (8, 128, 128, 4, 4),
+    (8, 128, 256, 8, 4),
+    (16, 32, 256, 2, 4),
+    (16, 64, 128, 4, 5),
+    (16, 64, 256, 4, 3),
+    (16, 64, 256, 4, 5),
+    (16, 128, 128, 4, 4),
+    (16, 128, 128, 8, 5),
+    (16, 128, 256, 8, 3),
+    (32, 64, 128, 4, 5),
+    (32, 64, 256, 4, 4),
+    (32, 128, 128, 8, 5),
+    (32, 128, 256, 8, 4),
+    (32, 256, 128, 8, 4),
+    (64, 64, 128, 4, 5),
+    (64, 128, 128, 4, 4),
+    (64, 128, 128, 8, 5),
+    (64, 256, 128, 8, 4),
+    (128, 64, 128, 4, 4),
+    (128, 128, 128, 8, 4),
+    (128, 128, 128, 4, 4),
+    (256, 128, 128, 8, 3),
+)
+
+
+def int4_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, Int4Tile], ...]:
+    """A rung for each range of M."""
+    return _ladder(device.arch, problem, params, _WALKED)
+
+
+def int4_split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, Int4Tile], ...]:
+    """The same for chunks of K in parallel."""
+    return _ladder(device.arch, problem, params, _SPLIT)
+
+
+def int4_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[Int4Tile]:
+    """Launch shapes to try at m rows: from half the rows of the smallest tile that holds m to all of them."""
+    tallest = max(shape[0] for shape in _TRIED)
+    enough = min(tallest, max(8, 1 << (m - 1).bit_length()))
+    for shape in _TRIED:
+        if enough // 2 <= shape[0] <= enough and (tile := _tile_for(device.arch, problem, params, shape)):
+            yield tile
+
+
+def _ladder(arch: Arch, problem: Problem, params: Any, shapes: _Ladder) -> tuple[tuple[int | None, Int4Tile], ...]:
+    ladder = []
+    for max_m, choices in _AMD if arch.vendor == "amd" else shapes:
+        fitting = (tile for shape in choices if (tile := _tile_for(arch, problem, params, shape)))
+        ladder.append((max_m, next(fitting)))
+    return tuple(ladder)
+
+
+def _tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> Int4Tile | None:
+    """The tile with as many stages as pay and as fit with 4 KB to spare; None where too few do, and where K or a chunk
+    of it is not whole steps.
+    """
+    block_m, block_n, block_k, num_warps, most = shape
+    if problem.size("k") % block_k or params.k_chunk % block_k:
+        return None
+    metadata = 2 * 4 * block_n * (block_k // min(K_BLOCK, problem.size("group_size")))  # a word a scale and a zero
+    stage_bytes = block_m * block_k * 2 + block_n * block_k // 2 + metadata
+    num_stages = min(most, (arch.shared_memory - 4 * _KB) // stage_bytes)
+    if num_stages < (1 if arch.vendor == "amd" else 2):
+        return None
+    return Int4Tile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
