@@ -26,7 +26,7 @@ MOST_OF_STOCK = {torch.float32: 4.0, torch.float16: 1.05, torch.bfloat16: 1.05}
 """How much further off than stock a product may be, by the dtype of the output: 16 bits are rounding, whatever the
 order; in fp32 stock may split a long sum, which is nearer."""
 
-_HELD_TO_STOCK = ("gemm", "bmm")
+_HELD_TO_STOCK = ("gemm", "gemm.int4", "bmm")
 _FEW = 4096
 
 # A Hopper matrix unit truncates the sum at each step of 16: with K=12288 and nothing but positive terms an H200 is

@@ -30,6 +30,10 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
         {"n": 320, "k": 1024, "bias": True, "out_dtype": "float32"},
         {"n": 1, "k": 64, "bias": True},
     ),
+    "gemm.int4": (
+        {"n": 208, "k": 384, "zero_points": True, "group_size": 32},
+        {"n": 16, "k": 128, "group_size": 64, "bias": True},
+    ),
     "bmm": ({"n": 77, "k": 129}, {"n": 64, "k": 80, "out_dtype": "float32"}),
     "rms_norm": ({"n": 128}, {"n": 1003, "gemma": True}),
     "fused_add_rms_norm": ({"n": 1003, "gemma": True},),
@@ -62,6 +66,12 @@ _EXTRA_ON_GPU: Mapping[str, Sequence[Dims]] = {
         {"n": 7, "k": 1000},
         {"n": 1000, "k": 7},
         {"n": 4097, "k": 1},
+    ),
+    "gemm.int4": (
+        {"n": 6144, "k": 4096, "zero_points": True},
+        {"n": 1536, "k": 14336, "bias": True},
+        {"n": 4112, "k": 4224, "zero_points": True, "group_size": 64, "bias": True},
+        {"n": 8192, "k": 3584, "group_size": 3584},
     ),
     "bmm": ({"n": 512, "k": 128},),
     "rms_norm": ({"n": 8192}, {"n": 20003}),

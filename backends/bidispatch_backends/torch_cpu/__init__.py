@@ -19,7 +19,7 @@ __all__ = ["register"]
 
 
 def _product_class(params: Params, problem: Problem) -> str:
-    widened = "" if problem["out_dtype"] == problem.dtype else ", operands=float32"
+    widened = "" if problem.dims.get("out_dtype", problem.dtype) == problem.dtype else ", operands=float32"
     return f"torch_mm_blocks({_fields(params)}{widened})"
 
 
@@ -39,6 +39,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
     # op, bind function, params, class label, summary
     ("gemm", "linear:bind_gemm", ProductParams, _product_class, "torch.mm on zero-padded blocks of rows"),
     ("bmm", "linear:bind_bmm", ProductParams, _product_class, "torch.mm on zero-padded blocks of each matrix"),
+    ("gemm.int4", "linear:bind_int4", ProductParams, _product_class, "dequantised at each call, then as gemm"),
     ("rms_norm", "rows:bind_rms_norm", RowParams, _row_class, "fp32, on padded blocks of rows"),
     ("fused_add_rms_norm", "rows:bind_fused_add_rms_norm", RowParams, _row_class, "fp32, on padded blocks of rows"),
     ("qk_norm", "rows:bind_qk_norm", RowParams, _row_class, "fp32, on padded blocks of heads"),
@@ -73,7 +74,7 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_NAMES = {"attention": "paged_attention", "attention.mla": "mla"}
+_NAMES = {"gemm.int4": "int4", "attention": "paged_attention", "attention.mla": "mla"}
 
 
 def register(registry: Registry) -> None:

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 
 import torch
 
+from bidispatch.int4 import dequantize
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.torch_cpu.workspace import PRODUCT_COLUMNS, row_blocks, workspace
 
-__all__ = ["bind_bmm", "bind_gemm"]
+__all__ = ["bind_bmm", "bind_gemm", "bind_int4"]
 
 
 class _Product:
@@ -34,7 +35,7 @@ class _Product:
     def __init__(self, context: BindContext) -> None:
         problem = context.problem
         n, k = problem.size("n"), problem.size("k")
-        widened = problem["out_dtype"] != problem.dtype
+        widened = problem.dims.get("out_dtype", problem.dtype) != problem.dtype
         self._dtype: torch.dtype = torch.float32 if widened else getattr(torch, problem.dtype)
         self._rows: int = context.params.rows
         self._full = n - n % PRODUCT_COLUMNS
@@ -82,6 +83,26 @@ def bind_gemm(context: BindContext) -> Kernel:
         product(x, weight.T, bias, out)
 
     return gemm
+
+
+def bind_int4(context: BindContext) -> Kernel:
+    """Return `kernel(x, weight, scales, zeros, bias, out)`; see the op `gemm.int4`. Keeps room for the whole weight, which
+    every call dequantises.
+    """
+    product, problem = _Product(context), context.problem
+    whole = workspace(problem.size("n"), problem.size("k"), dtype=getattr(torch, problem.dtype))
+
+    def int4(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        product(x, dequantize(weight, scales, zeros, out=whole).T, bias, out)
+
+    return int4
 
 
 def bind_bmm(context: BindContext) -> Kernel:

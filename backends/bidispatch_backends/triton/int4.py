@@ -87,10 +87,18 @@ def _weights(halves, scale, zero, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _over_halves(values, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """[ROWS, GROUPS] values of the groups in a block of K, for each of the block's halves: [ROWS, 32]."""
-    spread = tl.broadcast_to(values.reshape(ROWS, 1, GROUPS, 1), (ROWS, 4, GROUPS, 8 // GROUPS))
-    return spread.reshape(ROWS, 32)
+def _of_groups(words, shift, stride_group, LOADED: tl.constexpr, GROUPS: tl.constexpr):
+    """What belongs to each half of a block of K, [LOADED, 32]: `words` [LOADED] holds that of the first group, `shift`
+    bits up; the block's other groups follow `stride_group` words apart.
+
+    Words are loaded as vectors and not as [LOADED, GROUPS], whose layout would win over that of the weight.
+    """
+    values = tl.broadcast_to((tl.load(words) >> shift)[:, None], (LOADED, 32))
+    of_half = tl.arange(0, 32) % 8 // (8 // GROUPS)
+    for group in tl.static_range(1, GROUPS):
+        others = tl.load(words + group * stride_group) >> shift
+        values = tl.where((of_half == group)[None, :], others[:, None], values)
+    return values
 
 
 @triton.jit
@@ -138,12 +146,9 @@ def accumulate(
     halves_ptrs = halves_ptr + (columns.to(tl.int64) * (2 * stride_weight_row) + block * 32)[:, None]
     halves_ptrs += tl.arange(0, 32)[None, :]
     # Scales and zero points are loaded as words, with their neighbours: copies ahead take 4 bytes or more.
-    group = block[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    scale_words = scales_ptr.to(tl.pointer_type(tl.int32)) + columns[:, None] // 2
-    scale_shift = columns[:, None] % 2 * 16
+    scale_words = scales_ptr.to(tl.pointer_type(tl.int32)) + columns // 2
     if zeros_ptr is not None:
-        zero_words = zeros_ptr.to(tl.pointer_type(tl.int32)) + columns[:, None] // 4
-        zero_shift = columns[:, None] % 4 * 8
+        zero_words = zeros_ptr.to(tl.pointer_type(tl.int32)) + columns // 4
     steps = tl.arange(0, BLOCK_K)
     x_rows = tl.where(rows < m, rows, 0).to(tl.int64) * stride_x_row
     x_ptrs = x_ptr + first + x_rows[None, :] + steps[:, None]
@@ -152,15 +157,11 @@ def accumulate(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for start in range(0, length, BLOCK_K):
         halves = tl.load(halves_ptrs)
-        if GROUP_SIZE < _K_BLOCK:
-            groups = (first + start) // GROUP_SIZE + group
-        else:
-            groups = (first + start + block[:, None] * _K_BLOCK) // GROUP_SIZE
-        scale = (tl.load(scale_words + groups * (n // 2)) >> scale_shift).to(tl.int16)
-        scale = _over_halves(scale.to(scales_ptr.dtype.element_ty, bitcast=True), LOADED, GROUPS)
+        group = (first + start + block * _K_BLOCK) // GROUP_SIZE
+        scale = _of_groups(scale_words + group * (n // 2), columns % 2 * 16, n // 2, LOADED, GROUPS)
+        scale = scale.to(tl.int16).to(scales_ptr.dtype.element_ty, bitcast=True)
         if zeros_ptr is not None:
-            zero = tl.load(zero_words + groups * (n // 4)) >> zero_shift & 255
-            zero = _over_halves(zero, LOADED, GROUPS)
+            zero = _of_groups(zero_words + group * (n // 4), columns % 4 * 8, n // 4, LOADED, GROUPS) & 255
         else:
             zero = tl.full((LOADED, 32), _ZERO, tl.int32)
         x = tl.load(x_ptrs, mask=x_inside, other=0.0)
@@ -170,6 +171,10 @@ def accumulate(
         # [block, repeat, half of 16, warp, 8 | c, j, p | h, s] -> [repeat, warp, half of 16, 8 | block, j, s, h, c, p]
         weight = weight.reshape(BLOCKS, REPEATS, 2, ROW_WARPS, 8, 4, 4, 2, 2, 2)
         weight = weight.permute(1, 3, 2, 4, 0, 6, 9, 8, 5, 7).reshape(BLOCK_N, BLOCK_K)
+        if PACKED:
+            # A move that may have effects is where the compiler's look at a product's operand ends: it would take the
+            # joins for operands that were narrow, and give each thread of mma.sync other neighbours in K.
+            weight = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, False, 2)
         acc = tl.dot(weight, x, acc)
         halves_ptrs += BLOCK_K // 4
         x_ptrs += BLOCK_K
