@@ -87,9 +87,7 @@ def dequantize(
     centred = q.reshape(n, groups, -1).to(scales.dtype) - (
         SYMMETRIC_ZERO if zeros is None else zeros.T[..., None].to(scales.dtype)
     )
-    return torch.mul(
-        centred, scales.T[..., None], out=None if out is None else out.view(n, groups, -1)
-    ).reshape(n, -1)
+    return torch.mul(centred, scales.T[..., None], out=None if out is None else out.view(n, groups, -1)).reshape(n, -1)
 
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Weight:
@@ -132,8 +130,8 @@ def from_gptq(
         group_size = -(-q.shape[0] // scales.shape[0])
         if not torch.equal(g_idx.long(), torch.arange(q.shape[0], device=g_idx.device) // group_size):
             raise UsageError(
-                "g_idx is not in ascending groups: the checkpoint was made with desc_act=true, which gemm.int4 does not "
-                "take, since a group's rows lie apart in K; quantise with desc_act=false, or serve it dequantised"
+                "g_idx is not in ascending groups: the checkpoint was made with desc_act=true, which gemm.int4 "
+                "does not take: a group's rows lie apart in K. Quantise with desc_act=false, or serve it dequantised"
             )
     return _weight(q, zeros, scales)
 
@@ -143,7 +141,9 @@ def _weight(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Int4W
     k, n = q.shape
     groups = scales.shape[0]
     if not scales.is_floating_point() or k % groups:
-        raise UsageError(f"scales must be floating point [k/group_size, n] for k={k}, not {scales.dtype} {list(scales.shape)}")
+        raise UsageError(
+            f"scales must be floating point [k/group_size, n] for k={k}, not {scales.dtype} {list(scales.shape)}"
+        )
     _check("qzeros (unpacked)", zeros, zeros.dtype, (groups, n))
     symmetric = bool((zeros == SYMMETRIC_ZERO).all())
     return Int4Weight(pack(q.T), scales.contiguous(), None if symmetric else zeros.to(torch.int8).contiguous())
@@ -162,7 +162,9 @@ def _nibbles(words: torch.Tensor, places: tuple[int, ...] | range) -> torch.Tens
 
 def _shifts(device: torch.device) -> torch.Tensor:
     """The bit of each nibble of a packed word, in the order [p, s, h]."""
-    return torch.tensor([16 * p + 8 * s + 4 * h for p in (0, 1) for s in (0, 1) for h in (0, 1)], dtype=torch.int32, device=device)
+    return torch.tensor(
+        [16 * p + 8 * s + 4 * h for p in (0, 1) for s in (0, 1) for h in (0, 1)], dtype=torch.int32, device=device
+    )
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

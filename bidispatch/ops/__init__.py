@@ -11,9 +11,7 @@ from bidispatch.ops.schema import Op
 __all__ = ["CATALOGUE", "get"]
 
 CATALOGUE: Mapping[str, Op] = {
-    op.name: op
-    for family in (linear, int4, norm, activation, reduction, attention, mla, planned)
-    for op in family.OPS
+    op.name: op for family in (linear, int4, norm, activation, reduction, attention, mla, planned) for op in family.OPS
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bidispatch.ops.linear import OUT_DTYPE
 from bidispatch.ops.schema import Argument, Dim, DimValue, Op
 
 __all__ = ["K_BLOCK", "OPS", "SYMMETRIC_ZERO"]
@@ -41,6 +42,7 @@ GEMM_INT4 = Op(
             default=False,
         ),
         Dim("bias", bool, "whether a bias is added, in fp32, before the result is rounded", default=False),
+        OUT_DTYPE,
     ),
     arguments=(
         Argument("x", ("m", "k")),
@@ -49,7 +51,7 @@ GEMM_INT4 = Op(
         Argument("zeros", ("k/group_size", "n"), dtype="int8", when="zero_points"),
         Argument("bias", ("n",), when="bias"),
     ),
-    outputs=(Argument("out", ("m", "n")),),
+    outputs=(Argument("out", ("m", "n"), dtype="out_dtype"),),
     dtypes=("bfloat16", "float16"),
     reference="bidispatch.ops.reference.int4:gemm_int4",
     inputs="bidispatch.ops.reference.int4:gemm_int4_inputs",

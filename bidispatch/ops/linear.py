@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from bidispatch.ops.schema import SAME_DTYPE, WIDE_DTYPES, Argument, Dim, Op
 
-__all__ = ["OPS"]
+__all__ = ["OPS", "OUT_DTYPE"]
 
-_OUT_DTYPE = Dim(
+OUT_DTYPE = Dim(
     "out_dtype",
     str,
     "dtype of the result, rounded once from the fp32 accumulator",
     default=SAME_DTYPE,
     choices=(SAME_DTYPE, *WIDE_DTYPES),
 )
+"""A dim of the products."""
 
 GEMM = Op(
     name="gemm",
@@ -21,7 +22,7 @@ GEMM = Op(
         Dim("n", int, "output features", minimum=1, typical=4096),
         Dim("k", int, "input features, the summed axis", minimum=1, typical=4096),
         Dim("bias", bool, "whether a bias is added, in fp32, before the result is rounded", default=False),
-        _OUT_DTYPE,
+        OUT_DTYPE,
         Dim(
             "role",
             str,
@@ -48,7 +49,7 @@ BMM = Op(
     dims=(
         Dim("n", int, "columns of b", minimum=1, typical=128),
         Dim("k", int, "the summed axis", minimum=1, typical=512),
-        _OUT_DTYPE,
+        OUT_DTYPE,
     ),
     arguments=(Argument("a", ("matrices", "m", "k")), Argument("b", ("matrices", "k", "n"), any_strides=True)),
     outputs=(Argument("out", ("matrices", "m", "n"), dtype="out_dtype"),),

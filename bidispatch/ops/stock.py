@@ -52,8 +52,8 @@ def gemm_int4(
     zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """The weight dequantised, then `F.linear`: [m, n]."""
-    return (F.linear(x, dequantize(weight, scales, zeros), bias),)
+    """The weight dequantised, then as `gemm`: [m, n]."""
+    return gemm(problem, x, dequantize(weight, scales, zeros), bias)
 
 
 def bmm(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -32,7 +32,7 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
     ),
     "gemm.int4": (
         {"n": 208, "k": 384, "zero_points": True, "group_size": 32},
-        {"n": 16, "k": 128, "group_size": 64, "bias": True},
+        {"n": 16, "k": 128, "group_size": 64, "bias": True, "out_dtype": "float32"},
     ),
     "bmm": ({"n": 77, "k": 129}, {"n": 64, "k": 80, "out_dtype": "float32"}),
     "rms_norm": ({"n": 128}, {"n": 1003, "gemma": True}),

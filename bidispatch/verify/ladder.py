@@ -20,7 +20,7 @@ from bidispatch.runtime.context import Limits
 from bidispatch.verify import rows, sequences
 from bidispatch.verify.accuracy import measure_accuracy
 from bidispatch.verify.cases import Sizes, sizes_for
-from bidispatch.verify.classes import check_merged
+from bidispatch.verify.classes import MERGED_OPS, check_merged
 from bidispatch.verify.graphs import check_graphs
 from bidispatch.verify.report import Accuracy, Check, ProblemResult
 from bidispatch.verify.rungs import check_ladder
@@ -124,7 +124,7 @@ class _Findings:
         self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows, plain))
         if select is not None:
             self._rungs(selection, sizes)
-            if selection.problem.op == "gemm":
+            if selection.problem.op in MERGED_OPS:
                 self.classes.append(check_merged(selection, sizes, select))
         if plain is not None:
             self.stock = (sequences if over_sequences else rows).stock_check(plain, sizes)

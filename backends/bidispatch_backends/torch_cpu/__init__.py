@@ -19,7 +19,7 @@ __all__ = ["register"]
 
 
 def _product_class(params: Params, problem: Problem) -> str:
-    widened = "" if problem.dims.get("out_dtype", problem.dtype) == problem.dtype else ", operands=float32"
+    widened = "" if problem["out_dtype"] == problem.dtype else ", operands=float32"
     return f"torch_mm_blocks({_fields(params)}{widened})"
 
 

@@ -35,7 +35,7 @@ class _Product:
     def __init__(self, context: BindContext) -> None:
         problem = context.problem
         n, k = problem.size("n"), problem.size("k")
-        widened = problem.dims.get("out_dtype", problem.dtype) != problem.dtype
+        widened = problem["out_dtype"] != problem.dtype
         self._dtype: torch.dtype = torch.float32 if widened else getattr(torch, problem.dtype)
         self._rows: int = context.params.rows
         self._full = n - n % PRODUCT_COLUMNS
@@ -86,8 +86,9 @@ def bind_gemm(context: BindContext) -> Kernel:
 
 
 def bind_int4(context: BindContext) -> Kernel:
-    """Return `kernel(x, weight, scales, zeros, bias, out)`; see the op `gemm.int4`. Keeps room for the whole weight, which
-    every call dequantises.
+    """Return `kernel(x, weight, scales, zeros, bias, out)`; see the op `gemm.int4`.
+
+    Every call dequantises the whole weight, into room that is kept.
     """
     product, problem = _Product(context), context.problem
     whole = workspace(problem.size("n"), problem.size("k"), dtype=getattr(torch, problem.dtype))

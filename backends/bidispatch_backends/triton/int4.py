@@ -21,7 +21,13 @@ from bidispatch.ops.int4 import K_BLOCK, SYMMETRIC_ZERO
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.triton.gemm import tile_of
-from bidispatch_backends.triton.int4_params import Int4Params, Int4Tile, SplitInt4Params
+from bidispatch_backends.triton.int4_params import (
+    Int4Params,
+    Int4Tile,
+    SplitInt4Params,
+    fits_tensor_memory,
+    on_tensor_memory,
+)
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer
 from bidispatch_backends.triton.split_gemm import fold_partials, is_last
 
@@ -66,24 +72,25 @@ def _weights(halves, scale, zero, PACKED: tl.constexpr):
     dtype = scale.dtype
     if PACKED:
         if dtype == tl.bfloat16:
-            minus = (zero | 0xC300).to(tl.uint16).to(tl.bfloat16, bitcast=True)  # -(128 + zero)
-            return tl.inline_asm_elementwise(
+            minus = (zero | 0xC300).to(tl.uint16).to(dtype, bitcast=True)  # -(128 + zero)
+            weights = tl.inline_asm_elementwise(
                 _UNPACK_BF16, "=r,=r,=r,=r,r,r,r", [halves, scale, minus], (dtype, dtype, dtype, dtype), True, 2
             )
         else:
-            minus = (zero | 0xE400).to(tl.uint16).to(tl.float16, bitcast=True)  # -(1024 + zero)
-            return tl.inline_asm_elementwise(
+            minus = (zero | 0xE400).to(tl.uint16).to(dtype, bitcast=True)  # -(1024 + zero)
+            weights = tl.inline_asm_elementwise(
                 _UNPACK_FP16, "=r,=r,=r,=r,r,r,r", [halves, scale, minus], (dtype, dtype, dtype, dtype), True, 2
             )
     else:
         # Exact in fp32, then rounded: the same bits.
         wide = scale.to(tl.float32)
-        return (
+        weights = (
             (((halves & 15) - zero).to(tl.float32) * wide).to(dtype),
             (((halves >> 4 & 15) - zero).to(tl.float32) * wide).to(dtype),
             (((halves >> 8 & 15) - zero).to(tl.float32) * wide).to(dtype),
             (((halves >> 12 & 15) - zero).to(tl.float32) * wide).to(dtype),
         )
+    return weights
 
 
 @triton.jit
@@ -121,6 +128,7 @@ def accumulate(
     ROW_WARPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
+    FENCED: tl.constexpr,
 ):
     """The sum over `length` elements of K from `first` on, from a fresh accumulator: [BLOCK_N, BLOCK_M].
 
@@ -171,7 +179,7 @@ def accumulate(
         # [block, repeat, half of 16, warp, 8 | c, j, p | h, s] -> [repeat, warp, half of 16, 8 | block, j, s, h, c, p]
         weight = weight.reshape(BLOCKS, REPEATS, 2, ROW_WARPS, 8, 4, 4, 2, 2, 2)
         weight = weight.permute(1, 3, 2, 4, 0, 6, 9, 8, 5, 7).reshape(BLOCK_N, BLOCK_K)
-        if PACKED:
+        if FENCED:
             # A move that may have effects is where the compiler's look at a product's operand ends: it would take the
             # joins for operands that were narrow, and give each thread of mma.sync other neighbours in K.
             weight = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, False, 2)
@@ -203,6 +211,7 @@ def int4_kernel(
     GROUP_SIZE: tl.constexpr,
     K_CHUNK: tl.constexpr,
     PACKED: tl.constexpr,
+    FENCED: tl.constexpr,
 ):
     """out = x @ weight.T + bias: one [BLOCK_M, BLOCK_N] tile a program.
 
@@ -214,19 +223,19 @@ def int4_kernel(
         acc = accumulate(
             *(x_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, tile_n * BLOCK_N, 0, k, m, n),
             *(stride_x_row, stride_weight_row),
-            *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED, FENCED),
         )
     else:
         acc = accumulate(
             *(x_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, tile_n * BLOCK_N, 0, min(k, K_CHUNK), m, n),
             *(stride_x_row, stride_weight_row),
-            *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED, FENCED),
         )
         for first in range(K_CHUNK, k, K_CHUNK):
             acc += accumulate(
                 *(x_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, tile_n * BLOCK_N, first, min(k - first, K_CHUNK)),
                 *(m, n, stride_x_row, stride_weight_row),
-                *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED),
+                *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED, FENCED),
             )
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     _store(out_ptr, bias_ptr, acc, rows, columns, m, n, stride_out_row)
@@ -266,6 +275,7 @@ def int4_split_kernel(
     GROUP_SIZE: tl.constexpr,
     K_CHUNK: tl.constexpr,
     PACKED: tl.constexpr,
+    FENCED: tl.constexpr,
 ):
     """The same; program (tile, chunk). partial [chunks, m, n] fp32, counter [tiles] zero."""
     tile = tl.program_id(0)
@@ -276,7 +286,7 @@ def int4_split_kernel(
     acc = accumulate(
         *(x_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, tile_n * BLOCK_N, first, min(k - first, K_CHUNK), m, n),
         *(stride_x_row, stride_weight_row),
-        *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED),
+        *(BLOCK_M, BLOCK_N, BLOCK_K, ROW_WARPS, GROUP_SIZE, PACKED, FENCED),
     )
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < m)[None, :] & (columns < n)[:, None]
@@ -288,8 +298,12 @@ def int4_split_kernel(
 
 
 def _constants(problem: Problem, params: Int4Params, tile: Int4Tile, arch: Arch) -> dict[str, Constant]:
-    """The constants of both kernels. Raises ValueError for a tile whose steps do not divide K or a chunk of it."""
+    """The constants of both kernels. Raises ValueError for a tile whose steps do not divide K or a chunk of it, and for
+    one that would leave Blackwell's large matrix unit, which is of another class until proved.
+    """
     k = problem.size("k")
+    if on_tensor_memory(arch) and not fits_tensor_memory(tile.block_n, tile.num_warps):
+        raise ValueError(f"{arch.name} needs tiles of 64 or more rows of the weight, of 4 or 8 warps, not {tile}")
     if k % tile.block_k or params.k_chunk % tile.block_k:
         raise ValueError(f"block_k={tile.block_k} does not divide k={k} and k_chunk={params.k_chunk}")
     return {
@@ -301,6 +315,7 @@ def _constants(problem: Problem, params: Int4Params, tile: Int4Tile, arch: Arch)
         "GROUP_SIZE": problem.size("group_size"),
         "K_CHUNK": params.k_chunk if k > params.k_chunk else 0,
         "PACKED": arch.vendor == "nvidia",
+        "FENCED": arch.vendor == "nvidia" and not on_tensor_memory(arch),
     }
 
 
@@ -312,7 +327,7 @@ def _tensors(problem: Problem) -> dict[str, ArgumentType]:
         "scales_ptr": of_dtype,
         "zeros_ptr": pointer("int8") if problem.flag("zero_points") else None,
         "bias_ptr": of_dtype if problem.flag("bias") else None,
-        "out_ptr": of_dtype,
+        "out_ptr": pointer(str(problem["out_dtype"])),
     }
 
 

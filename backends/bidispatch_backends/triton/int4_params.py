@@ -21,10 +21,12 @@ __all__ = [
     "Int4Params",
     "Int4Tile",
     "SplitInt4Params",
+    "fits_tensor_memory",
     "int4_numerics",
     "int4_split_tiles",
     "int4_tiles",
     "int4_tiles_for",
+    "on_tensor_memory",
 ]
 
 _KB = 1024
@@ -62,6 +64,16 @@ class Int4Tile(Tile):
 def int4_numerics(params: Any, problem: Problem) -> str:
     """`k_sequential` or `k_chunks.<c>`: the bits of `gemm` in that class with the dequantised weight."""
     return product_numerics(problem, "", params.k_chunk)
+
+
+def on_tensor_memory(arch: Arch) -> bool:
+    """Whether products are tcgen05's, whose left operand comes from tensor memory."""
+    return arch.family == "sm100"
+
+
+def fits_tensor_memory(block_n: int, num_warps: int) -> bool:
+    """Whether a tile's products are tcgen05's there, and not mma.sync's."""
+    return block_n >= 64 and num_warps in (4, 8)
 
 
 Shape = tuple[int, int, int, int, int]
@@ -157,6 +169,8 @@ def _tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> Int4Ti
     """
     block_m, block_n, block_k, num_warps, most = shape
     if problem.size("k") % block_k or params.k_chunk % block_k:
+        return None
+    if on_tensor_memory(arch) and not fits_tensor_memory(block_n, num_warps):
         return None
     metadata = 2 * 4 * block_n * (block_k // min(K_BLOCK, problem.size("group_size")))  # a word a scale and a zero
     stage_bytes = block_m * block_k * 2 + block_n * block_k // 2 + metadata

@@ -5,7 +5,7 @@ ascending order. So the bits are those of the kernels that walk the same chunks 
 """
 
 # Kernel arguments are Triton values, which no annotation describes; the host functions are annotated.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations

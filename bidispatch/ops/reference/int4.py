@@ -40,7 +40,7 @@ def gemm_int4_inputs(
 ) -> list[torch.Tensor | None]:
     """x [rows, k]; a weight of scale 1/sqrt(k), rounded to 4 bits as quantisers do; bias [n] where there is one.
 
-    With zero points a group's least and greatest values are 0 and 15, else its largest magnitude is 7.5 from the middle.
+    With zero points a group's least and greatest values are 0 and 15; without, its largest magnitude is 7.5 steps.
     """
     n, k, group = problem.size("n"), problem.size("k"), problem.size("group_size")
     x = draw((rows, k), (seed, "x"), dtype=problem.dtype, device=device, distribution=distribution)
