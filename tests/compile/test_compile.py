@@ -46,6 +46,7 @@ def _row_problem(op: str, dtype: str, n: int) -> Problem:
 # Between them these and OTHER_ROWS reach every tile of every ladder.
 TILED = (
     *(_problem("gemm", dtype, n=n, k=4096) for dtype in DTYPES for n in (64, 1024, 4096, 24576)),
+    *(_problem("gemm.int4", dtype, n=4096, k=4096) for dtype in DTYPES_16_BIT),
     *(_row_problem(op, dtype, 4096) for op in ROW_OPS for dtype in DTYPES),
     *(_problem(op, n=151936, out_dtype="float32") for op in ("softmax", "log_softmax")),
     _problem("token_logprob", n=151936),
@@ -61,6 +62,9 @@ ODD = (
     *OTHER_ROWS,
     *(_problem("bmm", dtype, n=128, k=512) for dtype in DTYPES),
     _problem("gemm", n=4097, k=1000, bias=True, out_dtype="float32"),
+    _problem("gemm.int4", n=1536, k=384, zero_points=True, group_size=32, bias=True, out_dtype="float32"),
+    _problem("gemm.int4", "float16", n=4112, k=14336, zero_points=True, group_size=64),
+    _problem("gemm.int4", n=4096, k=3584, group_size=3584),
     _problem("bmm", n=7, k=4097),
     _problem("rms_norm", n=100, gemma=True),
     _problem("rms_norm", "float32", n=20003),
@@ -143,6 +147,8 @@ def test_every_registered_kernel_is_compiled() -> None:
     compiled |= {("triton.paged_attention", dtype) for op, dtype in compiled if op == "triton.attention"}
     compiled |= {("triton.mla", dtype) for op, dtype in compiled if op == "triton.attention.mla"}
     compiled |= {(name, problem.dtype) for name, problem, *_ in SPLIT}
+    int4 = ("triton.int4", "triton.int4_split_k")
+    compiled |= {(name, dtype) for op, dtype in compiled if op == "triton.gemm.int4" for name in int4}
     registered = {(found.name, dtype) for found in registry for dtype in found.dtypes}
     assert registered <= compiled
 
@@ -217,14 +223,14 @@ def test_kernels_with_chunks_in_parallel_compile_and_fit(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["triton.gemm", "triton.gemm_split_k"])
+@pytest.mark.parametrize("name", ["triton.gemm", "triton.gemm_split_k", "triton.int4", "triton.int4_split_k"])
 def test_every_tile_that_tune_tries_compiles_and_fits(name: str, dtype: str) -> None:
     registry = Registry()
     register(registry)
     found = registry.get(name)
     if dtype not in found.dtypes:
         pytest.skip(f"{name} does not take {dtype}")
-    problem = _problem("gemm", dtype, n=4096, k=4096)
+    problem = _problem(found.op, dtype, n=4096, k=4096)
     device = Device(ARCHS["sm90"], "sm90", predicted=True)
     search = load_attribute(found.search)
     tiles = {
@@ -294,6 +300,34 @@ def test_every_tile_of_attention_gives_a_product_the_same_elements(problem: Prob
     for variant in selected_variants("sm90", problem).values():
         widths |= set(re.findall(r"kWidth = (\d+)", compile_variant(variant, target_of(ARCHS["sm90"])).asm["ttgir"]))
     assert widths == {"2"}
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120"])
+def test_every_tile_of_int4_gives_a_product_the_same_elements(arch: str, zero_points: bool) -> None:
+    """The same for weights that are joined from four tensors of integers, which looks narrow to the compiler too."""
+    problem = _problem("gemm.int4", n=4096, k=4096, zero_points=zero_points)
+    registry = Registry()
+    register(registry)
+    found = registry.get("triton.int4")
+    device = Device(ARCHS[arch], arch, predicted=True)
+    search = load_attribute(found.search)
+    tiles = {str(tile): tile for m in (1, 64, 300) for tile in search(device, problem, found.params(), m)}
+    widths = set()
+    for tile in tiles.values():
+        for variant in variants(found.name, problem, found.params(), tile, ARCHS[arch]):
+            widths |= set(re.findall(r"kWidth = (\d+)", compile_variant(variant, target_of(ARCHS[arch])).asm["ttgir"]))
+    assert widths == {"2"}
+
+
+def test_int4_weights_reach_the_matrix_unit_without_shared_memory() -> None:
+    """What is unpacked lies where wgmma reads it: the loop stores nothing, and unpacking is 15 instructions for 8."""
+    problem = _problem("gemm.int4", n=4096, k=4096)
+    for variant in selected_variants("sm90", problem).values():
+        compiled = compile_variant(variant, target_of(ARCHS["sm90"]))
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        loop = compiled.asm["ttgir"].rpartition("scf.for")[0].rpartition("scf.for")[2] or compiled.asm["ttgir"]
+        assert "local_store" not in loop
 
 
 @given(n=st.integers(1, 200_000), k=st.integers(1, 30_000), units=st.integers(1, 300), dtype=st.sampled_from(DTYPES))

@@ -23,6 +23,10 @@ ROWS = (1, 19, 70)
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
 DIMS = {
     "gemm": ({"n": 67, "k": 93, "bias": True}, {"n": 130, "k": 256, "out_dtype": "float32"}),
+    "gemm.int4": (
+        {"n": 80, "k": 2176, "bias": True},
+        {"n": 144, "k": 256, "zero_points": True, "group_size": 32, "out_dtype": "float32"},
+    ),
     "bmm": ({"n": 37, "k": 51},),
     "rms_norm": ({"n": 203}, {"n": 17001, "gemma": True}),
     "fused_add_rms_norm": ({"n": 203},),
