@@ -117,7 +117,12 @@ def floor_us(problem: Problem, m: int, flops: Mapping[str, float], bandwidth: fl
 
 def chosen(words: Sequence[str], dtype: str) -> list[Shape]:
     """The shapes of a dtype (`MEASURED`) with a name that holds one of these words; all without words."""
-    shapes = read_shapes(MEASURED[dtype])
+    return named(MEASURED[dtype], words)
+
+
+def named(sweep: Path, words: Sequence[str]) -> list[Shape]:
+    """The shapes of a sweep with a name that holds one of these words; all without words."""
+    shapes = read_shapes(sweep)
     return [shape for shape in shapes if not words or any(word in name for word in words for name in shape.names)]
 
 
