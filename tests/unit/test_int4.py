@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from bidispatch import ops
 from bidispatch.errors import UsageError
 from bidispatch.int4 import dequantize, from_awq, from_gptq, pack, unpack
+from bidispatch.ops.reference.int4 import gemm_int4, gemm_int4_inputs
 
 N, K, GROUP = 24, 256, 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -175,3 +182,86 @@ def test_a_width_that_no_kernel_takes_is_refused_with_the_reason() -> None:
 
     with pytest.raises(bid.SelectionError, match="needs n a multiple of 16, asked for 24"):
         bid.plan("sm90").select("gemm.int4", dtype="bfloat16", n=24, k=4096)
+
+
+def test_on_the_processor_a_row_alone_has_the_bits_it_has_in_a_batch_and_those_of_gemm() -> None:
+    import bidispatch as bid
+
+    plan = bid.plan("cpu")
+    op = ops.get("gemm.int4")
+    for dtype in op.dtypes:
+        problem = op.problem(dtype, {"n": 48, "k": 256, "zero_points": True, "group_size": 32, "bias": True})
+        x, weight, scales, zeros, bias = gemm_int4_inputs(problem, 40)
+        layer = plan.select_problem(problem).bind(max_tokens=40)
+        whole = layer(x, weight, scales, zeros, bias)
+        for row in range(40):
+            assert torch.equal(layer(x[row : row + 1], weight, scales, zeros, bias)[0], whole[row])
+        gemm = plan.select("gemm", dtype=dtype, n=48, k=256, bias=True).bind(max_tokens=40)
+        assert torch.equal(gemm(x, dequantize(weight, scales, zeros), bias), whole)
+        (exact,) = gemm_int4(problem, x, weight, scales, zeros, bias)
+        assert float((whole.double() - exact).norm() / exact.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_inputs_are_quantised_as_quantisers_do(zero_points: bool) -> None:
+    problem = ops.get("gemm.int4").problem("bfloat16", {"n": 64, "k": 512, "zero_points": zero_points})
+    _, weight, scales, zeros, bias = gemm_int4_inputs(problem, 3)
+    assert (zeros is not None) == zero_points
+    assert bias is None
+    q = unpack(weight)
+    assert (int(q.min()), int(q.max())) == (0, 15)
+    stood_for = dequantize(weight, scales, zeros).float()
+    assert float(stood_for.std() * 512**0.5) == pytest.approx(1, abs=0.1)
+    plain = dequantize(weight, torch.ones_like(scales), zeros)
+    assert float(plain.abs().max()) <= 15
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        yield importlib.import_module("int4")
+    for name in ("int4", "gemm"):
+        sys.modules.pop(name, None)
+
+
+def test_the_bound_counts_half_a_byte_a_weight_and_its_scales(benchmark: Any) -> None:
+    peaks = {"bfloat16": 989e12}, 3.35e12
+    problem = ops.get("gemm.int4").problem("bfloat16", {"n": 6144, "k": 4096})
+    moved = 2 * 4096 + 6144 * 4096 / 2 + 32 * 6144 * 2 + 2 * 6144
+    assert benchmark.floor_us(problem, 1, *peaks) == pytest.approx(moved / 3.35e12 * 1e6)
+    awq = ops.get("gemm.int4").problem("bfloat16", {"n": 6144, "k": 4096, "zero_points": True})
+    assert benchmark.floor_us(awq, 1, *peaks) == pytest.approx((moved + 32 * 6144) / 3.35e12 * 1e6)
+
+
+@pytest.mark.parametrize(("ours", "m", "missed"), [(12.4, 1, 0), (12.6, 64, 1), (99.0, 128, 0)])
+def test_the_figure_is_judged_at_few_rows(benchmark: Any, ours: float, m: int, missed: int) -> None:
+    peers = {"vllm_marlin": 10.0, "cublas_bf16": 20.0}
+    row = benchmark.Row("gemm.int4", "bfloat16", 1, 1, 128, False, m, ("x qkv",), 5.0, ours, "triton.int4", peers)
+    lines, found = benchmark.summary([row])
+    assert len(found) == missed
+    assert any("/ cublas_bf16" in line for line in lines)
+
+
+def test_without_marlin_nothing_is_judged(benchmark: Any) -> None:
+    row = benchmark.Row(
+        "gemm.int4", "bfloat16", 1, 1, 128, False, 1, ("x",), 5.0, 99.0, "triton.int4", {"cublas_bf16": 1.0}
+    )
+    assert benchmark.summary([row])[1] == []
+
+
+def test_every_shape_of_the_sweep_is_a_problem_that_a_gpu_serves(benchmark: Any) -> None:
+    import bidispatch as bid
+
+    plan = bid.plan("sm90")
+    shapes = benchmark.named(benchmark.SWEEP, [])
+    assert len(shapes) >= 20
+    for shape in shapes:
+        assert plan.select_problem(ops.get("gemm.int4").problem("bfloat16", shape.dims)).rungs
+
+
+def test_an_unknown_shape_is_a_usage_error(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as found:
+        benchmark.main(["--shape", "GPT-5"])
+    assert found.value.code == 2
+    assert "the names are Qwen3-8B qkv" in " ".join(capsys.readouterr().err.split())

@@ -36,8 +36,6 @@ OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemm-deep": ("gemm", {"n": 256, "k": 1024}),
     "gemm-narrow": ("gemm", {"n": 11, "k": 219}),
     "gemm-one-column": ("gemm", {"n": 1, "k": 64}),
-    "int4": ("gemm.int4", {"n": 48, "k": 256, "bias": True}),
-    "int4-zeros": ("gemm.int4", {"n": 40, "k": 128, "zero_points": True, "group_size": 32, "out_dtype": "float32"}),
     "bmm": ("bmm", {"n": 40, "k": 72}),
     "bmm-narrow": ("bmm", {"n": 11, "k": 202}),
     "rms_norm": ("rms_norm", {"n": 256}),
