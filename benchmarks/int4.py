@@ -1,10 +1,14 @@
 """`gemm.int4` against vLLM's Marlin kernel and cuBLAS in bf16, on this machine's GPU.
 
     python benchmarks/int4.py [--m 64]... [--shape "Qwen3-8B"]... [--quick] [--libraries FOLDER]... [--out FILE]
+    python benchmarks/int4.py --try [--chunk 2048]... [--m 64]... [--shape "Qwen3-8B"]...
 
 Shapes come from sweeps/int4.yaml. Every kernel is timed in CUDA graphs over weights that together exceed the L2, rivals
 in turns, medians. Prints a summary last, and exits 1 if the figure is missed: M <= 64, geometric mean of ours / Marlin
 at most 1.25. Without vLLM there is no Marlin, and nothing is judged.
+
+With --try it times every launch shape that `tune` would, in chunks as the profile has them or as given, and prints the
+fastest of each; it judges nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +27,14 @@ from gemm import HERE, MOST_SETS, SWEEPS, best_of_run, environment, geometric_me
 
 import bidispatch as bid
 from bidispatch import ops
-from bidispatch.bench.timing import copies_beyond_cache, interleaved
+from bidispatch.bench.timing import Launch, copies_beyond_cache, interleaved
 from bidispatch.int4 import dequantize
 from bidispatch.ops.schema import DTYPES, Problem, parse_dtype
 from bidispatch.ops.shapes import Shape
-from bidispatch.runtime.bind import load_attribute
+from bidispatch.registry import Rung
+from bidispatch.runtime.bind import bind, load_attribute
+from bidispatch.runtime.bound import BoundKernel
+from bidispatch.runtime.context import Limits
 
 SWEEP = SWEEPS / "int4.yaml"
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -142,6 +149,42 @@ def measure_shape(
     return found
 
 
+def try_shapes(plan: bid.Plan, shape: Shape, dtype: str, rows: Sequence[int], chunks: Sequence[int]) -> None:
+    """Print the fastest launch shapes of each kernel, chunk and M of one shape."""
+    problem = ops.get("gemm.int4").problem(dtype, shape.dims)
+    device = torch.device(plan.device.torch_device)
+    generate = load_attribute(ops.get(problem.op).inputs)
+    profile = plan.select_problem(problem).rungs[0].params.k_chunk
+    for m in rows:
+        x, weight, scales, zeros, _ = generate(problem, m, device=device)
+        layers = [
+            tuple(None if part is None else part.clone() for part in (weight, scales, zeros))
+            for _ in range(copies_beyond_cache(weight.nbytes, device, most=MOST_SETS))
+        ]
+        out = torch.empty(m, problem.size("n"), device=device, dtype=x.dtype)
+        kernels = {}
+        for chunk in chunks or (profile,):
+            for implementation in plan.registry.for_op(problem.op):
+                if implementation.unmet(plan.device, problem) or (
+                    not chunk and implementation.name.endswith("split_k")
+                ):
+                    continue
+                params = implementation.params(k_chunk=chunk)
+                for tile in load_attribute(implementation.search)(plan.device, problem, params, m):
+                    rung = Rung(implementation, params, tile)
+                    kernels[text_of(rung)] = bind(problem, plan.device, (rung,), Limits(m))
+
+        def launch_of(kernel: BoundKernel, layers: Sequence[Any] = layers, x: Any = x, out: Any = out) -> Launch:
+            return lambda i: kernel(x, *layers[i % len(layers)], out=out)
+
+        launches = {name: launch_of(kernel) for name, kernel in kernels.items()}
+        timings = interleaved(launches, operand_sets=len(layers), estimate_us=10.0, replays=3)
+        ranked = sorted(timings.items(), key=lambda pair: pair[1].median_us)
+        print(f"{shape.names[0]} {problem.size('n')}x{problem.size('k')} M={m}")
+        for name, timing in ranked[:8]:
+            print(f"  {timing.median_us:7.2f} {name}", flush=True)
+
+
 def marlin_layers(layers: Sequence[tuple[Any, ...]], folders: tuple[Path, ...]) -> list[Any]:
     """Each weight as Marlin has it; none, with the reason printed, where it is absent."""
     from peers.installed import AbsentError
@@ -166,6 +209,11 @@ def main(words: Sequence[str] | None = None) -> int:
     to = arguments.out or (HERE / "results" / plan.device.slug / "int4.json" if whole else None)
     torch.set_grad_enabled(False)
 
+    if arguments.tried:
+        for shape in shapes:
+            try_shapes(plan, shape, parse_dtype(arguments.dtype), rows, arguments.chunk)
+            torch.cuda.empty_cache()
+        return 0
     began = time.monotonic()
     best = best_of_run(torch.device(plan.device.torch_device))
     peaks = peaks_of(plan.device.name) or best
@@ -195,6 +243,8 @@ def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argpars
     parser.add_argument("--m", action="append", type=int, help="rows; 15 sizes from 1 to 4096 if not given")
     parser.add_argument("--shape", action="append", default=[], help="shapes whose name holds this text")
     parser.add_argument("--quick", action="store_true", help=f"M = {', '.join(map(str, QUICK_ROWS))}")
+    parser.add_argument("--try", action="store_true", dest="tried", help="time launch shapes instead")
+    parser.add_argument("--chunk", action="append", type=int, default=[], help="with --try: k_chunk; 0 for none")
     parser.add_argument("--libraries", action="append", default=[], help="a folder that holds vLLM's compiled ops")
     parser.add_argument("--out", type=Path, help="JSON; results/<device>/int4.json for a whole run, none for a part")
     return parser.parse_args(words), parser
