@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
 
-The parts: host-time, gemm-host, gemm, rows and attention run the scripts of these names; verify is
+The parts: host-time, gemm-host, gemm, int4, rows and attention run the scripts of these names; verify is
 `bidispatch verify --all --cuda-graph`, verify-gemm and verify-attention the same over the shapes of sweeps/; demo is
 `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on
 small shapes. Exits 1 if any of them does; the others still run.
@@ -29,7 +29,7 @@ SWEEPS = ROOT / "benchmarks" / "sweeps"
 FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
-PARTS = ("host-time", "gemm-host", "gemm", "rows", "attention")
+PARTS = ("host-time", "gemm-host", "gemm", "int4", "rows", "attention")
 PARTS += ("verify", "verify-gemm", "verify-attention", "demo", "tests", "sanitizer")
 WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
 """Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
@@ -50,6 +50,7 @@ def main() -> int:
         "host-time": lambda: script("host_time", folder),
         "gemm-host": lambda: script("gemm_host", folder),
         "gemm": lambda: script("gemm", folder),
+        "int4": lambda: script("int4", folder),
         "rows": lambda: script("rows", folder),
         "attention": lambda: script("attention", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),

@@ -174,7 +174,9 @@ def _tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> Int4Ti
         return None
     metadata = 2 * 4 * block_n * (block_k // min(K_BLOCK, problem.size("group_size")))  # a word a scale and a zero
     stage_bytes = block_m * block_k * 2 + block_n * block_k // 2 + metadata
-    num_stages = min(most, (arch.shared_memory - 4 * _KB) // stage_bytes)
+    # Warps of mma.sync share out the columns of a wide tile too: what one has unpacked, others get by shared memory.
+    exchanged = block_n * block_k * 2 if block_m >= 32 and arch.family not in ("sm90", "sm100") else 0
+    num_stages = min(most, (arch.shared_memory - 4 * _KB - exchanged) // stage_bytes)
     if num_stages < (1 if arch.vendor == "amd" else 2):
         return None
     return Int4Tile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
