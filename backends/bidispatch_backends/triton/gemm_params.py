@@ -16,6 +16,7 @@ from bidispatch_backends.numerics import product_numerics
 from bidispatch_backends.triton.fields import power_of_two_field
 
 __all__ = [
+    "FILLED",
     "GemmParams",
     "GemmTile",
     "Shape",
@@ -24,14 +25,16 @@ __all__ = [
     "gemm_tiles",
     "runs_on_fma",
     "split_tiles",
+    "tile_count",
     "tile_for",
+    "units_of",
 ]
 
 _KB = 1024
 _UNITS = {"sm80": 108, "sm86": 84, "sm89": 142, "sm90": 132, "sm100": 148, "sm103": 148, "sm120": 188, "gfx942": 304}
 """Multiprocessors of the largest product of an arch, for a device that is not here. They enter tiles, never bits."""
 
-_FILLED = 0.45
+FILLED = 0.45
 """A GPU streams a weight at full speed with this many tiles a multiprocessor (H100: 64 tiles on 132)."""
 
 
@@ -119,8 +122,8 @@ def gemm_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int
     for max_m, choices in shapes:
         fitting = [tile for shape in choices if (tile := tile_for(device.arch, problem, params, shape))]
         # A batch of matrices has more tiles than can be known here.
-        wanted = 0.0 if problem.op == "bmm" else _FILLED * _units(device)
-        filling = (tile for tile in fitting if _tile_count(problem, tile, max_m) >= wanted)
+        wanted = 0.0 if problem.op == "bmm" else FILLED * units_of(device)
+        filling = (tile for tile in fitting if tile_count(problem, tile.block_m, tile.block_n, max_m) >= wanted)
         ladder.append((max_m, next(filling, fitting[-1])))
     return tuple(ladder)
 
@@ -144,15 +147,16 @@ def split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[in
     return tuple((max_m, _require(tile_for(device.arch, problem, params, shape))) for max_m, shape in shapes)
 
 
-def _units(device: Device) -> int:
+def units_of(device: Device) -> int:
+    """Multiprocessors of a device, or of the largest product of its arch."""
     arch = device.arch
     return device.compute_units or _UNITS.get(arch.name) or _UNITS.get(arch.family, 100)
 
 
-def _tile_count(problem: Problem, tile: GemmTile, max_m: int | None) -> float:
+def tile_count(problem: Problem, block_m: int, block_n: int, max_m: int | None) -> float:
     """Tiles of a call at the top of a rung; a rung without one has as many as it likes."""
-    rows = float("inf") if max_m is None else -(-max_m // tile.block_m)
-    return rows * -(-problem.size("n") // tile.block_n)
+    rows = float("inf") if max_m is None else -(-max_m // block_m)
+    return rows * -(-problem.size("n") // block_n)
 
 
 def tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> GemmTile | None:

@@ -16,6 +16,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.numerics import product_numerics
 from bidispatch_backends.triton.fields import power_of_two_field
+from bidispatch_backends.triton.gemm_params import FILLED, tile_count, units_of
 
 __all__ = [
     "Int4Params",
@@ -81,13 +82,16 @@ Shape = tuple[int, int, int, int, int]
 
 _Ladder = tuple[tuple[int | None, tuple[Shape, ...]], ...]
 
-# For each M the shapes that may serve, the best first; where the first does not fit, or its steps do not divide K or a
-# chunk, the next. A step of 256 halves what a loop costs beside its products. Not measured yet.
+# For each M the shapes that may serve, the widest first, of which the first that fills the device is taken; those whose
+# steps do not divide K or a chunk of it are not. A step of 256 halves what a loop costs beside its products. Chosen by
+# counts of instructions (sm90); not measured yet.
 _WALKED: _Ladder = (
     (8, ((8, 64, 256, 4, 5), (8, 64, 128, 4, 6))),
     (16, ((16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
-    (32, ((32, 64, 256, 4, 4), (32, 64, 128, 4, 5))),
+    (32, ((32, 128, 128, 8, 4), (32, 64, 256, 4, 4), (32, 64, 128, 4, 5))),
     (64, ((64, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
+    (128, ((128, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
+    (512, ((128, 128, 128, 8, 4), (64, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
     (None, ((128, 128, 128, 8, 4), (128, 128, 128, 8, 2), (64, 64, 128, 4, 3))),
 )
 _SPLIT: _Ladder = (
@@ -138,12 +142,12 @@ _TRIED: tuple[Shape, ...] = (
 
 def int4_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, Int4Tile], ...]:
     """A rung for each range of M."""
-    return _ladder(device.arch, problem, params, _WALKED)
+    return _ladder(device, problem, params, _WALKED)
 
 
 def int4_split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, Int4Tile], ...]:
     """The same for chunks of K in parallel."""
-    return _ladder(device.arch, problem, params, _SPLIT)
+    return _ladder(device, problem, params, _SPLIT)
 
 
 def int4_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[Int4Tile]:
@@ -155,11 +159,15 @@ def int4_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Ite
             yield tile
 
 
-def _ladder(arch: Arch, problem: Problem, params: Any, shapes: _Ladder) -> tuple[tuple[int | None, Int4Tile], ...]:
+def _ladder(device: Device, problem: Problem, params: Any, shapes: _Ladder) -> tuple[tuple[int | None, Int4Tile], ...]:
     ladder = []
-    for max_m, choices in _AMD if arch.vendor == "amd" else shapes:
-        fitting = (tile for shape in choices if (tile := _tile_for(arch, problem, params, shape)))
-        ladder.append((max_m, next(fitting)))
+    chunks = 1 if shapes is _WALKED else -(-problem.size("k") // params.k_chunk)
+    for max_m, choices in _AMD if device.arch.vendor == "amd" else shapes:
+        fitting = [tile for shape in choices if (tile := _tile_for(device.arch, problem, params, shape))]
+        programs = [chunks * tile_count(problem, tile.block_m, tile.block_n, max_m) for tile in fitting]
+        wanted = FILLED * units_of(device)
+        filling = (tile for tile, count in zip(fitting, programs, strict=True) if count >= wanted)
+        ladder.append((max_m, next(filling, fitting[programs.index(max(programs))])))
     return tuple(ladder)
 
 
