@@ -47,6 +47,7 @@ def _row_problem(op: str, dtype: str, n: int) -> Problem:
 TILED = (
     *(_problem("gemm", dtype, n=n, k=4096) for dtype in DTYPES for n in (64, 1024, 4096, 24576)),
     *(_problem("gemm.int4", dtype, n=4096, k=4096) for dtype in DTYPES_16_BIT),
+    *(_problem("gemm.int4", n=n, k=4096) for n in (1536, 24576)),
     *(_row_problem(op, dtype, 4096) for op in ROW_OPS for dtype in DTYPES),
     *(_problem(op, n=151936, out_dtype="float32") for op in ("softmax", "log_softmax")),
     _problem("token_logprob", n=151936),

@@ -10,6 +10,7 @@ import torch
 
 from bidispatch import ops
 from bidispatch.int4 import dequantize, pack
+from bidispatch.ops.reference.draw import DISTRIBUTIONS
 from bidispatch.ops.reference.int4 import gemm_int4_inputs
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind, load_attribute
@@ -19,7 +20,15 @@ from bidispatch.verify.compare import bits
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 200, 300)
 LIMIT = max(ROWS)
-SHAPES = ((6144, 4096), (1536, 4096), (4112, 14336), (48, 384))
+CASES = (
+    (6144, 4096, False, 128),
+    (1536, 4096, True, 32),
+    (1536, 4096, True, 64),
+    (4112, 14336, True, 128),
+    (2048, 3584, False, 3584),
+    (48, 384, False, 384),
+)
+"""n, k, zero_points, group_size."""
 DTYPES = ("bfloat16", "float16")
 NAMES = ("triton.int4", "triton.int4_split_k")
 
@@ -43,23 +52,21 @@ def int4(n, k, dtype="bfloat16", **dims):
     return ops.get("gemm.int4").problem(dtype, {"n": n, "k": k, "out_dtype": "float32", **dims})
 
 
-@pytest.mark.parametrize("distribution", ["normal", "positive", "scaled"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk", [0, 256, 1024])
-def test_the_fp32_bits_are_those_of_gemm_with_the_dequantised_weight(plan, chunk, name, dtype, distribution):
-    if name.endswith("split_k") and not chunk:
-        pytest.skip("takes chunks")
-    for n, k in SHAPES:
-        for zero_points, group_size in ((False, 128), (True, 32), (True, 64), (False, k)):
-            problem = int4(n, k, dtype, zero_points=zero_points, group_size=group_size)
-            x, weight, scales, zeros, _ = gemm_int4_inputs(problem, LIMIT, device="cuda", distribution=distribution)
-            dense = dequantize(weight, scales, zeros)
-            gemm = ops.get("gemm").problem(dtype, {"n": n, "k": k, "out_dtype": "float32"})
-            wanted = bound(plan, "triton.gemm", gemm, {"k_chunk": chunk})(x, dense)
-            kernel = bound(plan, name, problem, {"k_chunk": chunk})
-            for m in ROWS:
-                assert same_bits(kernel(x[:m], weight, scales, zeros), wanted[:m]), (problem, m)
+@pytest.mark.parametrize(("name", "chunk"), [("triton.int4", 0), ("triton.int4", 1024), ("triton.int4_split_k", 1024)])
+@pytest.mark.parametrize(("n", "k", "zero_points", "group_size"), CASES)
+def test_the_fp32_bits_are_those_of_gemm_with_the_dequantised_weight(
+    plan, n, k, zero_points, group_size, name, chunk, dtype
+):
+    problem = int4(n, k, dtype, zero_points=zero_points, group_size=group_size)
+    gemm = ops.get("gemm").problem(dtype, {"n": n, "k": k, "out_dtype": "float32"})
+    linear = bound(plan, "triton.gemm", gemm, {"k_chunk": chunk})
+    kernel = bound(plan, name, problem, {"k_chunk": chunk})
+    for distribution in DISTRIBUTIONS:
+        x, weight, scales, zeros, _ = gemm_int4_inputs(problem, LIMIT, device="cuda", distribution=distribution)
+        wanted = linear(x, dequantize(weight, scales, zeros))
+        for m in ROWS:
+            assert same_bits(kernel(x[:m], weight, scales, zeros), wanted[:m]), (distribution, m)
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
