@@ -72,9 +72,9 @@ def on_tensor_memory(arch: Arch) -> bool:
     return arch.family == "sm100"
 
 
-def fits_tensor_memory(block_n: int, num_warps: int) -> bool:
-    """Whether a tile's products are tcgen05's there, and not mma.sync's."""
-    return block_n >= 64 and num_warps in (4, 8)
+def fits_tensor_memory(block_m: int, block_n: int, num_warps: int) -> bool:
+    """Whether a tile's products are tcgen05's there, and not mma.sync's, and its sums fit the registers beside them."""
+    return block_m >= 16 and block_n >= 64 and num_warps in (4, 8) and block_m * block_n <= 64 * 32 * num_warps
 
 
 Shape = tuple[int, int, int, int, int]
@@ -86,7 +86,7 @@ _Ladder = tuple[tuple[int | None, tuple[Shape, ...]], ...]
 # steps do not divide K or a chunk of it are not. A step of 256 halves what a loop costs beside its products. Chosen by
 # counts of instructions (sm90); not measured yet.
 _WALKED: _Ladder = (
-    (8, ((8, 64, 256, 4, 5), (8, 64, 128, 4, 6))),
+    (8, ((8, 64, 256, 4, 5), (8, 64, 128, 4, 6), (16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
     (16, ((16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
     (32, ((32, 128, 128, 8, 4), (32, 64, 256, 4, 4), (32, 64, 128, 4, 5))),
     (64, ((64, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
@@ -95,7 +95,7 @@ _WALKED: _Ladder = (
     (None, ((128, 128, 128, 8, 4), (128, 128, 128, 8, 2), (64, 64, 128, 4, 3))),
 )
 _SPLIT: _Ladder = (
-    (8, ((8, 64, 256, 4, 4), (8, 64, 128, 4, 6))),
+    (8, ((8, 64, 256, 4, 4), (8, 64, 128, 4, 6), (16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
     (16, ((16, 64, 256, 4, 4), (16, 64, 128, 4, 6))),
     (32, ((32, 128, 128, 8, 4), (32, 64, 128, 4, 4))),
     (64, ((64, 128, 128, 8, 4), (64, 64, 128, 4, 4))),
@@ -180,7 +180,7 @@ def _tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> Int4Ti
     block_m, block_n, block_k, num_warps, most = shape
     if problem.size("k") % block_k or params.k_chunk % block_k:
         return None
-    if on_tensor_memory(arch) and not fits_tensor_memory(block_n, num_warps):
+    if on_tensor_memory(arch) and not fits_tensor_memory(block_m, block_n, num_warps):
         return None
     metadata = 2 * 4 * block_n * (block_k // min(K_BLOCK, problem.size("group_size")))  # a word a scale and a zero
     stage_bytes = block_m * block_k * 2 + block_n * block_k // 2 + metadata
