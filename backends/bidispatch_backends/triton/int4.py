@@ -304,8 +304,8 @@ def _constants(problem: Problem, params: Int4Params, tile: Int4Tile, arch: Arch)
     k = problem.size("k")
     if on_tensor_memory(arch) and not fits_tensor_memory(tile.block_m, tile.block_n, tile.num_warps):
         raise ValueError(
-            f"{arch.name} needs tiles of at least 16 rows of x and 64 of the weight, of 4 or 8 warps with up to 2048 sums "
-            f"each, not {tile}"
+            f"{arch.name} needs tiles of at least 16 rows of x and 64 of the weight, 4 or 8 warps, and up to 2048 sums "
+            f"a warp, not {tile}"
         )
     if k % tile.block_k or params.k_chunk % tile.block_k:
         raise ValueError(f"block_k={tile.block_k} does not divide k={k} and k_chunk={params.k_chunk}")
