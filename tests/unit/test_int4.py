@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bidispatch import ops
+from bidispatch.device import ARCHS, Device
 from bidispatch.errors import UsageError
 from bidispatch.int4 import dequantize, from_awq, from_gptq, pack, unpack
 from bidispatch.ops.reference.int4 import gemm_int4, gemm_int4_inputs
+from bidispatch_backends.triton import int4_params
 
 N, K, GROUP = 24, 256, 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -214,6 +218,35 @@ def test_inputs_are_quantised_as_quantisers_do(zero_points: bool) -> None:
     assert float(stood_for.std() * 512**0.5) == pytest.approx(1, abs=0.1)
     plain = dequantize(weight, torch.ones_like(scales), zeros)
     assert float(plain.abs().max()) <= 15
+
+
+@given(
+    n=st.integers(1, 8000).map(lambda count: 16 * count),
+    blocks=st.integers(1, 240),
+    group=st.sampled_from([32, 64, 128]),
+    chunk=st.sampled_from([256, 1024, 2048]),
+    units=st.integers(1, 300),
+    arch=st.sampled_from(["sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "gfx942"]),
+)
+def test_every_weight_has_a_ladder_of_tiles_that_divide_k_and_its_chunks(
+    n: int, blocks: int, group: int, chunk: int, units: int, arch: str
+) -> None:
+    problem = ops.get("gemm.int4").problem("bfloat16", {"n": n, "k": 128 * blocks, "group_size": group})
+    device = Device(ARCHS[arch], arch, predicted=True, compute_units=units)
+    ladders = (
+        int4_params.int4_tiles(device, problem, int4_params.Int4Params(k_chunk=0)),
+        int4_params.int4_tiles(device, problem, int4_params.Int4Params(k_chunk=chunk)),
+        int4_params.int4_split_tiles(device, problem, int4_params.SplitInt4Params(k_chunk=chunk)),
+    )
+    for ladder in ladders:
+        bounds = [max_m for max_m, _ in ladder]
+        assert bounds[-1] is None
+        assert bounds[:-1] == sorted(bound for bound in bounds if bound)
+        for max_m, tile in ladder:
+            assert problem.size("k") % tile.block_k == chunk % tile.block_k == 0
+            assert max_m is None or tile.block_m <= max(16, max_m)
+            if arch in ("sm100", "sm103"):
+                assert int4_params.fits_tensor_memory(tile.block_m, tile.block_n, tile.num_warps)
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,8 @@ def _tile_for(arch: Arch, problem: Problem, params: Any, shape: Shape) -> Int4Ti
     block_m, block_n, block_k, num_warps, most = shape
     if problem.size("k") % block_k or params.k_chunk % block_k:
         return None
+    if arch.vendor == "amd" and block_m < 16:  # a side of its matrix instruction
+        return None
     if on_tensor_memory(arch) and not fits_tensor_memory(block_m, block_n, num_warps):
         return None
     metadata = 2 * 4 * block_n * (block_k // min(K_BLOCK, problem.size("group_size")))  # a word a scale and a zero
