@@ -14,6 +14,8 @@ _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
 _TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
 
+_TRITON_INT4 = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest it was compiled with
+
 
 def register(registry: Registry) -> None:
     """Add every kernel of this backend."""
@@ -68,7 +70,7 @@ def register(registry: Registry) -> None:
                 load=f"bidispatch_backends.triton.int4:bind_{kernel}",
                 archs=_ARCHS,
                 dtypes=("bfloat16", "float16"),
-                requires=(_TRITON, DimMultipleOf("n", 16)),
+                requires=(_TRITON_INT4, DimMultipleOf("n", 16)),
                 numerics=int4_params.int4_numerics,
                 params=kernel_params,
                 tile=int4_params.Int4Tile,
