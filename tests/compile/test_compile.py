@@ -322,8 +322,8 @@ def test_every_tile_of_int4_gives_a_product_the_same_elements(arch: str, zero_po
 
 
 def test_int4_weights_reach_the_matrix_unit_without_shared_memory() -> None:
-    """What a thread unpacks is what the matrix unit reads from it: nothing but scales, a word for each row of the weight,
-    is stored in shared memory before the last product.
+    """What a thread unpacks is what the matrix unit reads from it: nothing but scales, a word for each row of a
+    tile, is stored in shared memory before the last product.
     """
     problem = _problem("gemm.int4", n=4096, k=4096)
     for variant in selected_variants("sm90", problem).values():

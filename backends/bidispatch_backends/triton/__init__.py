@@ -13,7 +13,6 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
 _TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
-
 _TRITON_INT4 = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest it was compiled with
 
 
