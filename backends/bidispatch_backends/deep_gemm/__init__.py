@@ -10,7 +10,7 @@ from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Implementation, Params, Registry
 from bidispatch.requirements import AnyOf, Check, DimIn, DimMultipleOf, Package
-from bidispatch_backends.numerics import product_numerics
+from bidispatch_backends.numerics import fp8_block_numerics, product_numerics
 
 __all__ = ["register"]
 
@@ -65,11 +65,10 @@ def register(registry: Registry) -> None:
         )
     )
     # Two kernels of one function of the library. On Hopper (1D2D) fp32 scales are applied between blocks of K by the
-    # expression of `numerics.fp8_block_numerics("fp8")`; that label is its own as soon as bits have been compared
-    # (tests/gpu/test_fp8.py). On Blackwell (1D1D) scales are powers of two and enter the matrix instruction: given
+    # expression of triton.fp8_block, and an H100 has shown the same bits (tests/gpu/test_fp8.py). On Blackwell (1D1D) scales are powers of two and enter the matrix instruction: given
     # others, the library would round them without asking.
     for name, archs, label, limits, summary in (
-        ("fp8", ("sm90",), "deep_gemm.1d2d", (DimIn("out_dtype", ("bfloat16",)),), "fp32 scales between blocks of K"),
+        ("fp8", ("sm90",), fp8_block_numerics("fp8"), (DimIn("out_dtype", ("bfloat16",)),), "fp32 scales between blocks of K"),
         (
             "fp8_ue8m0",
             ("sm100", "sm103"),

@@ -35,6 +35,9 @@ ARCHS = ("sm89", "sm90", "sm100", "sm103", "sm12*")
 _LONG_SIDE = 64
 """Rows of the left operand from which Hopper and Blackwell multiply fp8 by wgmma and tcgen05. With fewer, Triton widens
 the operands to fp16 for mma.sync."""
+_SHORT_SIDE = 16
+"""Columns of the right operand from which every tile gives the same bits. 8 gave others in every shape on an H100, in fp8
+and, rarely, in fp16: tests/gpu/test_fp8.py."""
 _WARPGROUP = 4
 """Warps that share such an instruction."""
 
@@ -77,6 +80,8 @@ def tile_fault(arch: Arch, params: Any, tile: ProductTile) -> str | None:
     long_side, short_side = (tile.block_n, tile.block_m) if tile.swap else (tile.block_m, tile.block_n)
     if short_side < 8 or long_side < 16:
         return f"a tile of {tile.block_m}x{tile.block_n} is too small for the matrix unit"
+    if short_side < _SHORT_SIDE:
+        return f"a tile of {tile.block_m}x{tile.block_n} is another class: 8 columns sum in another order"
     # On Hopper mma.sync and wgmma sum fp16 alike (`gemm`'s tiles); that mma.sync and tcgen05 do, nobody has seen.
     if arch.family == "sm100" or (arch.family == "sm90" and params.products == "fp8"):
         what = f"products={params.products} needs"
@@ -100,8 +105,6 @@ _SHAPES: tuple[tuple[int | None, tuple[Fp8Shape, ...]], ...] = (
     (None, ((128, 128, False, 8, 4), (64, 64, True, 4, 8))),
 )
 _SHAPES_TRIED: tuple[Fp8Shape, ...] = (
-    (8, 64, True, 4, 10),
-    (8, 128, True, 4, 6),
     (16, 64, True, 4, 5),
     (16, 64, True, 4, 8),
     (16, 64, True, 4, 12),
