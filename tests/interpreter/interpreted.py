@@ -38,7 +38,8 @@ def implementation(problem: Problem, name: str = "") -> Implementation:
     found = {known.name: known for known in REGISTRY.for_op(problem.op)}
     if name or f"triton.{problem.op}" in found:
         return found[name or f"triton.{problem.op}"]
-    return next(known for known in found.values() if not known.unmet(SM90, problem))
+    taking = (known for known in found.values() if not known.unmet(SM90, problem))
+    return next(taking) if len(found) > 1 else next(iter(found.values()))
 
 
 def tiles(problem: Problem, params: Any = None, name: str = "") -> list[Any]:

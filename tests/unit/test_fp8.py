@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import bidispatch as bid
 from bidispatch import ops
+from bidispatch.bench import operands
 from bidispatch.bench.timing import Timing
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, UsageError
@@ -224,7 +225,7 @@ def test_the_timer_calls_a_kernel_with_each_weight_in_turn(op, monkeypatch, plan
         return dict.fromkeys(launches, Timing(1.0, 1.0, 1.0))
 
     monkeypatch.setattr(search, "interleaved", interleaved)
-    monkeypatch.setattr(search, "copies_beyond_cache", lambda *arguments: 2)
+    monkeypatch.setattr(operands, "copies_beyond_cache", lambda *arguments, **options: 2)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda place: contextlib.nullcontext())
