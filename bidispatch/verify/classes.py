@@ -25,9 +25,10 @@ _COLUMNS = 8
 
 
 def can_be_merged(problem: Problem) -> bool:
-    """Whether an op is a product with a weight [n, ...] for all its rows, which hosts merge and shard by n."""
+    """Whether an op is a product with a weight of n rows, which hosts merge and shard."""
     return any(
-        argument.name == "weight" and argument.shape[0] == "n" for argument in ops.get(problem.op).arguments[1:2]
+        argument.name == "weight" and argument.shape[0] == "n" and len(argument.shape) == 2
+        for argument in ops.get(problem.op).arguments
     )
 
 

@@ -65,10 +65,17 @@ def register(registry: Registry) -> None:
         )
     )
     # Two kernels of one function of the library. On Hopper (1D2D) fp32 scales are applied between blocks of K by the
-    # expression of triton.fp8_block, and an H100 has shown the same bits (tests/gpu/test_fp8.py). On Blackwell (1D1D) scales are powers of two and enter the matrix instruction: given
-    # others, the library would round them without asking.
+    # expression of triton.fp8_block, and an H100 has shown the same bits (tests/gpu/test_fp8.py). On Blackwell (1D1D)
+    # scales are powers of two and enter the matrix instruction: given others, the library would round them without
+    # asking.
     for name, archs, label, limits, summary in (
-        ("fp8", ("sm90",), fp8_block_numerics("fp8"), (DimIn("out_dtype", ("bfloat16",)),), "fp32 scales between blocks of K"),
+        (
+            "fp8",
+            ("sm90",),
+            fp8_block_numerics("fp8"),
+            (DimIn("out_dtype", ("bfloat16",)),),
+            "fp32 scales between blocks of K",
+        ),
         (
             "fp8_ue8m0",
             ("sm100", "sm103"),

@@ -36,8 +36,8 @@ _LONG_SIDE = 64
 """Rows of the left operand from which Hopper and Blackwell multiply fp8 by wgmma and tcgen05. With fewer, Triton widens
 the operands to fp16 for mma.sync."""
 _SHORT_SIDE = 16
-"""Columns of the right operand from which every tile gives the same bits. 8 gave others in every shape on an H100, in fp8
-and, rarely, in fp16: tests/gpu/test_fp8.py."""
+"""Columns of the right operand from which every tile gives the same bits. 8 gave others in every shape on an H100, in
+fp8 and, rarely, in fp16: tests/gpu/test_fp8.py."""
 _WARPGROUP = 4
 """Warps that share such an instruction."""
 
