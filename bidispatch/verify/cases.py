@@ -230,8 +230,9 @@ def _problems_of(op: Op, dtype: str, device: Device) -> Iterator[Problem]:
     extra = [*_EXTRA.get(op.name, ())]
     if device.arch.vendor != "cpu":
         extra += _EXTRA_ON_GPU.get(op.name, ())
+    needed = {dim.name: dim.typical for dim in op.dims if dim.default is None}
     for dims in extra:
-        yield op.problem(dtype, dims)
+        yield op.problem(dtype, {**needed, **dims})
 
 
 def sizes_for(selection: Selection, effort: str) -> Sizes:

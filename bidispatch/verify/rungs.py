@@ -159,21 +159,24 @@ class _Calls:
         self._whole = None if _has_sequences(subject.problem) else subject.inputs(most, seed=_SEED)
         self._axes = subject.axes_of(subject.row_size, subject.op.arguments)
 
-    def of(self, m: int) -> Arguments:
-        """The arguments of a call of m rows."""
+    def of(self, m: int, subject: Subject) -> Arguments:
+        """The arguments of a call of m rows; what has the output's dtype is widened as that of the subject is."""
         if self._whole is None:
             return self._generator.inputs(m, seed=_SEED)
         return [
-            tensor if tensor is None or axis is None else tensor.narrow(axis, 0, m).contiguous()
-            for tensor, axis in zip(self._whole, self._axes, strict=True)
+            None
+            if tensor is None
+            else (tensor if axis is None else tensor.narrow(axis, 0, m).contiguous()).to(spec.dtype)
+            for tensor, axis, spec in zip(self._whole, self._axes, subject.argument_specs, strict=True)
         ]
 
     def expected(self, reference: Subject) -> _Expected:
         """What a kernel gives for these calls."""
         if self._whole is None:
             return _Expected(reference, self, ())
-        canvas = Canvas(reference, self.of(self._most), salt=0)
-        reference.call(self.of(self._most), canvas.outputs)
+        arguments = self.of(self._most, reference)
+        canvas = Canvas(reference, arguments, salt=0)
+        reference.call(arguments, canvas.outputs)
         return _Expected(reference, self, canvas.outputs)
 
 
@@ -208,7 +211,7 @@ def _compare(
         def call(
             m: int, subject: Subject = subject, wanted: _Expected = wanted
         ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-            arguments = calls.of(m)
+            arguments = calls.of(m, subject)
             canvas = Canvas(subject, arguments, _TRIAL)
             subject.call(arguments, canvas.outputs)
             return canvas.rows(), wanted.of(m, arguments)

@@ -1,8 +1,8 @@
 """`gemm.fp8_block` by DeepGEMM's `fp8_gemm_nt`. Imports the library when a kernel is bound.
 
 It compiles a kernel, for seconds, when a call first needs its tile, as `deep_gemm.bf16` does. Scales of x whose groups
-lie side by side (strides 1 and M rounded up to 4, on 16 bytes) go in as they are; others it transposes in a launch of
-its own, into memory that it allocates.
+lie side by side (strides 1 and M rounded up to 4, on 16 bytes) go in as they are; others are copied into such a place
+first, in a launch of its own: the library's own transposition faults on addresses that are not multiples of 16.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def bind_fp8(context: BindContext) -> Kernel:
             on_aligned(product, x, weight, out=out)
             return
         if not _is_transposed(x_scales):
-            x_scales = x_scales.contiguous()
+            x_scales = _transposed(x_scales)
         groups = weight_scales.shape[1]
-        if weight_scales.stride() != (groups, 1):
-            # A matrix of one row is contiguous to torch, whatever its strides; the library compares them.
-            weight_scales = weight_scales.contiguous().as_strided(weight_scales.shape, (groups, 1))
+        # A matrix of one row is contiguous to torch, whatever its strides; the library compares them.
+        if weight_scales.stride() != (groups, 1) or weight_scales.data_ptr() % ALIGNMENT:
+            weight_scales = weight_scales.clone(memory_format=torch.contiguous_format)
         gemm((x, x_scales), (weight, weight_scales), out, compiled_dims="")
 
     fp8.edges = edges(context.limits)  # type: ignore[attr-defined]
@@ -49,5 +49,14 @@ def bind_fp8(context: BindContext) -> Kernel:
 
 def _is_transposed(scales: torch.Tensor) -> bool:
     """Whether scales [m, groups] lie as TMA reads them."""
-    padded = -(-scales.shape[0] // _FLOATS) * _FLOATS
-    return scales.stride() == (1, padded) and scales.data_ptr() % ALIGNMENT == 0
+    return scales.stride() == (1, _padded(scales)) and scales.data_ptr() % ALIGNMENT == 0
+
+
+def _transposed(scales: torch.Tensor) -> torch.Tensor:
+    """A copy that lies so."""
+    strides = (1, _padded(scales))
+    return torch.empty_strided(scales.shape, strides, dtype=scales.dtype, device=scales.device).copy_(scales)
+
+
+def _padded(scales: torch.Tensor) -> int:
+    return -(-scales.shape[0] // _FLOATS) * _FLOATS
