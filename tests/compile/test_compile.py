@@ -300,6 +300,23 @@ FP8_INSTRUCTIONS = {
 ANY_PRODUCT = r"(?:wgmma\.mma_async|tcgen05\.mma\.|mma\.sync)\S*"
 
 
+def test_products_of_experts_never_start_from_a_bias() -> None:
+    """Where K is one step of some tiles and several of others: Triton adds a bias behind a loop, but in front of the
+    products of a loop of one turn, which it unrolls (seen on an H100: other bits from another tile).
+    """
+    problem = ops.get("moe.experts").problem(
+        "bfloat16", {"experts": 7, "top_k": 2, "hidden": 100, "intermediate": 72, "bias": True, "out_dtype": "float32"}
+    )
+    compiled = [
+        compile_variant(variant, target_of(ARCHS["sm90"])).asm["ttir"]
+        for rung in triton_rungs("sm90", problem)
+        for variant in variants(rung.implementation.name, problem, rung.params, rung.tile, ARCHS["sm90"])
+    ]
+    products = [text for text in compiled if "tt.dot" in text]
+    assert products
+    assert all(text.index("scf.for") < text.index("tt.dot") for text in products)
+
+
 @pytest.mark.parametrize("arch", ["sm89", "sm90", "sm100", "sm120"])
 def test_experts_multiply_fp8_by_the_instruction_of_their_class(arch: str) -> None:
     """In every tile, those that tune tries too; one that would widen is refused."""

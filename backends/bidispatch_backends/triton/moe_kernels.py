@@ -197,7 +197,12 @@ def _product(
 ):
     """A tile's sum over K, of fp8 operands with their scales, which lie contiguous: x's [rows, K/128]."""
     if x_scales_ptr is None:
-        acc = accumulate(x_ptrs, weight_ptrs, BLOCK_K, K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, "ieee")
+        length = K
+        if K <= BLOCK_K:
+            # An expert is never negative, which the compiler cannot know: it would unroll a loop of one turn, and then
+            # start the products from what follows them, the bias (Triton's combine pass), in the tiles that have one.
+            length = tl.where(expert >= 0, K, 0)
+        acc = accumulate(x_ptrs, weight_ptrs, BLOCK_K, length, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_IS_EVEN, "ieee")
     else:
         GROUPS: tl.constexpr = K // BLOCK_K
         x_scale_ptrs = x_scales_ptr + tl.where(inside, rows, 0).to(tl.int64) * GROUPS
