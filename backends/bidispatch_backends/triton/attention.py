@@ -26,12 +26,19 @@ from bidispatch_backends.triton.attention_launch import (
     Packing,
     Parallel,
     fold_launch,
-    launches_dependents,
     workspace_types,
 )
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, overlaps, padded
 from bidispatch_backends.triton.hopper import WARPS
-from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer, power_of_two
+from bidispatch_backends.triton.launch import (
+    ArgumentType,
+    Constant,
+    Launch,
+    dependent_launch,
+    options,
+    pointer,
+    power_of_two,
+)
 
 __all__ = ["bind_attention", "launches"]
 
@@ -147,7 +154,7 @@ def launches(
             arch, ends, data, out_strides, widths | {"HEADS": heads}, warps=1, dependent=dependent
         )
 
-    early = parallel(True) if launches_dependents(arch) else ()
+    early = parallel(True) if dependent_launch(arch) else ()
     return (*walks, *parallel(False), *early)
 
 

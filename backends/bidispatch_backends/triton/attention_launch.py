@@ -9,15 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from bidispatch.device import Arch
 from bidispatch.runtime.context import BindContext, Limits
 from bidispatch_backends.triton.attention_kernels import fold_kernel
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
-from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
+from bidispatch_backends.triton.launch import (
+    ArgumentType,
+    Constant,
+    Launch,
+    ceil_div,
+    dependent_launch,
+    options,
+    pointer,
+    power_of_two,
+)
 
-__all__ = ["SERVER", "Decode", "Packing", "Parallel", "fold_launch", "launches_dependents", "workspace_types"]
+__all__ = ["SERVER", "Decode", "Packing", "Parallel", "fold_launch", "workspace_types"]
 
 SERVER = Limits(256, 256, 131072, 1)
 """What a server binds decode steps for, about."""
@@ -75,14 +83,6 @@ class Decode:
         return {"MOST_QUERIES": self.most_queries, "BLOCK_B": self.block_b}
 
 
-def launches_dependents(arch: Arch) -> bool:
-    """Whether a fold can be launched while its splits still run, and wait for them.
-
-    Programmatic dependent launch, sm90 and later (PTX ISA 9.0, griddepcontrol): hides the µs that a launch takes.
-    """
-    return arch.vendor == "nvidia" and arch.order >= 90 and not triton.knobs.runtime.interpret
-
-
 def workspace_types() -> dict[str, ArgumentType]:
     """The arguments that `Parallel.workspace` is passed for."""
     types: dict[str, ArgumentType] = {"bases_ptr": pointer("int32")}
@@ -101,9 +101,9 @@ def fold_launch(
 ) -> Launch:
     """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result.
 
-    dependent: launched while `split_kernel` still runs, where `launches_dependents`.
+    dependent: launched while `split_kernel` still runs, where `dependent_launch` has options for it.
     """
-    early = {"launch_pdl": True} if dependent else {}
+    early = dependent_launch(arch) if dependent else {}
     return Launch(
         fold_kernel,
         dict.fromkeys(("kv_lens_ptr", "query_start_ptr"), pointer("int32"))
