@@ -66,11 +66,11 @@ class Operands:
 
 
 class ProductOperands(Operands):
-    """Of an op with one weight [n, k], on what its own generator draws."""
+    """Of an op with one weight of n rows and k columns, on what its own generator draws."""
 
     def _place(self) -> int:
         """Which argument is the weight."""
-        return [argument.shape for argument in ops.get(self.problem.op).arguments].index(("n", "k"))
+        return [argument.name for argument in ops.get(self.problem.op).arguments].index("weight")
 
     def _drawn(self, m: int, seed: int) -> Call:
         generate: Callable[..., Call] = load_attribute(ops.get(self.problem.op).inputs)
@@ -90,6 +90,19 @@ class ProductOperands(Operands):
     def work(self, m: int) -> tuple[float, float]:
         n, k = self.problem.size("n"), self.problem.size("k")
         return 2.0 * m * n * k, float((m + n) * k * self._dtype.itemsize + m * n * self._out_size)
+
+
+class PackedOperands(ProductOperands):
+    """The same with a weight of 4-bit integers."""
+
+    def _elements(self) -> tuple[int, ...]:
+        return (self.problem.size("n") * self.problem.size("k") // (2 * self._dtype.itemsize),)
+
+    def work(self, m: int) -> tuple[float, float]:
+        n, k = self.problem.size("n"), self.problem.size("k")
+        scales = n * k / self.problem.size("group_size")
+        moved = n * k / 2 + (m * k + scales) * self._dtype.itemsize + m * n * self._out_size
+        return 2.0 * m * n * k, moved
 
 
 class ExpertsOperands(Operands):
@@ -158,7 +171,8 @@ class ExpertsOperands(Operands):
 
 
 _PRODUCTS = ("gemm", "gemm.fp8_block", "gemm.fp8")
-_OF_OP: dict[str, type[Operands]] = {**dict.fromkeys(_PRODUCTS, ProductOperands), "moe.experts": ExpertsOperands}
+_OF_OP: dict[str, type[Operands]] = {**dict.fromkeys(_PRODUCTS, ProductOperands)}
+_OF_OP |= {"gemm.int4": PackedOperands, "moe.experts": ExpertsOperands}
 
 
 def operands_of(problem: Problem, device: torch.device, most_sets: int = 32) -> Operands:

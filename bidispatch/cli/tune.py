@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8", "moe.experts")
+_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8", "gemm.int4", "moe.experts")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 

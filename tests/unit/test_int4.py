@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bidispatch as bid
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import UsageError
@@ -298,3 +299,20 @@ def test_an_unknown_shape_is_a_usage_error(benchmark: Any, capsys: pytest.Captur
         benchmark.main(["--shape", "GPT-5"])
     assert found.value.code == 2
     assert "the names are Qwen3-8B qkv" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_tune_times_has_the_arguments_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bidispatch.bench import operands
+
+    held = []
+    monkeypatch.setattr(operands, "copies_beyond_cache", lambda size, device, most: held.append(size) or 2)
+    problem = ops.get("gemm.int4").problem("bfloat16", {"n": 32, "k": 256, "zero_points": True})
+    made = operands.operands_of(problem, torch.device("cpu"))
+    assert held == [32 * 256 // 2]
+    calls = made.calls(3)
+    assert [tuple(t.shape) if t is not None else None for t in calls[0]] == [(3, 256), (32, 32), (2, 32), (2, 32), None]
+    assert not torch.equal(calls[0][1], calls[1][1])
+    assert bid.plan("cpu").select_problem(problem).bind(max_tokens=3)(*calls[1]).shape == (3, 32)
+    flops, moved = made.work(3)
+    assert flops == 2 * 3 * 32 * 256
+    assert moved == 32 * 256 / 2 + 2 * (3 * 256 + 2 * 32) + 2 * 3 * 32
