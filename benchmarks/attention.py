@@ -18,18 +18,16 @@ the cells of `--quick`; it judges nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention_calls import MAX_CONTEXT, Call, Pool, Shape, floor_us
 from attention_judge import FA2_ONE, FA3_AUTO, FA3_ONE, FLASH_MLA, FLASHINFER, LEVELS, PHASES, VLLM_TRITON, Row, summary
-from gemm import best_of_run, environment, peaks_of, text_of
+from harness import HERE, best_of_run, environment, peaks_of, save, text_of, used_by
 from peers import flash_attention, flash_mla, flashinfer_attention, vllm_triton
 from peers.installed import AbsentError, Peer
 from triton.errors import TritonError
@@ -47,7 +45,6 @@ from bidispatch.requirements import installed_version
 from bidispatch.runtime.bind import bind, load_attribute
 from bidispatch.runtime.context import Limits
 
-HERE = Path(__file__).parent
 SWEEPS = {
     "decode": HERE / "sweeps" / "attention.yaml",
     "prefill": HERE / "sweeps" / "attention.yaml",
@@ -469,19 +466,14 @@ def _write(
     to = arguments.out or (None if part else HERE / "results" / plan.device.slug / "attention.json")
     if to is None:
         return
-    used = {rung.implementation for each in plans.values() for chosen in each.selections for rung in chosen.rungs}
-    content = {
-        "environment": {
-            **environment(plan, used, peaks, best),
-            "launches_of_a_graph": f"{', '.join(map(str, LAUNCHES))}: the first that suffices",
-            "captured_at": MAX_CONTEXT,
-            "peers": {name: installed_version(name) for name in ("vllm", "flashinfer-python")},
-            "absent": bench.absent,
-        },
-        "rows": [asdict(row) for row in rows],
+    described = {
+        **environment(plan, used_by(plans.values()), peaks, best),
+        "launches_of_a_graph": f"{', '.join(map(str, LAUNCHES))}: the first that suffices",
+        "captured_at": MAX_CONTEXT,
+        "peers": {name: installed_version(name) for name in ("vllm", "flashinfer-python")},
+        "absent": bench.absent,
     }
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    save(to, described, rows)
 
 
 def _positive(text: str) -> int:

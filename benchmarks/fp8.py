@@ -15,24 +15,27 @@ Prints a summary last, and exits 1 if a figure is missed:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gemm import (
-    MOST_SETS,
+from gemm import MOST_SETS, floor_us, stock_product
+from harness import (
+    HERE,
+    SWEEPS,
     best_of_run,
+    conclude,
     environment,
-    floor_us,
     geometric_mean,
+    named,
     peaks_of,
+    save,
     serving,
-    stock_product,
     text_of,
+    used_by,
 )
 
 import bidispatch as bid
@@ -40,13 +43,12 @@ from bidispatch import ops
 from bidispatch.bench.timing import Launch, copies_beyond_cache, interleaved
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
-from bidispatch.ops.shapes import Shape, read_shapes
+from bidispatch.ops.shapes import Shape
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
 
-HERE = Path(__file__).parent
-SHAPES = HERE / "sweeps" / "fp8.yaml"
+SHAPES = SWEEPS / "fp8.yaml"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_ROWS = (1, 16, 64, 512, 4096)
 OURS, DEEP_GEMM, CUBLAS, TRITON = "ours", "deep_gemm", "cublas_bf16", "triton"
@@ -230,13 +232,9 @@ class Rivals:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments, parser = _arguments(words)
-    shapes = [
-        shape
-        for shape in read_shapes(SHAPES)
-        if not arguments.shape or any(word in name for word in arguments.shape for name in shape.names)
-    ]
+    shapes = named(SHAPES, arguments.shape)
     if not shapes:
-        known = ", ".join(name for shape in read_shapes(SHAPES) for name in shape.names)
+        known = ", ".join(name for shape in named(SHAPES, []) for name in shape.names)
         parser.error(f"no shape to measure is named like {', '.join(arguments.shape)}; the names are {known}")
     counts = tuple(arguments.m or (QUICK_ROWS if arguments.quick else ROWS))
     whole = not (arguments.quick or arguments.m or arguments.shape)
@@ -257,20 +255,11 @@ def main(words: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         print(f"{shape.names[0]}: {time.monotonic() - began:.0f} s so far", flush=True)
     if to:
-        used = {rung.implementation for selection in plan.selections for rung in selection.rungs}
-        content = {
-            "environment": {**environment(plan, used, peaks, best), "absent": list(absent)},
-            "rows": [asdict(row) for row in found],
-        }
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        described = {**environment(plan, used_by([plan]), peaks, best), "absent": list(absent)}
+        save(to, described, found)
     lines, missed = summary(found)
-    for line in [*lines, *(f"not compared: {reason}" for reason in absent)]:
-        print(line)
-    print(f"{len(found)} cells on {plan.device.name} in {time.monotonic() - began:.0f} s; {len(missed)} figures missed")
-    for line in missed:
-        print(f"missed: {line}")
-    return 1 if missed else 0
+    lines += [f"not compared: {reason}" for reason in absent]
+    return conclude(lines, missed, len(found), plan.device.name, began)
 
 
 def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:

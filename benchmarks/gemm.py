@@ -16,32 +16,37 @@ gemm_host.py takes the host's time of a call.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
-import statistics
 import sys
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import (
+    HERE,
+    SWEEPS,
+    best_of_run,
+    conclude,
+    environment,
+    geometric_mean,
+    named,
+    peaks_of,
+    save,
+    serving,
+    text_of,
+    used_by,
+)
 
 import bidispatch as bid
 from bidispatch import ops
-from bidispatch.bench.timing import Launch, copies_beyond_cache, interleaved, launches_for
-from bidispatch.environment import describe
+from bidispatch.bench.timing import Launch, copies_beyond_cache, interleaved
 from bidispatch.ops.schema import DTYPES, Problem, parse_dtype
-from bidispatch.ops.shapes import Shape, read_shapes
-from bidispatch.registry import Implementation, Rung
-from bidispatch.requirements import installed_version
+from bidispatch.ops.shapes import Shape
 from bidispatch.runtime.bound import BoundKernel
 
-HERE = Path(__file__).parent
-SWEEPS = HERE / "sweeps"
 MEASURED = {"bf16": SWEEPS / "gemm.yaml", "fp16": SWEEPS / "gemm.yaml", "fp32": SWEEPS / "gemm_fp32.yaml"}
 """The shapes of each dtype."""
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
@@ -49,13 +54,6 @@ QUICK_ROWS = (1, 16, 64, 512, 2048)
 OURS, CUBLAS, ONE_TILE = "ours", "cublas", "one_tile_128"
 MOST_SETS = 64
 """Of weights: the smallest one would need 41 to exceed three times the L2."""
-
-# The vendor's figures: FLOP/s by dtype, and bytes/s.
-_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float8_e4m3fn": 1979e12}
-PEAKS: Mapping[str, tuple[Mapping[str, float], float]] = {
-    r"NVIDIA H100 80GB HBM3": (_HOPPER, 3.35e12),
-    r"NVIDIA H200( SXM)?": (_HOPPER, 4.8e12),
-}
 
 MEAN_LIMIT = {"bfloat16": 1.00, "float16": 1.00, "float32": 1.15}
 CELL_LIMIT = {"bfloat16": 1.10, "float16": 1.10, "float32": math.inf}
@@ -102,11 +100,6 @@ class Row:
 # --- what can be computed without a GPU -----------------------------------------------------------------------------
 
 
-def peaks_of(device_name: str) -> tuple[Mapping[str, float], float] | None:
-    """The vendor's figures for a device; None where they are not known here."""
-    return next((known for pattern, known in PEAKS.items() if re.fullmatch(pattern, device_name)), None)
-
-
 def floor_us(problem: Problem, m: int, flops: Mapping[str, float], bandwidth: float) -> float:
     """max(FLOP / peak, bytes / bandwidth): every operand read once, the result written once."""
     n, k = problem.size("n"), problem.size("k")
@@ -118,29 +111,6 @@ def floor_us(problem: Problem, m: int, flops: Mapping[str, float], bandwidth: fl
 def chosen(words: Sequence[str], dtype: str) -> list[Shape]:
     """The shapes of a dtype (`MEASURED`) with a name that holds one of these words; all without words."""
     return named(MEASURED[dtype], words)
-
-
-def named(sweep: Path, words: Sequence[str]) -> list[Shape]:
-    """The shapes of a sweep with a name that holds one of these words; all without words."""
-    shapes = read_shapes(sweep)
-    return [shape for shape in shapes if not words or any(word in name for word in words for name in shape.names)]
-
-
-def serving(rungs: Sequence[Rung], m: int) -> Rung:
-    """The rung of a ladder that serves a call of m rows."""
-    return rungs[bisect_left([sys.maxsize if rung.max_m is None else rung.max_m for rung in rungs], m)]
-
-
-def text_of(rung: Rung) -> str:
-    """What a rung runs, in short: its name, block sizes as 16x64x128, everything else by name."""
-    tile = rung.tile.model_dump() if rung.tile else {}
-    blocks = "x".join(str(tile.pop(name)) for name in ("block_m", "block_n", "block_k") if name in tile)
-    rest = {**rung.params.model_dump(exclude_defaults=True), **tile}
-    return " ".join(word for word in (rung.implementation.name, blocks, *(f"{k}={v}" for k, v in rest.items())) if word)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)
 
 
 def summary(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
@@ -196,20 +166,6 @@ def _one_tile_lines(dtype: str, cells: Sequence[Row], judge: Callable[[str, floa
 
 
 # --- what needs the GPU ---------------------------------------------------------------------------------------------
-
-
-def best_of_run(device: torch.device) -> tuple[dict[str, float], float]:
-    """The best product (FLOP/s by dtype) and copy (bytes/s) measured here."""
-    flops = {}
-    for dtype, size in (("bfloat16", 8192), ("float16", 8192), ("float32", 4096)):
-        x, weight = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(x)
-        timing = interleaved({"product": lambda i, a=x, b=weight, c=out: torch.mm(a, b.t(), out=c)}, estimate_us=2000)
-        flops[dtype] = 2 * size**3 / (timing["product"].least_us * 1e-6)
-    source = torch.empty(1 << 30, device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda i: target.copy_(source)}, estimate_us=500)
-    return flops, 2 * source.numel() / (timing["copy"].least_us * 1e-6)
 
 
 def stock_product(dtype: torch.dtype, out_dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
@@ -311,39 +267,9 @@ def main(words: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if to:
-        used = {rung.implementation for selection in plan.selections for rung in selection.rungs}
-        content = {
-            "environment": environment(plan, used, peaks, best),
-            "rows": [asdict(row) for row in found],
-        }
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        save(to, environment(plan, used_by([plan]), peaks, best), found)
     lines, missed = summary(found)
-    for line in lines:
-        print(line)
-    print(f"{len(found)} cells on {plan.device.name} in {time.monotonic() - began:.0f} s; {len(missed)} figures missed")
-    for line in missed:
-        print(f"missed: {line}")
-    return 1 if missed else 0
-
-
-def environment(
-    plan: bid.Plan,
-    used: Iterable[Implementation],
-    peaks: tuple[Mapping[str, float], float],
-    best: tuple[Mapping[str, float], float],
-) -> dict[str, Any]:
-    """What the figures hold for; the peaks that the bound is made of; the best product and copy of this run."""
-    described = describe(plan.device, used)
-    libraries = {**described["libraries"], "torch": torch.__version__, "triton": installed_version("triton")}
-    sources = {"floor": peaks, "measured": best}
-    return {
-        **described,
-        "libraries": libraries,
-        "cuda": torch.version.cuda,
-        **{name: {"flop_per_s": dict(flops), "bytes_per_s": rate} for name, (flops, rate) in sources.items()},
-        "launches_of_a_graph": f"{launches_for(1, 0)} at most, or one for each set of weights",
-    }
+    return conclude(lines, missed, len(found), plan.device.name, began)
 
 
 def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:

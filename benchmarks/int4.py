@@ -14,16 +14,29 @@ fastest of each; it judges nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import HERE, MOST_SETS, SWEEPS, best_of_run, environment, geometric_mean, named, peaks_of, serving, text_of
+from gemm import MOST_SETS
+from harness import (
+    HERE,
+    SWEEPS,
+    best_of_run,
+    conclude,
+    environment,
+    geometric_mean,
+    named,
+    peaks_of,
+    save,
+    serving,
+    text_of,
+    used_by,
+)
 
 import bidispatch as bid
 from bidispatch import ops
@@ -226,15 +239,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for row in found[-len(rows) :]:
             print(row, flush=True)
     if to:
-        used = {rung.implementation for selection in plan.selections for rung in selection.rungs}
-        content = {"environment": environment(plan, used, peaks, best), "rows": [asdict(row) for row in found]}
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        save(to, environment(plan, used_by([plan]), peaks, best), found)
     lines, missed = summary(found)
-    for line in lines:
-        print(line)
-    print(f"{len(found)} cells on {plan.device.name} in {time.monotonic() - began:.0f} s; {len(missed)} figures missed")
-    return 1 if missed else 0
+    return conclude(lines, missed, len(found), plan.device.name, began)
 
 
 def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:

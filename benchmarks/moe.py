@@ -13,16 +13,28 @@ figure is missed:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import best_of_run, environment, geometric_mean, peaks_of, serving, text_of
+from harness import (
+    HERE,
+    SWEEPS,
+    best_of_run,
+    conclude,
+    environment,
+    geometric_mean,
+    named,
+    peaks_of,
+    save,
+    serving,
+    text_of,
+    used_by,
+)
 from peers import vllm_moe
 from peers.installed import AbsentError
 
@@ -32,11 +44,10 @@ from bidispatch.bench.operands import ExpertsOperands
 from bidispatch.bench.timing import Launch, interleaved
 from bidispatch.ops.moe import known_experts
 from bidispatch.ops.schema import DTYPES, parse_dtype
-from bidispatch.ops.shapes import Shape, read_shapes
+from bidispatch.ops.shapes import Shape
 from bidispatch.requirements import installed_version
 
-HERE = Path(__file__).parent
-SWEEP = HERE / "sweeps" / "moe.yaml"
+SWEEP = SWEEPS / "moe.yaml"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_ROWS = (1, 8, 64, 512, 4096)
 OURS, STOCK, ONE_TILE = "ours", "vllm_stock", "vllm_invariant"
@@ -73,12 +84,6 @@ class Row:
 
 
 # --- what can be computed without a GPU -----------------------------------------------------------------------------
-
-
-def chosen(words: Sequence[str]) -> list[Shape]:
-    """The shapes with a name that holds one of these words; all without words."""
-    shapes = read_shapes(SWEEP)
-    return [shape for shape in shapes if not words or any(word in name for word in words for name in shape.names)]
 
 
 def summary(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
@@ -146,9 +151,9 @@ def measure_shape(
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments, parser = _arguments(words)
-    shapes = chosen(arguments.shape)
+    shapes = named(SWEEP, arguments.shape)
     if not shapes:
-        known = ", ".join(name for shape in chosen([]) for name in shape.names)
+        known = ", ".join(name for shape in named(SWEEP, []) for name in shape.names)
         parser.error(f"no shape to measure is named like {', '.join(arguments.shape)}; the names are {known}")
     dtypes = [parse_dtype(dtype) for dtype in arguments.dtype or ["bf16"]]
     rows = tuple(arguments.m or (QUICK_ROWS if arguments.quick else ROWS))
@@ -166,19 +171,11 @@ def main(words: Sequence[str] | None = None) -> int:
             found += measure_shape(plan, shape, dtype, rows, peaks)
             torch.cuda.empty_cache()
     if to:
-        used = {rung.implementation for selection in plan.selections for rung in selection.rungs}
-        described = environment(plan, used, peaks, best)
+        described = environment(plan, used_by([plan]), peaks, best)
         described["libraries"]["vllm"] = installed_version("vllm")
-        content = {"environment": described, "rows": [asdict(row) for row in found]}
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        save(to, described, found)
     lines, missed = summary(found)
-    for line in lines:
-        print(line)
-    print(f"{len(found)} cells on {plan.device.name} in {time.monotonic() - began:.0f} s; {len(missed)} figures missed")
-    for line in missed:
-        print(f"missed: {line}")
-    return 1 if missed else 0
+    return conclude(lines, missed, len(found), plan.device.name, began)
 
 
 def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:

@@ -104,7 +104,7 @@ def test_fp8_without_deep_gemm_is_not_judged(fp8):
 
 def test_fp8_shapes_are_problems_of_their_op(fp8):
     op = ops.get("gemm.fp8_block")
-    for shape in fp8.read_shapes(fp8.SHAPES):
+    for shape in fp8.named(fp8.SHAPES, []):
         problem = op.problem("fp8", shape.dims)
         flops, rate = fp8.peaks_of("NVIDIA H200")
         alone = fp8.floor_us(problem, 1, flops, rate)

@@ -23,10 +23,7 @@ _LONGEST_ROW = params.RowParams().block
 """Of a norm that quantises what it has in registers."""
 _ROCM = ("triton-rocm", "pytorch-triton-rocm")
 _TRITON = Package("triton", ">=3.2", alternatives=_ROCM)
-_TRITON_ATTENTION = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its tuple constants were compiled with
-_TRITON_INT4 = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest it was compiled with
-
-_TRITON_GROUPED = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest its kernels were compiled with
+_TRITON_RECENT = Package("triton", ">=3.6", alternatives=_ROCM)  # the oldest that what needs it was compiled with
 
 
 def register(registry: Registry) -> None:
@@ -82,7 +79,7 @@ def register(registry: Registry) -> None:
                 load=f"bidispatch_backends.triton.int4:bind_{kernel}",
                 archs=_ARCHS,
                 dtypes=("bfloat16", "float16"),
-                requires=(_TRITON_INT4, DimMultipleOf("n", 16)),
+                requires=(_TRITON_RECENT, DimMultipleOf("n", 16)),
                 numerics=int4_params.int4_numerics,
                 params=kernel_params,
                 tile=int4_params.Int4Tile,
@@ -206,7 +203,7 @@ def register(registry: Registry) -> None:
             load="bidispatch_backends.triton.attention:bind_attention",
             archs=_ARCHS,
             dtypes=_DTYPES,
-            requires=(_TRITON_ATTENTION, DimAtMost("head_dim", 256), Check(attention_params.fp8_unmet)),
+            requires=(_TRITON_RECENT, DimAtMost("head_dim", 256), Check(attention_params.fp8_unmet)),
             numerics=attention_params.attention_numerics,
             params=attention_params.AttentionParams,
             tile=attention_params.AttentionTile,
@@ -223,7 +220,7 @@ def register(registry: Registry) -> None:
             load="bidispatch_backends.triton.mla:bind_mla",
             archs=_ARCHS,
             dtypes=("bfloat16", "float16"),
-            requires=(_TRITON_ATTENTION, DimAtMost("kv_lora_rank", 512), DimAtMost("rope_dim", 64)),
+            requires=(_TRITON_RECENT, DimAtMost("kv_lora_rank", 512), DimAtMost("rope_dim", 64)),
             numerics=mla_params.mla_numerics,
             params=mla_params.MlaParams,
             tile=mla_params.MlaTile,
@@ -260,7 +257,7 @@ def register(registry: Registry) -> None:
                 archs=archs,
                 dtypes=("bfloat16", "float16"),
                 requires=(
-                    _TRITON_GROUPED,
+                    _TRITON_RECENT,
                     DimIn("weight_dtype", weights),
                     DimAtMost("experts", 2047),
                     DimAtMost("top_k", 64),

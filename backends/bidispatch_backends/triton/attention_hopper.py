@@ -55,31 +55,28 @@ def _fold(maximum, total, acc, split_maximum, split_total, split_acc, VALUES: gl
 
 
 @gluon.jit
-def _copy_tiles(
-    k_shared,
-    v_shared,
-    ready,
-    free,
-    k_ptr,
-    v_ptr,
-    pages_ptr,
-    begin,
-    low,
-    high,
-    stride_k_page,
-    stride_k_slot,
-    stride_v_page,
-    stride_v_slot,
-    PAGE_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    COPY: gl.constexpr,
-):
+def _copy_tiles(copied, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, COPY: gl.constexpr):
     """The warpgroup that copies: a step has the keys and values of a tile.
 
     Outside [low, high), where pages may belong to nobody, it takes the nearest row inside. Where a row is, is worked
     out by one thread and handed to those that copy it: for all of their rows it would take them longer than a tile.
     """
+    (
+        k_shared,
+        v_shared,
+        ready,
+        free,
+        k_ptr,
+        v_ptr,
+        pages_ptr,
+        begin,
+        low,
+        high,
+        stride_k_page,
+        stride_k_slot,
+        stride_v_page,
+        stride_v_slot,
+    ) = copied
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [_WARPS], [0])
     dims = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, COPY))[None, :]
     tiles = gl.cdiv(high - begin, BLOCK_N)
@@ -167,84 +164,6 @@ def _softmax(
 
 
 @gluon.jit
-def _turn(
-    step,
-    tiles,
-    begin,
-    weights,
-    maximum,
-    total,
-    acc,
-    folded_maximum,
-    folded_total,
-    folded_acc,
-    boundary,
-    q_own,
-    k_shared,
-    v_shared,
-    ones,
-    ready,
-    free,
-    positions,
-    low,
-    high,
-    scale,
-    CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    SCORES: gl.constexpr,
-    SUMS: gl.constexpr,
-    VALUES: gl.constexpr,
-    MASKED: gl.constexpr,
-):
-    """Scores and softmax of tile `step`, values of the one before; both are ready, and the next one afterwards."""
-    start = begin + step * BLOCK_N
-    before = (step - 1) % _BUFFERS
-    scores = hopper.warpgroup_mma(
-        q_own,
-        k_shared.index(step % _BUFFERS).permute((1, 0)),
-        gl.zeros((_ROWS, BLOCK_N), gl.float32, SCORES),
-        use_acc=False,
-        is_async=True,
-    )
-    total = hopper.warpgroup_mma(
-        gl.convert_layout(weights, gl.DotOperandLayout(0, SUMS, 2)), ones, total, is_async=True
-    )
-    acc = hopper.warpgroup_mma(weights, v_shared.index(before), acc, is_async=True)
-
-    fresh = start == boundary
-    scores = hopper.warpgroup_mma_wait(2, deps=[scores])
-    new_weights, new_maximum, decay = _softmax(
-        scores, maximum, start, fresh, positions, low, high, scale, CAUSAL, WINDOW, BLOCK_N, SCORES, MASKED
-    )
-    new_weights = gl.inline_asm_elementwise(
-        _PINNED, _PINNED_REGISTERS, [new_weights.to(q_own.dtype)], dtype=q_own.dtype, is_pure=False, pack=_AT_ONCE
-    )
-    # The new weights are named in the wait, so that LLVM does not move them behind it; `_pinned` is for ptxas.
-    if step + 1 < tiles:
-        _wait_ready(step + 1, ready)
-    total, acc, weights, new_weights, decay = hopper.warpgroup_mma_wait(
-        0, deps=[total, acc, weights, new_weights, decay]
-    )
-    if fresh:
-        row_total = gl.convert_layout(gl.max(total, axis=1), gl.SliceLayout(1, SCORES))
-        folded_maximum, folded_total, folded_acc = _fold(
-            folded_maximum, folded_total, folded_acc, maximum, row_total, acc, VALUES
-        )
-        total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
-        acc = gl.zeros((_ROWS, BLOCK_D), gl.float32, VALUES)
-        boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
-    else:
-        total = total * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
-        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, VALUES))[:, None]
-    weights = gl.convert_layout(new_weights, gl.DotOperandLayout(0, VALUES, 2))
-    hopper.mbarrier.arrive(free.index(before))
-    return weights, new_maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary
-
-
-@gluon.jit
 def _turns(
     first_step,
     last_step,
@@ -278,69 +197,60 @@ def _turns(
     VALUES: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Turns [first_step, last_step). Without MASKED every row sees all positions of their tiles."""
+    """Turns [first_step, last_step): each has the scores and the softmax of its tile, and the values of the one before.
+
+    Both are ready at its start, and the next one at its end. Without MASKED every row sees all positions of the tiles.
+    """
     for step in range(first_step, last_step):
-        weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _turn(
-            step,
-            tiles,
-            begin,
-            weights,
-            maximum,
-            total,
-            acc,
-            folded_maximum,
-            folded_total,
-            folded_acc,
-            boundary,
+        start = begin + step * BLOCK_N
+        before = (step - 1) % _BUFFERS
+        scores = hopper.warpgroup_mma(
             q_own,
-            k_shared,
-            v_shared,
-            ones,
-            ready,
-            free,
-            positions,
-            low,
-            high,
-            scale,
-            CAUSAL,
-            WINDOW,
-            SPLITS,
-            BLOCK_N,
-            BLOCK_D,
-            SCORES,
-            SUMS,
-            VALUES,
-            MASKED,
+            k_shared.index(step % _BUFFERS).permute((1, 0)),
+            gl.zeros((_ROWS, BLOCK_N), gl.float32, SCORES),
+            use_acc=False,
+            is_async=True,
         )
+        total = hopper.warpgroup_mma(
+            gl.convert_layout(weights, gl.DotOperandLayout(0, SUMS, 2)), ones, total, is_async=True
+        )
+        acc = hopper.warpgroup_mma(weights, v_shared.index(before), acc, is_async=True)
+
+        fresh = start == boundary
+        scores = hopper.warpgroup_mma_wait(2, deps=[scores])
+        new_weights, new_maximum, decay = _softmax(
+            scores, maximum, start, fresh, positions, low, high, scale, CAUSAL, WINDOW, BLOCK_N, SCORES, MASKED
+        )
+        new_weights = gl.inline_asm_elementwise(
+            _PINNED, _PINNED_REGISTERS, [new_weights.to(q_own.dtype)], dtype=q_own.dtype, is_pure=False, pack=_AT_ONCE
+        )
+        # The new weights are named in the wait, so that LLVM does not move them behind it; `_pinned` is for ptxas.
+        if step + 1 < tiles:
+            _wait_ready(step + 1, ready)
+        total, acc, weights, new_weights, decay = hopper.warpgroup_mma_wait(
+            0, deps=[total, acc, weights, new_weights, decay]
+        )
+        if fresh:
+            row_total = gl.convert_layout(gl.max(total, axis=1), gl.SliceLayout(1, SCORES))
+            folded_maximum, folded_total, folded_acc = _fold(
+                folded_maximum, folded_total, folded_acc, maximum, row_total, acc, VALUES
+            )
+            total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
+            acc = gl.zeros((_ROWS, BLOCK_D), gl.float32, VALUES)
+            boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
+        else:
+            total = total * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, VALUES))[:, None]
+        weights = gl.convert_layout(new_weights, gl.DotOperandLayout(0, VALUES, 2))
+        hopper.mbarrier.arrive(free.index(before))
+        maximum = new_maximum
     return weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary
 
 
 @gluon.jit
 def _attend(
     HALF: gl.constexpr,
-    q_shared,
-    k_shared,
-    v_shared,
-    ones,
-    ready,
-    free,
-    q_ptr,
-    out_ptr,
-    sinks_ptr,
-    query_start,
-    query_len,
-    kv_len,
-    first_token,
-    kv_head,
-    first_head,
-    begin,
-    low,
-    high,
-    scale,
-    stride_q_token,
-    stride_q_head,
-    stride_out_token,
-    stride_out_head,
+    attended,
     GROUP: gl.constexpr,
     HEADS: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -352,6 +262,31 @@ def _attend(
     COPY: gl.constexpr,
 ):
     """A warpgroup that attends, for half of the query tile's rows: `attention_state.attend` and `finish`."""
+    (
+        q_shared,
+        k_shared,
+        v_shared,
+        ones,
+        ready,
+        free,
+        q_ptr,
+        out_ptr,
+        sinks_ptr,
+        query_start,
+        query_len,
+        kv_len,
+        first_token,
+        kv_head,
+        first_head,
+        begin,
+        low,
+        high,
+        scale,
+        stride_q_token,
+        stride_q_head,
+        stride_out_token,
+        stride_out_head,
+    ) = attended
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _SUM_COLUMNS, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_D, 16])
@@ -421,106 +356,37 @@ def _attend(
 
     if tiles > 1:
         _wait_ready(1, ready)
+    state = (weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary)
+    given = (queries, k_shared, v_shared, ones, ready, free, positions, low, high, scale)
     if WINDOW > 0:
-        weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _turns(
+        state = _turns(
             1,
             first_full,
             tiles,
             begin,
-            weights,
-            maximum,
-            total,
-            acc,
-            folded_maximum,
-            folded_total,
-            folded_acc,
-            boundary,
-            queries,
-            k_shared,
-            v_shared,
-            ones,
-            ready,
-            free,
-            positions,
-            low,
-            high,
-            scale,
-            CAUSAL,
-            WINDOW,
-            SPLITS,
-            BLOCK_N,
-            BLOCK_D,
-            SCORES,
-            SUMS,
-            VALUES,
-            True,
+            *state,
+            *given,
+            *(CAUSAL, WINDOW, SPLITS, BLOCK_N, BLOCK_D, SCORES, SUMS, VALUES, True),
         )
-    weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _turns(
+    state = _turns(
         first_full,
         last_full,
         tiles,
         begin,
-        weights,
-        maximum,
-        total,
-        acc,
-        folded_maximum,
-        folded_total,
-        folded_acc,
-        boundary,
-        queries,
-        k_shared,
-        v_shared,
-        ones,
-        ready,
-        free,
-        positions,
-        low,
-        high,
-        scale,
-        CAUSAL,
-        WINDOW,
-        SPLITS,
-        BLOCK_N,
-        BLOCK_D,
-        SCORES,
-        SUMS,
-        VALUES,
-        False,
+        *state,
+        *given,
+        *(CAUSAL, WINDOW, SPLITS, BLOCK_N, BLOCK_D, SCORES, SUMS, VALUES, False),
     )
-    weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary = _turns(
+    state = _turns(
         last_full,
         tiles,
         tiles,
         begin,
-        weights,
-        maximum,
-        total,
-        acc,
-        folded_maximum,
-        folded_total,
-        folded_acc,
-        boundary,
-        queries,
-        k_shared,
-        v_shared,
-        ones,
-        ready,
-        free,
-        positions,
-        low,
-        high,
-        scale,
-        CAUSAL,
-        WINDOW,
-        SPLITS,
-        BLOCK_N,
-        BLOCK_D,
-        SCORES,
-        SUMS,
-        VALUES,
-        True,
+        *state,
+        *given,
+        *(CAUSAL, WINDOW, SPLITS, BLOCK_N, BLOCK_D, SCORES, SUMS, VALUES, True),
     )
+    weights, maximum, total, acc, folded_maximum, folded_total, folded_acc, _ = state
     total = hopper.warpgroup_mma(
         gl.convert_layout(weights, gl.DotOperandLayout(0, SUMS, 2)), ones, total, is_async=True
     )
@@ -651,107 +517,52 @@ def overlapped_walk_kernel(
     hopper.fence_async_shared()
 
     begin = low // BLOCK_N * BLOCK_N
+    attend = (
+        q_shared,
+        k_shared,
+        v_shared,
+        ones,
+        ready,
+        free,
+        q_ptr,
+        out_ptr,
+        sinks_ptr,
+        query_start,
+        query_len,
+        kv_len,
+        first_token,
+        kv_head,
+        first_head,
+        begin,
+        low,
+        high,
+        exp2_scale,
+        stride_q_token,
+        stride_q_head,
+        stride_out_token,
+        stride_out_head,
+    )
+    copy = (
+        k_shared,
+        v_shared,
+        ready,
+        free,
+        k_ptr + kv_head.to(gl.int64) * stride_k_head,
+        v_ptr + kv_head.to(gl.int64) * stride_v_head,
+        table_ptr + seq.to(gl.int64) * stride_table,
+        begin,
+        low,
+        high,
+        stride_k_page,
+        stride_k_slot,
+        stride_v_page,
+        stride_v_slot,
+    )
     gl.warp_specialize(
         [
-            (
-                _attend,
-                (
-                    gl.constexpr(0),
-                    q_shared,
-                    k_shared,
-                    v_shared,
-                    ones,
-                    ready,
-                    free,
-                    q_ptr,
-                    out_ptr,
-                    sinks_ptr,
-                    query_start,
-                    query_len,
-                    kv_len,
-                    first_token,
-                    kv_head,
-                    first_head,
-                    begin,
-                    low,
-                    high,
-                    exp2_scale,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_out_token,
-                    stride_out_head,
-                    GROUP,
-                    HEADS,
-                    TOKENS,
-                    CAUSAL,
-                    WINDOW,
-                    SPLITS,
-                    BLOCK_N,
-                    BLOCK_D,
-                    COPY,
-                ),
-            ),
-            (
-                _attend,
-                (
-                    gl.constexpr(1),
-                    q_shared,
-                    k_shared,
-                    v_shared,
-                    ones,
-                    ready,
-                    free,
-                    q_ptr,
-                    out_ptr,
-                    sinks_ptr,
-                    query_start,
-                    query_len,
-                    kv_len,
-                    first_token,
-                    kv_head,
-                    first_head,
-                    begin,
-                    low,
-                    high,
-                    exp2_scale,
-                    stride_q_token,
-                    stride_q_head,
-                    stride_out_token,
-                    stride_out_head,
-                    GROUP,
-                    HEADS,
-                    TOKENS,
-                    CAUSAL,
-                    WINDOW,
-                    SPLITS,
-                    BLOCK_N,
-                    BLOCK_D,
-                    COPY,
-                ),
-            ),
-            (
-                _copy_tiles,
-                (
-                    k_shared,
-                    v_shared,
-                    ready,
-                    free,
-                    k_ptr + kv_head.to(gl.int64) * stride_k_head,
-                    v_ptr + kv_head.to(gl.int64) * stride_v_head,
-                    table_ptr + seq.to(gl.int64) * stride_table,
-                    begin,
-                    low,
-                    high,
-                    stride_k_page,
-                    stride_k_slot,
-                    stride_v_page,
-                    stride_v_slot,
-                    PAGE_SIZE,
-                    BLOCK_N,
-                    BLOCK_D,
-                    COPY,
-                ),
-            ),
+            (_attend, (gl.constexpr(0), attend, GROUP, HEADS, TOKENS, CAUSAL, WINDOW, SPLITS, BLOCK_N, BLOCK_D, COPY)),
+            (_attend, (gl.constexpr(1), attend, GROUP, HEADS, TOKENS, CAUSAL, WINDOW, SPLITS, BLOCK_N, BLOCK_D, COPY)),
+            (_copy_tiles, (copy, PAGE_SIZE, BLOCK_N, BLOCK_D, COPY)),
         ],
         [_WARPS, _WARPS],
         [_ATTEND_REGISTERS, _COPY_REGISTERS],

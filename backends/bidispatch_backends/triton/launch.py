@@ -118,7 +118,7 @@ class Launch:
 def _launcher(compiled: Any) -> Callable[..., None]:
     """What launches a binary for a grid of three sizes and addresses, where Triton would ask the driver about tensors.
 
-    What `compiled[grid]` does for a profiler's hooks takes a fifth of a launch (Triton 3.6), without hooks too.
+    What `compiled[grid]` does for a profiler's hooks takes a seventh of a launch (Triton 3.6), without hooks too.
     """
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     current, runtime = triton.runtime.driver.active, triton.knobs.runtime
