@@ -64,7 +64,8 @@ def test_both_layouts_are_near_the_reference_and_give_the_same_bits(dims: dict[s
     arguments = draw_inputs(problem, 19)
     exact = reference(problem, arguments)[0]
     masked, contiguous = (run(problem, arguments, bind(problem, layout))[0] for layout in LAYOUTS)
-    assert relative_error(masked, exact) < (3 if "weight_dtype" in dims else 1) * TOLERANCE["float16"]
+    # Gate and up are rounded before what follows is quantised, where 1 of 128 elements then goes to the next fp8 value.
+    assert relative_error(masked, exact) < (10 if "weight_dtype" in dims else 1) * TOLERANCE["float16"]
     assert same_bits(masked, contiguous)
 
 

@@ -84,7 +84,8 @@ class GroupedDeepGemm:
         assert expected_m > 0
         self.calls.append(("masked", expected_m, compiled_dims))
         flat = d.view(-1, d.shape[-1])
-        for expert, count in enumerate(masked_m.tolist()):
+        for expert in reversed(range(experts)):  # in no order that hides what one writes into another's group
+            count = int(masked_m[expert])
             weights = widened(weight[expert], None if weight_scales is None else weight_scales[expert])
             for first in range(0, count, BLOCK):
                 left = x[expert, first : first + BLOCK]

@@ -141,7 +141,7 @@ def scatter_kernel(
     for slot in range(TOP_K):
         row = tl.load(rows_of_pairs_ptr + token * TOP_K + slot)
         if scales_ptr is None:
-            tl.store(out_ptr + row.to(tl.int64) * N + columns, x, mask=(columns < N) & (row >= 0))
+            tl.store(out_ptr + row.to(tl.int64) * N + columns, x, mask=tl.where(columns < N, row, -1) >= 0)
         else:
             store_groups(
                 *(x.to(tl.float32), out_ptr, _scales_of_group(scales_ptr, row, rows, N // _GROUP)),
