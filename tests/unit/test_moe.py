@@ -14,7 +14,7 @@ from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.tune.models import expert_shapes
-from bidispatch_backends.triton.moe_params import ExpertsTile, experts_tiles, experts_tiles_for
+from bidispatch_backends.triton.moe_params import ExpertsTile, experts_tiles, experts_tiles_for, most_blocks
 
 SMALL = {"experts": 6, "top_k": 2, "hidden": 32, "intermediate": 24}
 MODELS = {
@@ -115,9 +115,7 @@ def test_a_tile_of_other_sizes_than_powers_of_two_is_refused():
 
 @pytest.mark.parametrize(("pairs", "experts", "block_m"), [(1, 8, 16), (33, 8, 16), (5000, 128, 64), (20, 300, 16)])
 def test_the_grid_has_room_for_every_spread(pairs, experts, block_m):
-    from bidispatch_backends.triton.moe import _most_blocks
-
-    most = _most_blocks(pairs, experts, block_m)
+    most = most_blocks(pairs, experts, block_m)
     generator = torch.Generator().manual_seed(0)
     spreads = [torch.randint(experts, (pairs,), generator=generator) for _ in range(20)]
     spreads += [torch.zeros(pairs, dtype=torch.long), torch.arange(pairs) % experts]

@@ -1,4 +1,4 @@
-"""DeepGEMM's dense products for Hopper and Blackwell: bf16, and fp8 with block scales."""
+"""DeepGEMM's products for Hopper and Blackwell: bf16, and fp8 with block scales; on Hopper grouped by expert too."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bidispatch.device import Device
+from bidispatch.ops.quantize import FP8
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Implementation, Params, Registry
-from bidispatch.requirements import AnyOf, Check, DimIn, DimMultipleOf, Package
+from bidispatch.requirements import AnyOf, Check, DimAtMost, DimIn, DimMultipleOf, Package
+from bidispatch_backends.deep_gemm import moe_params
 from bidispatch_backends.numerics import fp8_block_numerics, product_numerics
 
 __all__ = ["register"]
@@ -39,6 +41,8 @@ def _bundled_with_vllm(device: Device, problem: Problem) -> str | None:
 
 
 _INSTALLED = AnyOf((Package("sgl-deep-gemm", "==0.1.5"), Check(_bundled_with_vllm)))
+
+_TRITON = Package("triton", ">=3.6")  # the kernels around the grouped products
 
 
 def register(registry: Registry) -> None:
@@ -102,5 +106,34 @@ def register(registry: Registry) -> None:
                 libraries=("sgl-deep-gemm", "vllm"),
                 chooses_inside=True,
                 summary=f"DeepGEMM; {summary}. Compiles when a shape is first called",
+            )
+        )
+    for name, weights, multiple, products in (("moe", "bfloat16", 8, "bf16"), ("moe_fp8_block", FP8, 128, "fp8")):
+        registry.register(
+            Implementation(
+                name=f"deep_gemm.{name}",
+                op="moe.experts",
+                load="bidispatch_backends.deep_gemm.moe:bind_experts",
+                archs=("sm90",),
+                dtypes=("bfloat16",),
+                requires=(
+                    _INSTALLED,
+                    _TRITON,
+                    DimIn("weight_dtype", (weights,)),
+                    DimMultipleOf("hidden", multiple),
+                    DimMultipleOf("intermediate", multiple),
+                    DimIn("bias", (False,)),  # its products are rounded before one could be added
+                    DimIn("out_dtype", ("bfloat16",)),
+                    DimAtMost("experts", 2047),
+                    DimAtMost("top_k", 64),
+                ),
+                numerics=moe_params.grouped_numerics,
+                tile=moe_params.GroupedTile,
+                tiles=moe_params.grouped_tiles,
+                search="bidispatch_backends.deep_gemm.moe_params:grouped_tiles_for",
+                libraries=("sgl-deep-gemm", "vllm", "triton"),
+                chooses_inside=True,
+                summary=f"DeepGEMM's grouped {products} products, masked for few rows, contiguous for more; parts are "
+                "rounded before they are weighted. Compiles when a shape is first called",
             )
         )

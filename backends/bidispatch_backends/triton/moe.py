@@ -31,13 +31,23 @@ from bidispatch_backends.triton.launch import (
     power_of_two,
 )
 from bidispatch_backends.triton.moe_kernels import down_kernel, gate_up_kernel, sort_kernel, sum_kernel
-from bidispatch_backends.triton.moe_params import ExpertsTile
+from bidispatch_backends.triton.moe_params import ExpertsTile, most_blocks
 from bidispatch_backends.triton.params import element_tiles
 from bidispatch_backends.triton.quantize import bind_quantize_fp8_group
 
-__all__ = ["bind_experts", "launches"]
+__all__ = [
+    "SORT_WARPS",
+    "bind_experts",
+    "id_arguments",
+    "id_constants",
+    "launches",
+    "row_stride",
+    "sort_lanes",
+    "sum_block",
+    "sum_launch",
+]
 
-_SORT_PAIRS, _FEWEST_SORTED, _SORT_WARPS = 2048, 256, 8
+_SORT_PAIRS, _FEWEST_SORTED, SORT_WARPS = 2048, 256, 8
 _SUM_BLOCK, _SUM_WARPS = 1024, 4
 _FEWEST_LANES = 32
 
@@ -69,15 +79,9 @@ def launches(
     scales = pointer("float32") if fp8 else None
     out = pointer(str(problem["out_dtype"]))
     bias = data if problem.flag("bias") else None
-    ids: dict[str, ArgumentType] = {"ids_ptr": integers, "expert_map_ptr": None}
-    if problem.flag("expert_map"):
-        ids["expert_map_ptr"] = integers
+    ids = id_arguments(problem)
     tables: dict[str, ArgumentType] = dict.fromkeys(("order_ptr", "blocks_ptr"), integers if in_order else None)
-    shared: dict[str, Constant] = {
-        "TOP_K": top_k,
-        "EXPERTS": problem.size("experts"),
-        "KNOWN": known_experts(problem.dims),
-    }
+    shared = id_constants(problem)
     products: dict[str, Constant] = {"WIDEN": fp8 and params.products == "fp16"}
     grouping: dict[str, Constant] = {
         "SORTED": in_order,
@@ -90,11 +94,10 @@ def launches(
         {
             **shared,
             "DEPENDENT": bool(dependent),
-            "BLOCK_E": max(_FEWEST_LANES, power_of_two(problem.size("experts") + 1)),
-            "BLOCK_P": _pairs_at_once(problem, limits),
+            **sort_lanes(problem, limits),
             "BLOCK_M": tile.block_m,
         },
-        options(arch, _SORT_WARPS, 1, fp_fusion=False),
+        options(arch, SORT_WARPS, 1, fp_fusion=False),
     )
     gate_up = Launch(
         gate_up_kernel,
@@ -125,21 +128,49 @@ def launches(
         {**shared, "HIDDEN": hidden, "INNER": inner, **grouping, **_blocks(tile, "down", inner), **products},
         _compiler(arch, tile, "down") | dependent,
     )
-    add = Launch(
-        sum_kernel,
-        {"parts_ptr": out, **ids, "add_ptr": data if problem.flag("shared") else None, "out_ptr": out}
-        | {"stride_ids": top_k, "stride_add": hidden, "stride_out": hidden},
-        {**shared, "HIDDEN": hidden, "DEPENDENT": bool(dependent), "BLOCK": _sum_block(hidden)},
-        options(arch, _SUM_WARPS, 1, fp_fusion=False) | dependent,
-    )
+    add = sum_launch(problem, arch)
     return (sort, gate_up, down, add) if in_order else (gate_up, down, add)
 
 
-def _pairs_at_once(problem: Problem, limits: Limits | None) -> int:
-    """Pairs that a program of the sort takes at a time: as few as there can be."""
-    if limits is None:
-        return _SORT_PAIRS
-    return min(_SORT_PAIRS, max(_FEWEST_SORTED, power_of_two(limits.max_tokens * problem.size("top_k"))))
+def id_arguments(problem: Problem) -> dict[str, ArgumentType]:
+    """What says which experts tokens have, of every kernel that asks."""
+    integers = pointer("int32")
+    return {"ids_ptr": integers, "expert_map_ptr": integers if problem.flag("expert_map") else None}
+
+
+def id_constants(problem: Problem) -> dict[str, Constant]:
+    """The sizes that ids are read with."""
+    experts = problem.size("experts")
+    return {"TOP_K": problem.size("top_k"), "EXPERTS": experts, "KNOWN": known_experts(problem.dims)}
+
+
+def sort_lanes(problem: Problem, limits: Limits | None) -> dict[str, Constant]:
+    """Lanes of a program that sorts: for every expert, and for as many pairs at a time as there can be."""
+    pairs = _SORT_PAIRS
+    if limits is not None:
+        pairs = min(pairs, max(_FEWEST_SORTED, power_of_two(limits.max_tokens * problem.size("top_k"))))
+    return {"BLOCK_E": max(_FEWEST_LANES, power_of_two(problem.size("experts") + 1)), "BLOCK_P": pairs}
+
+
+def sum_launch(problem: Problem, arch: Arch, *, placed: bool = False) -> Launch:
+    """The sum over a token's slots. placed: of parts that a table says the rows of, and that have no weight yet; it
+    then waits for the kernel before it.
+    """
+    hidden, top_k = problem.size("hidden"), problem.size("top_k")
+    dependent = {} if placed else dependent_launch(arch)
+    data, out, integers = pointer(problem.dtype), pointer(str(problem["out_dtype"])), pointer("int32")
+    where: dict[str, ArgumentType] = {"rows_ptr": None, "weights_ptr": None, **id_arguments(problem)}
+    if placed:
+        where = {"rows_ptr": integers, "weights_ptr": pointer("float32"), "ids_ptr": None, "expert_map_ptr": None}
+    return Launch(
+        sum_kernel,
+        {"parts_ptr": data if placed else out, **where}
+        | {"add_ptr": data if problem.flag("shared") else None, "out_ptr": out}
+        | {"stride_weights": top_k if placed else 0, "stride_ids": 0 if placed else top_k}
+        | {"stride_add": hidden, "stride_out": hidden},
+        {**id_constants(problem), "HIDDEN": hidden, "DEPENDENT": bool(dependent), "BLOCK": sum_block(hidden)},
+        options(arch, _SUM_WARPS, 1, fp_fusion=False) | dependent,
+    )
 
 
 def _compiler(arch: Arch, tile: ExpertsTile, which: str) -> dict[str, int | bool]:
@@ -165,14 +196,9 @@ def _scales_of(n: int, k: int) -> int:
     return ceil_div(n, GROUP) * ceil_div(k, GROUP)
 
 
-def _sum_block(hidden: int) -> int:
+def sum_block(hidden: int) -> int:
+    """Columns of a program of the sum."""
     return min(_SUM_BLOCK, power_of_two(hidden))
-
-
-def _most_blocks(pairs: int, experts: int, block_m: int) -> int:
-    """Blocks of any spread of pairs over experts: one each for as many experts as there can be, the rest full."""
-    begun = min(pairs, experts)
-    return begun + (pairs - begun) // block_m
 
 
 class _Experts:
@@ -191,7 +217,7 @@ class _Experts:
             self._gate_up, self._down, self._add = launches(problem, context.params, tile, arch, limits)
         self._tiles_up = ceil_div(inner, tile.up_block_n // 2)
         self._tiles_down = ceil_div(hidden, tile.down_block_n)
-        self._tiles_sum = ceil_div(hidden, _sum_block(hidden))
+        self._tiles_sum = ceil_div(hidden, sum_block(hidden))
         pairs = limits.max_tokens * self._top_k
 
         def empty(count: int, dtype: str) -> torch.Tensor:
@@ -202,7 +228,7 @@ class _Experts:
         self._quantize = _Quantize(context, pairs) if problem["weight_dtype"] == FP8 else None
         self._tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if self._sort:
-            blocks = _most_blocks(pairs, self._experts, self._block_m)
+            blocks = most_blocks(pairs, self._experts, self._block_m)
             self._tables = (empty(pairs, "int32"), empty(3 * (blocks + 1), "int32"))
 
     def __call__(
@@ -226,21 +252,37 @@ class _Experts:
         rows, row_scales = (x, None) if self._quantize is None else self._quantize.tokens(x)
         if self._sort:
             self._sort((self._experts,), topk_ids, expert_map, *self._tables, pairs, stride_ids)
-            blocks = _most_blocks(pairs, self._experts, self._block_m)
+            blocks = most_blocks(pairs, self._experts, self._block_m)
         self._gate_up(
             (blocks * self._tiles_up,),
             *(rows, row_scales, w13, w13_scales, w13_bias, topk_ids, expert_map, *self._tables, self._act),
-            *(pairs, rows.stride(0), w13.stride(0), w13.stride(1), _row(w13_bias), _row(w13_scales), stride_ids),
+            *(
+                pairs,
+                rows.stride(0),
+                w13.stride(0),
+                w13.stride(1),
+                row_stride(w13_bias),
+                row_stride(w13_scales),
+                stride_ids,
+            ),
         )
         act, act_scales = (self._act, None) if self._quantize is None else self._quantize.pairs(self._act, pairs)
         self._down(
             (blocks * self._tiles_down,),
             *(act, act_scales, w2, w2_scales, w2_bias, topk_weights, topk_ids, expert_map, *self._tables, self._parts),
-            *(pairs, w2.stride(0), w2.stride(1), _row(w2_bias), _row(w2_scales), topk_weights.stride(0), stride_ids),
+            *(
+                pairs,
+                w2.stride(0),
+                w2.stride(1),
+                row_stride(w2_bias),
+                row_stride(w2_scales),
+                topk_weights.stride(0),
+                stride_ids,
+            ),
         )
         self._add(
             (m, self._tiles_sum),
-            *(self._parts, topk_ids, expert_map, add, out, stride_ids, _row(add), out.stride(0)),
+            *(self._parts, None, None, topk_ids, expert_map, add, out, 0, stride_ids, row_stride(add), out.stride(0)),
         )
 
 
@@ -280,7 +322,7 @@ def _quantization(context: BindContext, k: int) -> BindContext:
     return replace(context, problem=problem, params=Params(), tile=tile)
 
 
-def _row(tensor: Any) -> int:
+def row_stride(tensor: Any) -> int:
     """The distance between rows of a tensor that need not be there."""
     return 0 if tensor is None else int(tensor.stride(0))
 

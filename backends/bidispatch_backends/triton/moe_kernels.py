@@ -19,7 +19,7 @@ from bidispatch_backends.triton.activation import swish
 from bidispatch_backends.triton.fp8_gemm import accumulate_blocks
 from bidispatch_backends.triton.gemm import accumulate, filled_offsets, tile_of
 
-__all__ = ["down_kernel", "gate_up_kernel", "sort_kernel", "sum_kernel"]
+__all__ = ["counts_of", "down_kernel", "experts_of", "gate_up_kernel", "gated_pair", "sort_kernel", "sum_kernel"]
 
 _HALF_PAIR = tl.constexpr(8)
 """Rows of the matrix unit's long side between two that a thread holds: gate and up lie so far apart there."""
@@ -27,7 +27,7 @@ _INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
-def _experts_of(
+def experts_of(
     ids_ptr,
     expert_map_ptr,
     pairs,
@@ -45,6 +45,27 @@ def _experts_of(
         ids = tl.load(expert_map_ptr + ids, mask=known, other=-1)
         known = (ids >= 0) & (ids < EXPERTS)
     return tl.where(known, ids, EXPERTS)
+
+
+@triton.jit
+def counts_of(
+    ids_ptr,
+    expert_map_ptr,
+    pairs,
+    stride_ids,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """How many pairs each expert of the rank has: [BLOCK_E], 0 past the last expert."""
+    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    for first in range(0, pairs, BLOCK_P):
+        mine = first + tl.arange(0, BLOCK_P)
+        local = experts_of(ids_ptr, expert_map_ptr, mine, mine < pairs, stride_ids, TOP_K, EXPERTS, KNOWN)
+        counts += tl.histogram(local, BLOCK_E)
+    return tl.where(tl.arange(0, BLOCK_E) < EXPERTS, counts, 0)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -72,12 +93,7 @@ def sort_kernel(
         cuda.gdc_launch_dependents()
     expert = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
-    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for first in range(0, pairs, BLOCK_P):
-        mine = first + tl.arange(0, BLOCK_P)
-        local = _experts_of(ids_ptr, expert_map_ptr, mine, mine < pairs, stride_ids, TOP_K, EXPERTS, KNOWN)
-        counts += tl.histogram(local, BLOCK_E)
-    counts = tl.where(experts < EXPERTS, counts, 0)
+    counts = counts_of(ids_ptr, expert_map_ptr, pairs, stride_ids, TOP_K, EXPERTS, KNOWN, BLOCK_E, BLOCK_P)
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     if expert == 0:
         tl.store(blocks_ptr, tl.sum(blocks, axis=0))
@@ -90,7 +106,7 @@ def sort_kernel(
     place = start
     for first in range(0, pairs, BLOCK_P):
         mine = first + tl.arange(0, BLOCK_P)
-        local = _experts_of(ids_ptr, expert_map_ptr, mine, mine < pairs, stride_ids, TOP_K, EXPERTS, KNOWN)
+        local = experts_of(ids_ptr, expert_map_ptr, mine, mine < pairs, stride_ids, TOP_K, EXPERTS, KNOWN)
         same = local == expert
         rank = tl.cumsum(same.to(tl.int32), axis=0)
         tl.store(order_ptr + place + rank - 1, mine, mask=same)
@@ -133,7 +149,7 @@ def _counted_block(
     Its expert is EXPERTS where that pair begins none: another pair's block has it, or it names no expert.
     """
     lanes = tl.arange(0, BLOCK_P)
-    local = _experts_of(ids_ptr, expert_map_ptr, lanes, lanes < pairs, stride_ids, TOP_K, EXPERTS, KNOWN)
+    local = experts_of(ids_ptr, expert_map_ptr, lanes, lanes < pairs, stride_ids, TOP_K, EXPERTS, KNOWN)
     expert = tl.sum(tl.where(lanes == block, local, 0), axis=0)
     same = local == expert
     before = tl.sum((same & (lanes < block)).to(tl.int32), axis=0)
@@ -216,7 +232,7 @@ def _product(
 
 
 @triton.jit
-def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def gated_pair(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The activation, in fp32."""
     if ACTIVATION == "silu":
         act = swish(gate, gate)
@@ -334,7 +350,7 @@ def gate_up_kernel(
         else:
             gate += tl.load(bias_ptr + safe).to(tl.float32)[None, :]
             up += tl.load(bias_ptr + INNER + safe).to(tl.float32)[None, :]
-    act = _gated(gate, up, ACTIVATION, ALPHA, LIMIT).to(act_ptr.dtype.element_ty)
+    act = gated_pair(gate, up, ACTIVATION, ALPHA, LIMIT).to(act_ptr.dtype.element_ty)
     act_ptrs = act_ptr + places.to(tl.int64)[:, None] * INNER + outputs[None, :]
     tl.store(act_ptrs, act, mask=inside[:, None] & (outputs < INNER)[None, :])
 
@@ -430,10 +446,13 @@ def down_kernel(
 @triton.jit
 def sum_kernel(
     parts_ptr,
+    rows_ptr,
+    weights_ptr,
     ids_ptr,
     expert_map_ptr,
     add_ptr,
     out_ptr,
+    stride_weights,
     stride_ids,
     stride_add,
     stride_out,
@@ -446,7 +465,9 @@ def sum_kernel(
 ):
     """out[token] = the parts of its slots that name an expert of this rank, ascending, in fp32; then add; rounded once.
 
-    DEPENDENT: launched before `down_kernel` ended.
+    rows_ptr: where each pair's part lies, -1 for those that have none; without it pairs lie in their order, and the ids
+    say which have. weights_ptr: what parts that are not weighted yet are multiplied by. DEPENDENT: launched before
+    `down_kernel` ended.
     """
     if DEPENDENT:
         cuda.gdc_wait()
@@ -456,9 +477,17 @@ def sum_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot + tl.arange(0, 1)
-        expert = _experts_of(ids_ptr, expert_map_ptr, pair, pair >= 0, stride_ids, TOP_K, EXPERTS, KNOWN)
-        ptrs = parts_ptr + pair.to(tl.int64) * HIDDEN + columns
-        total += tl.load(ptrs, mask=inside & (expert < EXPERTS), other=0.0).to(tl.float32)
+        if rows_ptr is None:
+            row = pair
+            there = experts_of(ids_ptr, expert_map_ptr, pair, pair >= 0, stride_ids, TOP_K, EXPERTS, KNOWN) < EXPERTS
+        else:
+            row = tl.load(rows_ptr + pair)
+            there = row >= 0
+        part = tl.load(parts_ptr + row.to(tl.int64) * HIDDEN + columns, mask=inside & there, other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            weight_ptrs = weights_ptr + token.to(tl.int64) * stride_weights + slot + tl.arange(0, 1)
+            part *= tl.load(weight_ptrs, mask=there, other=0.0)
+        total += part
     if add_ptr is not None:
         total += tl.load(add_ptr + token.to(tl.int64) * stride_add + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64) * stride_out + columns, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -23,6 +23,7 @@ __all__ = [
     "experts_numerics",
     "experts_tiles",
     "experts_tiles_for",
+    "most_blocks",
     "router_numerics",
     "router_tiles",
 ]
@@ -65,6 +66,12 @@ class ExpertsTile(Tile):
             num_warps=fields[f"{which}_warps"],
             num_stages=fields[f"{which}_stages"],
         )
+
+
+def most_blocks(pairs: int, experts: int, block_m: int) -> int:
+    """Blocks of any spread of pairs over experts: one each for as many experts as there can be, the rest full."""
+    begun = min(pairs, experts)
+    return begun + (pairs - begun) // block_m
 
 
 def experts_numerics(params: Params, problem: Problem) -> str:
