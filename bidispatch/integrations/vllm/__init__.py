@@ -1,0 +1,1 @@
+"""vLLM's layers served from the registry. See docs/vllm.md."""
