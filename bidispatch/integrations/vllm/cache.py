@@ -52,7 +52,7 @@ def write_heads(
 
 
 def write_latent(kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """On the processor: put kv_c [tokens, kv_lora_rank] and k_pe [tokens, rope_dim] beside each other at their slots."""
+    """On the processor: put kv_c [tokens, kv_lora_rank] and k_pe [tokens, rope_dim] side by side at their slots."""
     _scatter(torch.cat((kv_c, k_pe), dim=-1), kv_cache, slots, "auto", None)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm.limits import StepLimits
 from bidispatch.ops.schema import Problem
+from bidispatch.planning.decisions import Decision
 from bidispatch.planning.overrides import override
 from bidispatch.planning.plan import Plan, plan
 from bidispatch.planning.selection import Selection
@@ -38,16 +39,23 @@ def select(chosen: Plan, problem: Problem, implementations: tuple[str, ...] = ()
         raise SelectionError(f"vLLM needs a plan of level {LEVEL}, this one requires {chosen.require.label}")
     if not implementations:
         return chosen.select_problem(problem)
-    decisions = []
+    decisions: list[Decision] = []
     for name in implementations:
-        try:
-            with override(f"{problem.op}={name}"):
-                return chosen.select_problem(problem)
-        except SelectionError as error:
-            decisions += [decision for decision in error.decisions if decision.implementation == name]
+        selection = _try(chosen, problem, name, decisions)
+        if selection is not None:
+            return selection
     raise SelectionError(
         f"none of {', '.join(implementations)} can be invariant for {problem} on {chosen.device.name}", decisions
     )
+
+
+def _try(chosen: Plan, problem: Problem, name: str, decisions: list[Decision]) -> Selection | None:
+    try:
+        with override(f"{problem.op}={name}"):
+            return chosen.select_problem(problem)
+    except SelectionError as error:
+        decisions += [decision for decision in error.decisions if decision.implementation == name]
+        return None
 
 
 class StepKernels:

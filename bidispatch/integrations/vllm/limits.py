@@ -21,7 +21,7 @@ class StepLimits:
     max_seqs: int
     max_seq_len: int
     decode_query_len: int
-    """Query tokens of a sequence in a decode step: 1, and the drafts of speculative decoding; 0 where those are many."""
+    """Query tokens of a sequence in a decode step: 1, and the drafts of speculative decoding; 0 if those are many."""
     decode_tokens: int
     """Most rows of a decode step."""
 
