@@ -21,6 +21,9 @@ from bidispatch.integrations.vllm.cache import heads_of
 from bidispatch.integrations.vllm.kernels import select, serving_plan
 from bidispatch.integrations.vllm.limits import StepLimits, need_covered
 from bidispatch.integrations.vllm.problems import attention_problem, latent_problem
+from bidispatch.registry import Registry
+from bidispatch_backends import cublaslt, deep_gemm, flash_attn, flash_mla, flashinfer, torch_cpu, triton
+from bidispatch_backends.flash_attn import discovery
 
 PAGE, HEADS, KV_HEADS, WIDTH, MODEL_LEN = 16, 4, 2, 32, 96
 RANK, ROPE = 32, 16
@@ -517,6 +520,14 @@ def test_what_serves_on_a_faked_gpu(arch):
     assert select(plan, latent).implementations == ("triton.mla",)
 
 
+def plan_with_libraries(arch):
+    """A plan whose registry has the backends of libraries, whatever is installed."""
+    registry = Registry()
+    for module in (cublaslt, deep_gemm, flash_attn, flash_mla, flashinfer, torch_cpu, triton):
+        module.register(registry)
+    return bidispatch.plan(arch, require="sequence", registry=registry, cuda_graph=True)
+
+
 def test_a_plan_below_sequence_is_refused():
     below = bidispatch.plan("sm90", require="batch")
     with pytest.raises(SelectionError, match="level sequence"):
@@ -525,7 +536,7 @@ def test_a_plan_below_sequence_is_refused():
 
 @pytest.mark.parametrize("arch", ["sm90", "sm100", "gfx942"])
 def test_named_kernels_that_are_below_the_level_are_refused_with_reasons(arch):
-    plan = serving_plan(arch)
+    plan = plan_with_libraries(arch)
     with pytest.raises(SelectionError) as refused:
         select(plan, attention_problem("bfloat16", **QWEN), ("flashinfer.paged",))
     assert "claims level batch, the plan requires sequence" in str(refused.value)
@@ -535,9 +546,7 @@ def test_named_kernels_that_are_below_the_level_are_refused_with_reasons(arch):
 
 
 def test_a_named_backend_is_asked_in_order_and_keeps_its_pins(monkeypatch):
-    from bidispatch_backends.flash_attn import discovery
-
-    plan = serving_plan("sm90")
+    plan = plan_with_libraries("sm90")
     problem = attention_problem("bfloat16", **QWEN)
     monkeypatch.setattr(discovery.Libraries, "unmet", lambda self, device, problem: None)
     monkeypatch.setattr("bidispatch.requirements.Package.unmet", lambda self, device, problem: None)
@@ -547,6 +556,11 @@ def test_a_named_backend_is_asked_in_order_and_keeps_its_pins(monkeypatch):
     with pytest.raises(SelectionError) as refused:
         select(plan, windowed, ("flash_attn.fa3", "flash_attn.fa2"))
     assert {decision.implementation for decision in refused.value.decisions} == {"flash_attn.fa3", "flash_attn.fa2"}
+
+
+def test_a_named_backend_that_is_not_installed_is_a_reason():
+    with pytest.raises(SelectionError, match="no installed backend has it"):
+        select(serving_plan("sm90"), attention_problem("bfloat16", **QWEN), ("another.kernel",))
 
 
 def test_names_of_backends():

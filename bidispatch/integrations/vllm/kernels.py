@@ -8,7 +8,7 @@ from functools import lru_cache
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm.limits import StepLimits
 from bidispatch.ops.schema import Problem
-from bidispatch.planning.decisions import Decision
+from bidispatch.planning.decisions import REJECTED, Decision
 from bidispatch.planning.overrides import override
 from bidispatch.planning.plan import Plan, plan
 from bidispatch.planning.selection import Selection
@@ -50,6 +50,9 @@ def select(chosen: Plan, problem: Problem, implementations: tuple[str, ...] = ()
 
 
 def _try(chosen: Plan, problem: Problem, name: str, decisions: list[Decision]) -> Selection | None:
+    if name not in chosen.registry and name.partition(".")[0] not in chosen.registry.failures:
+        decisions.append(Decision(name, REJECTED, ("no installed backend has it",)))
+        return None
     try:
         with override(f"{problem.op}={name}"):
             return chosen.select_problem(problem)
