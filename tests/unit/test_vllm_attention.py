@@ -5,8 +5,10 @@ With vLLM installed these run against its own classes, else against stand-ins of
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_vllm
@@ -16,7 +18,7 @@ import torch
 import bidispatch
 from bidispatch.errors import ArgumentError, BackendError, SelectionError, UsageError
 from bidispatch.integrations.vllm import kernels as kernels_module
-from bidispatch.integrations.vllm.backends import choose, install
+from bidispatch.integrations.vllm.backends import _PARAMETERS, choose, install
 from bidispatch.integrations.vllm.cache import heads_of
 from bidispatch.integrations.vllm.kernels import select, serving_plan
 from bidispatch.integrations.vllm.limits import StepLimits, need_covered
@@ -675,3 +677,60 @@ def test_signatures_are_those_of_the_installed_vllm(served):
             inspect.signature(getattr(theirs, name)).parameters
         )
     assert kernels_module.LEVEL == "sequence"
+
+
+@pytest.mark.skipif(not REAL, reason="runs an installed vLLM's MLA layer")
+def test_the_layer_of_the_installed_vllm_sends_every_row_through_the_absorbed_form(served, config):
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    layer = mla_layer(served, config)
+    builder = builder_of(served.mla.LatentMetadataBuilder, config)
+    common = Server(layer, builder).batch({1: 5, 2: 1})
+    nope, values = 24, 24
+    up, down = drawn(HEADS, nope, RANK, seed=1), drawn(HEADS, RANK, values, seed=2)
+
+    def project(x, out):
+        out.copy_(torch.bmm(x.transpose(0, 1), down).transpose(0, 1).reshape(out.shape))
+
+    itself = SimpleNamespace(
+        **vars(layer),
+        num_heads=HEADS,
+        v_head_dim=values,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=ROPE,
+        kv_lora_rank=RANK,
+        kv_cache_dtype="auto",
+        prefill_backend=None,
+        q_pad_num_heads=None,
+        use_pcp=False,
+        is_aiter_triton_fp4_bmm_enabled=False,
+        is_aiter_triton_fp8_bmm_enabled=False,
+        is_amx_bmm_enabled=False,
+        W_UK_T=up,
+        dcp_manager=None,
+        _v_up_proj=project,
+    )
+    q, kv = drawn(6, HEADS, nope + ROPE, seed=3), drawn(6, RANK + ROPE, seed=4)
+    cache = torch.zeros(40, PAGE, RANK + ROPE, dtype=torch.bfloat16)
+    layer.impl.do_kv_cache_update(kv[:, :RANK], kv[:, None, RANK:], cache, common.slot_mapping, "auto", layer._k_scale)
+    out = torch.full((6, HEADS * values), float("nan"), dtype=torch.bfloat16)
+    step = builder.build(0, common)
+    MLAAttention.forward_impl(itself, q, kv[:, :RANK], kv[:, None, RANK:], cache, step, output=out)
+    absorbed = torch.bmm(q[..., :nope].transpose(0, 1), up).transpose(0, 1)
+    wanted, _ = layer.impl.forward_mqa((absorbed, q[..., nope:]), cache, step, layer)
+    projected = torch.empty_like(out)
+    project(wanted, projected)
+    assert torch.equal(out, projected)
+
+
+@pytest.mark.skipif(not REAL, reason="reads an installed vLLM's platforms")
+@pytest.mark.parametrize("name", ["cuda", "rocm"])
+def test_the_platforms_of_the_installed_vllm_have_the_seam(name):
+    """Read, not imported: they want a driver."""
+    [folder] = importlib.util.find_spec("vllm").submodule_search_locations
+    tree = ast.parse((Path(folder) / "platforms" / f"{name}.py").read_text())
+    [method] = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "get_attn_backend_cls"
+    ]
+    assert [argument.arg for argument in method.args.args] == ["cls", *_PARAMETERS]
+    assert "classmethod" in {ast.unparse(decorator) for decorator in method.decorator_list}
