@@ -630,6 +630,13 @@ def test_the_seam_applies_and_undoes(served):
     assert platform.get_attn_backend_cls(None, selector_config()) == "vllm's own"
 
 
+def test_caches_of_others_and_lengths_only_the_gpu_knows_are_not_claimed(served):
+    for backend in (served.attention.BidispatchBackend, served.mla.BidispatchMLABackend):
+        assert backend.supports_batch_invariance()
+        assert not backend.supports_kv_connector()
+        assert not backend.supports_device_cpu_query_lens_mismatch()
+
+
 def test_an_uncovered_layer_keeps_vllms_choice_only_where_somebody_is_told(served):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

@@ -209,6 +209,11 @@ class BidispatchMLABackend(AttentionBackend):  # type: ignore[misc]
         return True
 
     @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """No: whether a cache from elsewhere has the same bits and the same layout has not been looked at."""
+        return False
+
+    @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         """No: which kernel serves a step is decided from the lengths that the host knows."""
         return False
