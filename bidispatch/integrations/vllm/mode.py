@@ -51,8 +51,8 @@ def read_mode(environment: Mapping[str, str]) -> Mode:
     mode = Mode(word)
     if mode is not Mode.OFF and not invariant:
         raise UsageError(
-            f"{_OURS}={word} needs {_SWITCH}=1, which is not set: without it vLLM pins neither its collectives nor what "
-            f"no plan covers; set {_SWITCH}=1 before vLLM starts, or leave {_OURS} out"
+            f"{_OURS}={word} needs {_SWITCH}=1, which is not set: without it vLLM pins neither its collectives nor "
+            f"what no plan covers; set {_SWITCH}=1 before vLLM starts, or leave {_OURS} out"
         )
     return mode
 

@@ -17,8 +17,17 @@ from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.torch_ops import NAMESPACE
 
-__all__ = ["bound_names", "experts", "forget", "fp8_block_linear", "fused_add_rms_norm", "linear", "register"]
-__all__ += ["rms_norm", "router"]
+__all__ = [
+    "bound_names",
+    "experts",
+    "forget",
+    "fp8_block_linear",
+    "fused_add_rms_norm",
+    "linear",
+    "register",
+    "rms_norm",
+    "router",
+]
 
 
 class _Entry:
@@ -84,14 +93,18 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def _linear(kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(
+    kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
     rows = _rows(x)
     out = _kernel(kernel, rows.shape[0])(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
-def _linear_like(kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _linear_like(
+    kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
 def _fp8(
@@ -177,8 +190,13 @@ def _define(name: str, schema: str, run: Callable[..., Any], like: Callable[...,
     return getattr(getattr(torch.ops, NAMESPACE), full).default
 
 
-linear = _define("linear", "(str kernel, Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_like)
-"""(kernel, x [..., k], weight [n, k], bias [n] or None): [..., n]."""
+linear = _define(
+    "linear",
+    "(str kernel, Tensor x, Tensor weight, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    _linear,
+    _linear_like,
+)
+"""(kernel, x [..., k], weight [n, k], bias [n] or None, the dtype that the kernel gives): [..., n]."""
 
 fp8_block_linear = _define(
     "fp8_block_linear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Patches"]
@@ -14,22 +15,25 @@ class Patches:
     """What has been replaced, in order."""
 
     def __init__(self) -> None:
-        self._done: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._undo)
 
     def replace(self, holder: Any, name: str, value: Any) -> None:
         """Put `value` at `holder.name`. What stood there itself, and not what it inherited, is what `undo` restores."""
         before = vars(holder).get(name, _ABSENT) if inspect.isclass(holder) else getattr(holder, name, _ABSENT)
         setattr(holder, name, value)
-        self._done.append((holder, name, before))
+        if before is _ABSENT:
+            self._undo.append(lambda: delattr(holder, name))
+        else:
+            self._undo.append(lambda: setattr(holder, name, before))
+
+    def on_undo(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called in its turn, for what was patched elsewhere."""
+        self._undo.append(undo)
 
     def undo(self) -> None:
         """Put everything back, the last first."""
-        while self._done:
-            holder, name, before = self._done.pop()
-            if before is _ABSENT:
-                delattr(holder, name)
-            else:
-                setattr(holder, name, before)
+        while self._undo:
+            self._undo.pop()()
