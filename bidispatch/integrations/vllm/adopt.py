@@ -1,4 +1,4 @@
-"""A built model's layers, each given what serves it: runs once a worker, when weights are there and nothing is captured.
+"""A built model's layers, each given what serves it: once a worker, with weights there and nothing captured yet.
 
 Layers are the modules that hold weights, attention, and routers. What a model's own code computes between them is not
 seen.
@@ -28,13 +28,9 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
-    inside: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in inside):
-            continue
         if _is_attention(module):
-            inside.append(name)  # what it holds is a part of it
-            host.rows.append(_attention(name, module))
+            host.rows += _attention(name, module)
             continue
         router = vars(module).get("router")
         if router is not None and hasattr(router, "_compute_routing"):
@@ -75,14 +71,17 @@ def _is_attention(module: Any) -> bool:
     return hasattr(module, "impl") and callable(getattr(module, "get_attn_backend", None))
 
 
-def _attention(name: str, module: Any) -> Row:
-    kernels = getattr(module.impl, "kernels", None)
-    selection = getattr(kernels, "selection", None)
+def _attention(name: str, module: Any) -> Iterator[Row]:
+    selection = getattr(getattr(module.impl, "kernels", None), "selection", None)
     if type(module.impl).__module__.startswith("bidispatch.") and selection is not None:
-        return Row.of(name, "attention", selection)
-    backend = module.get_attn_backend().get_name()
-    reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
-    return Row.uncovered(name, "attention", reason, op="attention", by=backend)
+        yield Row.of(name, "attention", selection)
+    else:
+        backend = module.get_attn_backend().get_name()
+        reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
+        yield Row.uncovered(name, "attention", reason, op="attention", by=backend)
+    if hasattr(module, "kv_lora_rank"):
+        reason = "the products with W_UK and W_UV are vLLM's torch.bmm, of its own mode"
+        yield Row.uncovered(f"{name} (W_UK, W_UV)", "attention", reason, op="bmm")
 
 
 def around(vllm_config: Any) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What the modules of this integration share in one worker: the plan, the classes of vLLM, and what a layer was given."""
+"""What the modules of this integration share in a worker: the plan, vLLM's classes, how a layer is given kernels."""
 
 from __future__ import annotations
 

@@ -35,8 +35,9 @@ def serve_router(host: Host, name: str, router: Any, dtype: str) -> None:
     if scoring not in ("softmax", "sigmoid"):
         raise Unserved(f"its scores are {scoring}, not softmax or sigmoid")
     bias = getattr(router, "e_score_correction_bias", None)
+    count = int(router.global_num_experts)
     dims: dict[str, DimValue] = {
-        "experts": int(router.global_num_experts),
+        "experts": count,
         "top_k": int(router.top_k),
         "scoring": scoring,
         "renormalize": bool(router.renormalize),
@@ -45,8 +46,8 @@ def serve_router(host: Host, name: str, router: Any, dtype: str) -> None:
     }
     if kind == "grouped_router":
         groups = int(router.num_expert_group)
-        if dims["experts"] <= groups or int(dims["experts"]) % groups:
-            raise Unserved(f"{dims['experts']} experts are no {groups} groups")
+        if count <= groups or count % groups:
+            raise Unserved(f"{count} experts are no {groups} groups")
         dims |= {"n_group": groups, "topk_group": int(router.topk_group)}
     # Logits are in the dtype of the gate's result, which only a call shows.
     texts = {each: host.take(name, "router", "moe.router", each, **dims) for each in dict.fromkeys(("float32", dtype))}
@@ -56,7 +57,7 @@ def serve_router(host: Host, name: str, router: Any, dtype: str) -> None:
 def serve_experts(host: Host, name: str, layer: Any) -> None:
     """Give routed experts their kernel. Raises `Unserved` with the reason."""
     method = layer.quant_method
-    experts = getattr(getattr(getattr(method, "moe_kernel", None), "impl", None), "fused_experts", None)
+    experts: Any = getattr(getattr(getattr(method, "moe_kernel", None), "impl", None), "fused_experts", None)
     if type(experts) is not host.classes["experts"]:
         raise Unserved(f"{type(method).__name__} runs {type(experts).__name__}; TritonExperts is what is replaced")
     if experts.quant_dtype is not None or experts.quant_config.weight_quant_dtype is not None:
