@@ -1,0 +1,356 @@
+"""vLLM's own layers with their methods replaced: what they give, that bits of a row stand alone, what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+
+from bidispatch.errors import BackendError, DeviceError, SelectionError
+from bidispatch.integrations.vllm import adopt as adopting
+from bidispatch.integrations.vllm import compat, host, plugin, table
+from bidispatch.integrations.vllm.kernels import serving_plan
+from bidispatch.integrations.vllm.mode import Mode
+
+BF16 = torch.bfloat16
+
+
+class Block(torch.nn.Module):
+    """The layers of a small model, named as vLLM's models name theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = RMSNorm(64, dtype=BF16)
+        self.gemma = GemmaRMSNorm(64).to(BF16)
+        self.proj = ReplicatedLinear(64, 96, bias=True, params_dtype=BF16, disable_tp=True)
+        self.gate = GateLinear(64, 8, bias=False, out_dtype=torch.float32, params_dtype=BF16)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter.data)
+            parameter.requires_grad_(False)
+
+
+def config_of():
+    return SimpleNamespace(
+        model_config=SimpleNamespace(dtype=BF16),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
+        lora_config=None,
+        speculative_config=None,
+        additional_config={},
+    )
+
+
+def classes():
+    return {
+        seam.name: compat.resolve(seam)[0] if "." in seam.path else getattr(*compat.resolve(seam))
+        for seam in compat.SEAMS
+    }
+
+
+@pytest.fixture
+def served(patched):
+    model = Block()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    return SimpleNamespace(model=model, host=made)
+
+
+def rows_alone(function, *batches):
+    """Results of each row by itself, put together."""
+    parts = [function(*(x[row : row + 1] for x in batches)) for row in range(len(batches[0]))]
+    parts = [part if isinstance(part, tuple) else (part,) for part in parts]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def test_every_layer_is_served_and_named(served) -> None:
+    rows = table.merged(served.host.rows)
+    assert [row.reason for row in rows] == [""] * len(rows)
+    assert {(row.kind, row.op) for row in rows} == {
+        ("norm", "rms_norm"),
+        ("norm", "fused_add_rms_norm"),
+        ("linear", "gemm"),
+        ("router", "gemm"),
+    }
+    assert {row.level for row in rows} == {"sequence"}
+    assert all(row.source and row.evidence == "claimed" for row in rows)
+
+
+def test_linear_gives_the_product_and_rows_stand_alone(served) -> None:
+    layer, x = served.model.proj, torch.randn(33, 64).to(BF16)
+    out, _ = layer(x)
+    wanted = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+    torch.testing.assert_close(out.float(), wanted, atol=0.2, rtol=0.02)
+    (alone,) = rows_alone(lambda row: layer(row)[0], x)
+    assert torch.equal(out, alone)
+
+
+def test_gate_gives_its_own_dtype(served) -> None:
+    x = torch.randn(20, 64).to(BF16)
+    out, bias = served.model.gate(x)
+    assert (out.dtype, bias) == (torch.float32, None)
+    (alone,) = rows_alone(lambda row: served.model.gate(row)[0], x)
+    assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize("name", ["norm", "gemma"])
+@pytest.mark.parametrize("path", ["forward_native", "forward_cuda"])
+def test_norms_on_both_of_vllms_paths(served, name: str, path: str) -> None:
+    layer = getattr(served.model, name)
+    forward = getattr(layer, path)
+    x, residual = torch.randn(2, 19, 64).to(BF16)
+    out, total = forward(x, residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(out, forward(total))
+    scale = layer.weight.float() + (1.0 if name == "gemma" else 0.0)
+    wanted = total.float() * torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + layer.variance_epsilon) * scale
+    torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.02)
+    assert all(map(torch.equal, (out, total), rows_alone(forward, x, residual)))
+
+
+def test_heads_are_rows(served) -> None:
+    x = torch.randn(5, 4, 64).to(BF16)
+    assert torch.equal(served.model.norm(x), served.model.norm(x.reshape(20, 64)).view(5, 4, 64))
+
+
+def test_a_compiled_graph_holds_the_op_and_not_a_rung(served) -> None:
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = served.model.proj
+    compiled = torch.compile(lambda x: layer(x)[0], backend=backend, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 50):
+        x = torch.randn(rows, 64).to(BF16)
+        assert torch.equal(compiled(x), layer(x)[0])
+    assert len(graphs) == 1
+    assert any("vllm_linear" in str(node.target) for node in graphs[0].graph.nodes)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FusedTopKRouter(2, 8, renormalize=True),
+        lambda: FusedTopKRouter(2, 8, scoring_func="sigmoid", renormalize=False),
+        lambda: GroupedTopKRouter(2, 8, 4, 2, True, "sigmoid", 2.5, torch.randn(8)),
+        lambda: FusedTopKBiasRouter(2, 8, torch.randn(8), True, 1.5),
+    ],
+)
+def test_routers(patched, make) -> None:
+    router = make()
+    model = torch.nn.Module()
+    model.runner = torch.nn.Module()
+    model.runner.router = router
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [row.reason for row in made.rows] == ["", ""]
+    logits = torch.randn(17, 8)
+    weights, ids = router._compute_routing(logits, logits, torch.int64)
+    assert (weights.dtype, ids.dtype, ids.shape) == (torch.float32, torch.int64, (17, 2))
+    scores = logits.softmax(-1) if getattr(router, "scoring_func", "softmax") == "softmax" else logits.sigmoid()
+    chosen = scores.gather(-1, ids)
+    if router.renormalize:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, chosen * getattr(router, "routed_scaling_factor", 1.0))
+    with pytest.raises(SelectionError, match="logits in torch.float64"):
+        router._compute_routing(logits.double(), logits.double(), None)
+
+
+def test_a_router_with_shared_experts_inside_is_not_promised(patched) -> None:
+    model = torch.nn.Module()
+    model.router = FusedTopKBiasRouter(2, 8, torch.randn(8), num_fused_shared_experts=1)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    (row,) = made.rows
+    assert "shared experts are among the routed ones" in row.reason
+    assert table.refusals(made.rows) == [f"router  (moe.router): {row.reason}"]
+
+
+def experts_layer(**changes):
+    """Routed experts as vLLM builds them, but for the construction, which needs a GPU."""
+    experts = object.__new__(TritonExperts)
+    experts.quant_config = SimpleNamespace(
+        quant_dtype=None, weight_quant_dtype=None, gemm1_clamp_limit=None, w1_bias=None, w2_bias=None
+    )
+    layer = torch.nn.Module()
+    layer.w13_weight = torch.nn.Parameter(torch.randn(4, 64, 48).to(BF16) / 7, requires_grad=False)
+    layer.w2_weight = torch.nn.Parameter(torch.randn(4, 48, 32).to(BF16) / 6, requires_grad=False)
+    layer.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(impl=SimpleNamespace(fused_experts=experts)))
+    layer.moe_config = SimpleNamespace(
+        moe_parallel_config=SimpleNamespace(enable_eplb=False, use_all2all_kernels=False), is_lora_enabled=False
+    )
+    layer.apply_router_weight_on_input, layer.activation = False, SimpleNamespace(value="silu")
+    layer.top_k, layer.expert_map, layer.global_num_experts = 2, None, 4
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    model = torch.nn.Module()
+    model.experts = layer
+    return model, layer, experts
+
+
+def test_experts(patched) -> None:
+    torch.manual_seed(0)
+    model, layer, experts = experts_layer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("moe.experts", "")]
+    x, weights, ids = torch.randn(9, 48).to(BF16), torch.rand(9, 2), torch.randint(4, (9, 2))
+
+    def run(x, weights, ids):
+        out = torch.empty_like(x)
+        arguments = {
+            "output": out,
+            "hidden_states": x,
+            "w1": layer.w13_weight,
+            "w2": layer.w2_weight,
+            "topk_weights": weights,
+            "topk_ids": ids,
+            "activation": layer.activation,
+            "global_num_experts": 4,
+            "expert_map": None,
+            "a1q_scale": None,
+            "a2_scale": None,
+            "workspace13": None,
+            "workspace2": None,
+            "expert_tokens_meta": None,
+            "apply_router_weight_on_input": False,
+        }
+        experts.apply(**arguments)
+        return out
+
+    out = run(x, weights, ids)
+    wanted = torch.zeros(9, 48)
+    for token in range(9):
+        for slot in range(2):
+            gate, up = (layer.w13_weight[ids[token, slot]].float() @ x[token].float()).chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+            wanted[token] += weights[token, slot] * (layer.w2_weight[ids[token, slot]].float() @ hidden)
+    torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.05)
+    assert torch.equal(out, rows_alone(run, x, weights, ids)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"activation": SimpleNamespace(value="swigluoai")}, "activation swigluoai"),
+        ({"apply_router_weight_on_input": True}, "weights are applied to what goes in"),
+        ({"expert_map": torch.zeros(4, dtype=torch.int64)}, "expert map is torch.int64"),
+    ],
+)
+def test_experts_that_are_not_served(patched, changes, reason: str) -> None:
+    model, _, experts = experts_layer(**changes)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert reason in made.rows[0].reason
+    assert not hasattr(experts, host.SERVED)
+
+
+def test_weights_that_nothing_knows_are_named(patched) -> None:
+    class Mixer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A = torch.nn.Parameter(torch.ones(4))
+
+    model = torch.nn.Module()
+    model.mixer = Mixer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert "Mixer with weights" in made.rows[0].reason
+
+
+def test_strict_runs_no_layer_that_was_given_nothing(patched) -> None:
+    layer = ReplicatedLinear(8, 8, params_dtype=BF16, disable_tp=True)
+    host.refuse_unserved(True)
+    try:
+        with pytest.raises(SelectionError, match="BIDISPATCH_VLLM=strict"):
+            layer(torch.ones(1, 8, dtype=BF16))
+    finally:
+        host.refuse_unserved(False)
+
+
+def originals():
+    found = {}
+    for seam in compat.SEAMS:
+        holder, name = compat.resolve(seam)
+        found[seam.name] = inspect.getattr_static(holder, name)
+    return found
+
+
+def test_patches_apply_once_and_undo(cuda_platform, monkeypatch) -> None:
+    before = originals()
+    plugin.patch_layers(Mode.ON)
+    plugin.patch_layers(Mode.ON)
+    changed = {name for name, value in originals().items() if value is not before[name]}
+    # The name that fp8.py bound is patched there; the class of its kernel is only looked at.
+    assert changed == set(before) - {"init_device", "fp8_kernel", "fp8_plain_kernel"}
+    plugin.undo()
+    assert originals() == before
+
+
+def test_nothing_stays_patched_where_one_seam_fails(cuda_platform, monkeypatch) -> None:
+    from bidispatch.integrations.vllm import backends
+
+    def broken(*_: object, **__: object) -> None:
+        raise BackendError("no such thing")
+
+    before = originals()
+    monkeypatch.setattr(backends, "install", broken)
+    with pytest.raises(BackendError):
+        plugin.patch_layers(Mode.ON)
+    assert originals() == before
+
+
+def test_register_is_idempotent_and_only_the_worker_hook_is_touched(cuda_platform) -> None:
+    before = originals()
+    try:
+        plugin.register()
+        plugin.register()
+        assert plugin.active()
+        assert {n for n, value in originals().items() if value is not before[n]} == {"init_device"}
+        assert not torch.cuda.is_initialized()
+    finally:
+        plugin.undo()
+    assert originals() == before
+
+
+def test_another_version_is_refused_by_name(cuda_platform, monkeypatch) -> None:
+    monkeypatch.setattr(plugin, "installed", lambda _: "0.40.0")
+    with pytest.raises(BackendError, match=r"vLLM 0\.40\.0"):
+        plugin.register()
+    assert not plugin.active()
+
+
+def test_a_platform_that_is_not_cuda_is_refused() -> None:
+    with pytest.raises(DeviceError, match="on CUDA"):
+        plugin.register()
+
+
+def test_vllm_calls_the_entry_point_and_what_it_raises_stops_the_process() -> None:
+    """On the processor, which is not served: so an installed plugin is seen to be called, with CUDA untouched."""
+    code = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+    environment = {**os.environ, "VLLM_BATCH_INVARIANT": "1"}
+    environment.pop("VLLM_PLUGINS", None)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "bidispatch serves vLLM's layers on CUDA" in run.stderr
+    assert run.returncode == 1
+    off = subprocess.run(command, env=environment | {"BIDISPATCH_VLLM": "off"}, timeout=300, check=False)
+    assert off.returncode == 0
+
+
+def test_the_linear_method_is_the_one_of_vllm() -> None:
+    assert UnquantizedLinearMethod.apply.__module__ == "vllm.model_executor.layers.linear"
