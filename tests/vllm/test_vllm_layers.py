@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
@@ -17,10 +19,12 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+from vllm.v1.worker.gpu_worker import Worker
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
 from bidispatch.integrations.vllm import adopt as adopting
-from bidispatch.integrations.vllm import compat, host, plugin, table
+from bidispatch.integrations.vllm import compat, host, linear, plugin, table
 from bidispatch.integrations.vllm.kernels import serving_plan
 from bidispatch.integrations.vllm.mode import Mode
 
@@ -166,7 +170,7 @@ def test_routers(patched, make) -> None:
     if router.renormalize:
         chosen = chosen / chosen.sum(-1, keepdim=True)
     torch.testing.assert_close(weights, chosen * getattr(router, "routed_scaling_factor", 1.0))
-    with pytest.raises(SelectionError, match="logits in torch.float64"):
+    with pytest.raises(SelectionError, match=r"logits in torch\.float64"):
         router._compute_routing(logits.double(), logits.double(), None)
 
 
@@ -280,6 +284,95 @@ def test_strict_runs_no_layer_that_was_given_nothing(patched) -> None:
             layer(torch.ones(1, 8, dtype=BF16))
     finally:
         host.refuse_unserved(False)
+
+
+def fp8_layer():
+    method = object.__new__(Fp8LinearMethod)
+    method.block_quant, method.weight_block_size, method.out_dtype = True, [128, 128], BF16
+    method.fp8_linear = object.__new__(TritonFp8BlockScaledMMKernel)
+    layer = torch.nn.Module()
+    layer.quant_method = method
+    layer.weight = torch.nn.Parameter(torch.randn(192, 256).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(torch.rand(2, 2), requires_grad=False)
+    model = torch.nn.Module()
+    model.proj = layer
+    return model, layer
+
+
+def test_fp8_blocks(patched) -> None:
+    torch.manual_seed(0)
+    model, layer = fp8_layer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("quantize.fp8_group", ""), ("gemm.fp8_block", "")]
+    x, bias = torch.randn(21, 256).to(BF16), torch.randn(192).to(BF16)
+    out = layer.quant_method.apply(layer, x, bias)
+    scales = layer.weight_scale_inv.repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)
+    wanted = x.float() @ (layer.weight.float() * scales).T + bias.float()
+    assert (out.float() - wanted).norm() / wanted.norm() < 0.05
+    assert torch.equal(out, rows_alone(lambda row: layer.quant_method.apply(layer, row, bias), x)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m, layer: setattr(m, "block_quant", False), "one scale a tensor or a channel"),
+        (lambda m, layer: setattr(m, "weight_block_size", [64, 64]), "its blocks are"),
+        (lambda m, layer: setattr(m, "fp8_linear", object()), "may hold the weight in another order"),
+        (lambda m, layer: setattr(layer, "weight_scale_inv", torch.rand(2, 3)), "its scales are"),
+    ],
+)
+def test_fp8_that_is_not_served(patched, change, reason: str) -> None:
+    model, layer = fp8_layer()
+    del layer.weight_scale_inv
+    layer.weight_scale_inv = torch.rand(2, 2)
+    change(layer.quant_method, layer)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert reason in made.rows[0].reason
+    assert len(made.rows) == 1
+
+
+def test_fp8_block_kernels_are_the_ones_that_leave_the_weight(patched) -> None:
+    seen = []
+    chosen = linear.fp8_kernel(lambda *a, **named: seen.append(named), TritonFp8BlockScaledMMKernel)
+    for grouped in (True, False):
+        shape = SimpleNamespace(is_per_group=lambda grouped=grouped: grouped)
+        chosen(SimpleNamespace(scale=SimpleNamespace(group_shape=shape)), None, module_name="x")
+    assert seen == [{"module_name": "x", "force_kernel": TritonFp8BlockScaledMMKernel}, {"module_name": "x"}]
+
+
+def worker_of(model):
+    config = config_of()
+    config.scheduler_config = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4)
+    config.compilation_config = SimpleNamespace(max_cudagraph_capture_size=8)
+    config.model_config = SimpleNamespace(dtype=BF16, max_model_len=64)
+    worker = object.__new__(Worker)
+    worker.vllm_config, worker.device, worker.rank = config, torch.device("cpu"), 0
+    worker.model_runner = SimpleNamespace(get_model=lambda: model, load_model=lambda **_: None)
+    return worker
+
+
+def test_a_worker_takes_over_its_model_and_logs_one_table(patched, caplog) -> None:
+    model = Block()
+    worker = worker_of(model)
+    with caplog.at_level("INFO", logger="vllm.bidispatch"):
+        logging.getLogger("vllm").addHandler(caplog.handler)
+        plugin._take_over(Mode.STRICT, worker, classes())
+    tables = [record.getMessage() for record in caplog.records if "kernels of this model" in record.getMessage()]
+    assert tables
+    assert "torch_cpu.gemm" in tables[0]
+    assert "fingerprint cpu-sequence-" in tables[0]
+    assert "bidispatch" in worker.vllm_config.additional_config
+    assert hasattr(model.proj, host.SERVED)
+
+
+def test_strict_names_layer_op_and_reason(patched) -> None:
+    model, _, _ = experts_layer(activation=SimpleNamespace(value="swigluoai"))
+    with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation swigluoai") as error:
+        plugin._take_over(Mode.STRICT, worker_of(model), classes())
+    assert "BIDISPATCH_VLLM=on" in str(error.value)
+    plugin._take_over(Mode.ON, worker_of(model), classes())
 
 
 def originals():
