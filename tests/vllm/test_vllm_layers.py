@@ -367,6 +367,16 @@ def test_a_worker_takes_over_its_model_and_logs_one_table(patched, caplog) -> No
     assert hasattr(model.proj, host.SERVED)
 
 
+def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:
+    class Own(Worker):
+        def load_model(self, *, load_dummy_weights: bool = False) -> None:
+            pass
+
+    plugin.require_patched_worker(object.__new__(Worker))
+    with pytest.raises(DeviceError, match="--worker-cls"):
+        plugin.require_patched_worker(object.__new__(Own))
+
+
 def test_strict_names_layer_op_and_reason(patched) -> None:
     model, _, _ = experts_layer(activation=SimpleNamespace(value="swigluoai"))
     with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation swigluoai") as error:

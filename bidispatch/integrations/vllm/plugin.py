@@ -24,7 +24,7 @@ from bidispatch.integrations.vllm.patches import Patches
 if TYPE_CHECKING:
     from bidispatch.integrations.vllm.host import Host
 
-__all__ = ["active", "patch_layers", "register", "undo"]
+__all__ = ["active", "patch_layers", "register", "require_patched_worker", "undo"]
 
 _log = logging.getLogger("vllm.bidispatch")
 """Below vLLM's own logger, whose level and handlers are what the user sees."""
@@ -63,7 +63,9 @@ def register() -> None:
 
     def init_device(self: Any) -> Any:
         patch_layers(mode)
-        return original(self)
+        result = original(self)
+        require_patched_worker(self.worker)
+        return result
 
     _at_start.replace(holder, name, init_device)
 
@@ -92,6 +94,18 @@ def _require_platform() -> None:
         raise DeviceError(
             f"bidispatch serves vLLM's layers on CUDA, and this is {kind.__name__}; "
             "set BIDISPATCH_VLLM=off to run vLLM as it is"
+        )
+
+
+def require_patched_worker(worker: Any) -> None:
+    """Raise `DeviceError` for a worker that loads its model in a way of its own, after which no layer would be served."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    kind = type(worker)
+    if getattr(kind, "load_model", None) is not Worker.load_model:
+        raise DeviceError(
+            f"the worker {kind.__module__}.{kind.__name__} loads models in a way of its own, so its layers cannot be "
+            "taken over; leave out --worker-cls and --worker-extension-cls, or set BIDISPATCH_VLLM=off"
         )
 
 
