@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import Grou
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.worker.gpu_worker import Worker
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
@@ -286,11 +287,42 @@ def test_strict_runs_no_layer_that_was_given_nothing(patched) -> None:
         host.refuse_unserved(False)
 
 
+def test_a_layer_with_a_forward_of_its_own_is_not_promised(patched) -> None:
+    class Fused(ReplicatedLinear):
+        def forward(self, x):
+            return x @ self.weight.T if len(x) < 16 else super().forward(x)
+
+    model = torch.nn.Module()
+    model.fused = Fused(8, 8, params_dtype=BF16, disable_tp=True)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert "Fused has a forward of its own" in made.rows[0].reason
+    assert not hasattr(model.fused, host.SERVED)
+
+
+def test_the_head_is_served_under_either_name_and_an_embedding_is_left(patched) -> None:
+    model = torch.nn.Module()
+    model.embed_tokens = VocabParallelEmbedding(128, 16, params_dtype=BF16)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert made.rows == []
+    model.lm_head = model.embed_tokens  # tied
+    torch.nn.init.normal_(model.lm_head.weight.data)
+    adopting.adopt(made, model, config_of())
+    assert [(row.kind, row.op, row.reason) for row in made.rows] == [("lm_head", "gemm", "")]
+    x = torch.randn(18, 16).to(BF16)
+    apply = model.lm_head.quant_method.apply
+    out = apply(model.lm_head, x)
+    torch.testing.assert_close(out.float(), x.float() @ model.lm_head.weight.float().T, atol=0.1, rtol=0.02)
+    assert torch.equal(out, rows_alone(lambda row: apply(model.lm_head, row), x)[0])
+
+
 def fp8_layer():
     method = object.__new__(Fp8LinearMethod)
     method.block_quant, method.weight_block_size, method.out_dtype = True, [128, 128], BF16
     method.fp8_linear = object.__new__(TritonFp8BlockScaledMMKernel)
-    layer = torch.nn.Module()
+    layer = object.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
     layer.quant_method = method
     layer.weight = torch.nn.Parameter(torch.randn(192, 256).to(torch.float8_e4m3fn), requires_grad=False)
     layer.weight_scale_inv = torch.nn.Parameter(torch.rand(2, 2), requires_grad=False)

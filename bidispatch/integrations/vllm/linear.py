@@ -28,12 +28,21 @@ def serve(host: Host, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> b
     elif isinstance(layer, host.classes["gate"]):
         _gate(host, name, layer, kind)
     elif kind is host.classes["linear"]:
+        _require_plain_forward(host, layer)
         _plain(host, name, layer, "linear")
     elif kind is host.classes["fp8_linear"]:
+        _require_plain_forward(host, layer)
         _fp8(host, name, layer, method)
     else:
         return False
     return True
+
+
+def _require_plain_forward(host: Host, layer: Any) -> None:
+    """Raise `Unserved` for a layer that may go past its method, as DeepSeek's fused q_a and kv_a do for few tokens."""
+    home = getattr(type(layer).forward, "__module__", "")
+    if home != host.classes["linear"].__module__:
+        raise Unserved(f"{type(layer).__name__} has a forward of its own ({home}), which may take other kernels")
 
 
 def _weight(layer: Any) -> torch.Tensor:

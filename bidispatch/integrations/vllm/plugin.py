@@ -98,7 +98,7 @@ def _require_platform() -> None:
 
 
 def require_patched_worker(worker: Any) -> None:
-    """Raise `DeviceError` for a worker that loads its model in a way of its own, after which no layer would be served."""
+    """Raise `DeviceError` for a worker that loads its model in a way of its own: no layer of it would be served."""
     from vllm.v1.worker.gpu_worker import Worker
 
     kind = type(worker)
