@@ -12,7 +12,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 # One worker a core, and one thread a worker: the suites are processor-bound.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto
 
-.PHONY: setup demo test lint types unit interpreter compile test-gpu schema bench clean
+# The vLLM that tests/vllm runs against, in an environment of its own: it pins what the other one does not have.
+VLLM ?= vllm==0.29.0
+VLLM_READY := .venv-vllm/.ready
+VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+.PHONY: setup demo test test-core test-vllm lint types unit interpreter compile test-gpu schema bench clean
 
 setup: $(READY)
 
@@ -34,7 +39,21 @@ $(READY): pyproject.toml .ci/constraints.txt
 demo: setup
 	@$(BIN)/bidispatch demo
 
-test: lint types unit interpreter compile
+test: test-core test-vllm
+
+test-core: lint types unit interpreter compile
+
+# vLLM's own layers on the processor, with their methods replaced. `pip` must give a CPU build of torch, as for setup.
+test-vllm: $(VLLM_READY)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet -W default tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet -W default tests/unit/test_vllm_attention.py
+
+$(VLLM_READY): pyproject.toml .ci/vllm.txt
+	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm || { rm -rf .venv-vllm; exit 3; }
+	@$(VLLM_PIP) $(CPU_TORCH)
+	@$(VLLM_PIP) --no-deps --requirement .ci/vllm.txt $(VLLM)
+	@$(VLLM_PIP) --no-deps --editable .
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check
@@ -64,4 +83,4 @@ bench: setup
 	$(BIN)/python benchmarks/host_time.py
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

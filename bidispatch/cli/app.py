@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import bidispatch
-from bidispatch.cli import audit, demo, doctor, explain, failures, plan, profile, render, tune, verify
+from bidispatch.cli import audit, demo, doctor, explain, failures, plan, profile, render, tune, verify, vllm
 from bidispatch.cli.options import show_help_without_command
 from bidispatch.errors import BidispatchError
 
@@ -32,6 +32,7 @@ app.add_typer(profile.app, name="profile")
 app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 app.command("audit")(audit.command)
+app.add_typer(vllm.app, name="vllm")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,124 @@
+"""A built model's layers, each given what serves it: once a worker, with weights there and nothing captured yet.
+
+Layers are the modules that hold weights, attention, and routers. What a model's own code computes between them is not
+seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from bidispatch.errors import SelectionError, UsageError
+from bidispatch.integrations.vllm import linear, moe, norms, ops
+from bidispatch.integrations.vllm.host import Host, Unserved
+from bidispatch.integrations.vllm.table import Row
+
+__all__ = ["adopt", "around", "mark_compiled_graphs"]
+
+_LOOKS_UP = frozenset({"VocabParallelEmbedding", "Embedding", "Conv1dEmbedding"})
+"""Layers with weights in which no row is summed: each row is looked up."""
+
+
+def adopt(host: Host, model: Any, vllm_config: Any) -> None:
+    """Give every layer of a model its kernels, and add its rows to the host's."""
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    for name, module in model.named_modules():
+        if _is_attention(module):
+            host.rows += _attention(name, module)
+            continue
+        router = vars(module).get("router")
+        if router is not None and hasattr(router, "_compute_routing"):
+            _try(host, name, "router", "moe.router", lambda n=name, r=router: moe.serve_router(host, n, r, dtype))
+        if hasattr(module, "w13_weight") or type(module).__name__ == "RoutedExperts":
+            _try(host, name, "experts", "moe.experts", lambda n=name, m=module: moe.serve_experts(host, n, m))
+            continue
+        _layer(host, name, module, tuple(aliases[id(module)]))
+
+
+def _layer(host: Host, name: str, module: Any, aliases: tuple[str, ...]) -> None:
+    known = _try(host, name, "linear", "gemm", lambda: linear.serve(host, name, module, aliases))
+    known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module))
+    if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module):
+        return
+    method = getattr(module, "quant_method", None)
+    what = f"weights of {type(method).__name__}" if method is not None else f"{type(module).__name__} with weights"
+    host.rows.append(Row.uncovered(name, "layer", f"{what}: nothing here serves that; use a model or format that is"))
+
+
+def _try(host: Host, name: str, kind: str, op: str, serve: Any) -> bool:
+    """Whether a module is of a kind. What is refused becomes a row, and takes none of its own with it."""
+    before = len(host.rows)
+    try:
+        return bool(serve())
+    except (Unserved, SelectionError, UsageError) as error:
+        del host.rows[before:]
+        host.rows.append(Row.uncovered(name, kind, "; ".join(str(error).splitlines()), op=op))
+        return True
+
+
+def _holds_weights(module: Any) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _is_attention(module: Any) -> bool:
+    """Whether a module is one of vLLM's attention layers: it has a backend and an implementation of it."""
+    return hasattr(module, "impl") and callable(getattr(module, "get_attn_backend", None))
+
+
+def _attention(name: str, module: Any) -> Iterator[Row]:
+    selection = getattr(getattr(module.impl, "kernels", None), "selection", None)
+    if type(module.impl).__module__.startswith("bidispatch.") and selection is not None:
+        yield Row.of(name, "attention", selection)
+    else:
+        backend = module.get_attn_backend().get_name()
+        reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
+        yield Row.uncovered(name, "attention", reason, op="attention", by=backend)
+    if hasattr(module, "kv_lora_rank"):
+        reason = "the products with W_UK and W_UV are vLLM's torch.bmm, of its own mode"
+        yield Row.uncovered(f"{name} (W_UK, W_UV)", "attention", reason, op="bmm")
+
+
+def around(vllm_config: Any) -> Iterator[Row]:
+    """What a configuration adds that no layer shows."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1:
+        yield Row.uncovered(
+            "all_reduce",
+            "collective",
+            "vLLM's pinned collectives stay; their kind follows the size of a tensor where custom all-reduce cannot "
+            "take it (facts in docs/vllm.md), so tensor parallelism is not promised here",
+        )
+    if getattr(parallel, "pipeline_parallel_size", 1) > 1 or getattr(parallel, "data_parallel_size", 1) > 1:
+        yield Row.uncovered("parallel", "engine", "pipeline and data parallelism were not looked at")
+    if vllm_config.lora_config is not None:
+        yield Row.uncovered("lora", "adapter", "adapters (LoRA) are vLLM's kernels; run without --enable-lora")
+    if vllm_config.speculative_config is not None:
+        yield Row.uncovered("draft model", "engine", "the layers of a draft model are vLLM's; run without one")
+    yield Row.uncovered(
+        "sampler",
+        "sampling",
+        "sampling, logprobs and prompt_logprobs are vLLM's, in its own batch-invariant mode; greedy tokens follow the "
+        "logits alone",
+        refused=False,
+    )
+
+
+def mark_compiled_graphs(vllm_config: Any) -> None:
+    """Make what is served here a part of what vLLM's compile cache goes by.
+
+    A graph of another coverage would hold vLLM's kernels where the table shows others. Raises `UsageError` where the
+    configuration has no room for it.
+    """
+    given = vllm_config.additional_config
+    if not isinstance(given, dict):
+        raise UsageError(
+            f"additional_config is a {type(given).__name__}, which bidispatch cannot add to; give a mapping or none"
+        )
+    digest = hashlib.sha256(json.dumps(ops.bound_names()).encode()).hexdigest()[:16]
+    vllm_config.additional_config = {**given, "bidispatch": digest}

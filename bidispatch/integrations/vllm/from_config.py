@@ -1,0 +1,179 @@
+"""The table for a model's `config.json`, without vLLM, a server, or the GPU: what its layers ask a plan for.
+
+Shapes are those of `tune --model`. What a config does not show, such as layers of a family of its own, is not in it:
+the table that a server logs is of the layers that were built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bidispatch import ops
+from bidispatch.errors import SelectionError, UsageError
+from bidispatch.integrations.vllm.problems import attention_problem, latent_problem
+from bidispatch.integrations.vllm.table import Row
+from bidispatch.ops.quantize import FP8, GROUP
+from bidispatch.ops.schema import Problem, parse_dtype
+from bidispatch.planning.plan import Plan
+from bidispatch.tune.models import expert_shapes, model_shapes
+
+__all__ = ["rows_of"]
+
+_PAGE = 16
+_NOT_COVERED = {
+    "linear_num_value_heads": "linear attention (GDN)",
+    "layers_block_type": "layers of several kinds (Mamba)",
+    "mamba_d_state": "Mamba",
+    "ssm_state_size": "Mamba",
+    "state_size": "Mamba",
+    "index_topk": "sparse attention",
+}
+_NORMED_HEADS = ("qwen3", "gemma3")
+_Found = tuple[str, str, Problem]
+
+
+def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | None = None) -> list[Row]:
+    """A row for each kind of layer of a model, on one rank.
+
+    dtype: of the activations; else the config's. Raises `UsageError` for a config that cannot be read.
+    """
+    config = _config(model)
+    wanted = parse_dtype(dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    rows = []
+    if plan.device.arch.vendor != "nvidia":
+        why = (
+            f"the plugin refuses vLLM workers that are not CUDA's; on {plan.device.arch.name} the rest is only planned"
+        )
+        rows.append(Row.uncovered("worker", "engine", why))
+    uncovered = [
+        Row.uncovered(name, "layer", f"{key} is in its config: {name} is not served here")
+        for key, name in _NOT_COVERED.items()
+        if config.get(key)
+    ]
+    rows += uncovered
+    if uncovered and "num_attention_heads" not in config:
+        return rows
+    fp8, reason = _format(config)
+    for layer, kind, problem in _problems(config, model, tensor_parallel, wanted, fp8=fp8):
+        if reason and kind == "linear":
+            rows.append(Row.uncovered(layer, kind, reason, op="gemm"))
+            continue
+        try:
+            rows.append(Row.of(layer, kind, plan.select_problem(problem)))
+        except SelectionError as error:
+            rows.append(Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=problem.op))
+    rows += _experts(config, plan, model, tensor_parallel, wanted, bool(config.get("quantization_config")))
+    if "kv_lora_rank" in config:
+        why = "the products with W_UK and W_UV are vLLM's torch.bmm, of its own mode"
+        rows.append(Row.uncovered("W_UK, W_UV", "attention", why, op="bmm"))
+    if tensor_parallel > 1:
+        why = "vLLM's pinned collectives stay, and are not promised here"
+        rows.append(Row.uncovered("all_reduce", "collective", why))
+    why = "sampling, logprobs and prompt_logprobs are vLLM's, in its own batch-invariant mode"
+    return [*rows, Row.uncovered("sampler", "sampling", why, refused=False)]
+
+
+def _config(model: Path) -> Mapping[str, Any]:
+    file = model / "config.json" if model.is_dir() else model
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is not a readable config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} is not a mapping; --model wants a model's config.json, or its folder")
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def _format(config: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether linear layers are fp8 with blocks that are served, and what is against it where weights are quantised."""
+    quantized = config.get("quantization_config")
+    if not isinstance(quantized, dict):
+        return False, ""
+    method, blocks = quantized.get("quant_method"), quantized.get("weight_block_size")
+    if method == "fp8" and blocks == [GROUP, GROUP]:
+        return True, ""
+    return False, f"weights of {method}{f' in blocks of {blocks}' if blocks else ''} are not served in vLLM yet"
+
+
+def _problems(config: Mapping[str, Any], model: Path, ranks: int, dtype: str, *, fp8: bool) -> Iterator[_Found]:
+    gemm = ops.get("gemm")
+    for shape in model_shapes(model, ranks):
+        layer = ", ".join(name.split(" ", 1)[-1] for name in shape.names)
+        if shape.dims.get("role") == "router":
+            yield layer, "router", gemm.problem(dtype, shape.dims)
+        elif fp8 and layer != "lm_head":
+            dims = {"n": shape.dims["n"], "k": shape.dims["k"], "out_dtype": dtype}
+            yield layer, "linear", ops.get("gemm.fp8_block").problem(FP8, dims)
+            yield layer, "linear", ops.get("quantize.fp8_group").problem(dtype, {"k": shape.dims["k"]})
+        else:
+            yield layer, "lm_head" if layer == "lm_head" else "linear", gemm.problem(dtype, shape.dims)
+    gemma = str(config.get("model_type", "")).startswith("gemma")
+    hidden = int(config["hidden_size"])
+    for op in ("rms_norm", "fused_add_rms_norm"):
+        yield "norms", "norm", ops.get(op).problem(dtype, {"n": hidden, "gemma": gemma})
+    yield from _attention(config, ranks, dtype, gemma)
+
+
+def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -> Iterator[_Found]:
+    heads = int(config["num_attention_heads"])
+    mine = max(1, heads // ranks)
+    if "kv_lora_rank" in config:
+        rank, rope = int(config["kv_lora_rank"]), int(config["qk_rope_head_dim"])
+        problem = latent_problem(dtype, num_heads=mine, kv_lora_rank=rank, rope_dim=rope, page_size=_PAGE)
+        yield "attention", "attention", problem
+        return
+    width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    if str(config.get("model_type", "")).startswith(_NORMED_HEADS):
+        yield "q_norm, k_norm", "norm", ops.get("rms_norm").problem(dtype, {"n": width, "gemma": gemma})
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds = set(config.get("layer_types") or ()) or {"sliding_attention" if window else "full_attention"}
+    for kind in sorted(kinds & {"full_attention", "sliding_attention"}):
+        problem = attention_problem(
+            dtype,
+            num_heads=mine,
+            num_kv_heads=max(1, int(config.get("num_key_value_heads") or heads) // ranks),
+            head_dim=width,
+            page_size=_PAGE,
+            window=window if kind == "sliding_attention" else None,
+            softcap=config.get("attn_logit_softcapping"),
+            sinks=config.get("model_type") == "gpt_oss",
+        )
+        yield f"{kind} layers", "attention", problem
+
+
+def _experts(
+    config: Mapping[str, Any], plan: Plan, model: Path, ranks: int, dtype: str, quantized: bool
+) -> Iterator[Row]:
+    if not any(config.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")):
+        return
+    (shape,) = expert_shapes(model, ranks)
+    dims = dict(shape.dims)
+    if quantized or dims.get("bias"):
+        why = "quantised experts are not served yet" if quantized else "experts with a bias are not served yet"
+        yield Row.uncovered("experts", "experts", why, op="moe.experts")
+    else:
+        yield _row(plan, "experts", "experts", ops.get("moe.experts").problem(dtype, dims))
+    scoring = str(config.get("scoring_func", "softmax"))
+    biased = config.get("topk_method") == "noaux_tc"
+    routing = {
+        "experts": dims.get("global_experts") or dims["experts"],
+        "top_k": dims["top_k"],
+        "scoring": scoring,
+        "renormalize": bool(config.get("norm_topk_prob", True)),
+        "correction_bias": biased,
+        "n_group": int(config.get("n_group") or 1),
+        "topk_group": int(config.get("topk_group") or 1),
+        "routed_scaling_factor": float(config.get("routed_scaling_factor") or 1.0),
+    }
+    yield _row(plan, "router", "router", ops.get("moe.router").problem("float32", routing))
+
+
+def _row(plan: Plan, layer: str, kind: str, problem: Problem) -> Row:
+    try:
+        return Row.of(layer, kind, plan.select_problem(problem))
+    except SelectionError as error:
+        return Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=problem.op)

@@ -1,0 +1,67 @@
+"""Whether layers are taken over: `VLLM_BATCH_INVARIANT`, which is vLLM's, and `BIDISPATCH_VLLM`. Imports no vLLM."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Mapping
+
+from bidispatch.errors import UsageError, did_you_mean
+
+__all__ = ["Mode", "read_mode", "require_same_switch"]
+
+_SWITCH = "VLLM_BATCH_INVARIANT"
+_OURS = "BIDISPATCH_VLLM"
+
+# Modules that keep the switch as it was when they were imported, in 0.25.1, 0.29.0 and 0.33.0.
+_FROZEN = {
+    "vllm.v1.attention.ops.triton_unified_attention": "is_batch_invariant",
+    "vllm.v1.attention.ops.triton_unified_attention_diffkv": "is_batch_invariant",
+}
+
+
+class Mode(enum.Enum):
+    """What is done with a model's layers."""
+
+    OFF = "off"
+    """vLLM is left alone."""
+    ON = "on"
+    """Layers are served by the plan; what it does not cover is shown as not promised."""
+    STRICT = "strict"
+    """The same; what it does not cover stops the start."""
+
+
+def read_mode(environment: Mapping[str, str]) -> Mode:
+    """The mode that an environment asks for.
+
+    On where vLLM's own switch is, unless `BIDISPATCH_VLLM` says otherwise. Raises `UsageError` for another word there,
+    for `on` and `strict` without vLLM's switch, and for a value of that which vLLM cannot read.
+    """
+    switch = environment.get(_SWITCH, "0")
+    try:
+        invariant = bool(int(switch))
+    except ValueError:
+        raise UsageError(f"{_SWITCH}={switch!r} is not a number; vLLM takes 0 or 1") from None
+    word = environment.get(_OURS, "").lower()
+    words = [mode.value for mode in Mode]
+    if not word:
+        return Mode.ON if invariant else Mode.OFF
+    if word not in words:
+        raise UsageError(f"{_OURS}={word!r} is none of {', '.join(words)}{did_you_mean(word, words)}")
+    mode = Mode(word)
+    if mode is not Mode.OFF and not invariant:
+        raise UsageError(
+            f"{_OURS}={word} needs {_SWITCH}=1, which is not set: without it vLLM pins neither its collectives nor "
+            f"what no plan covers; set {_SWITCH}=1 before vLLM starts, or leave {_OURS} out"
+        )
+    return mode
+
+
+def require_same_switch(modules: Mapping[str, object] = sys.modules) -> None:
+    """Raise `UsageError` where vLLM was imported before its switch was set, so that half of it runs without."""
+    early = [name for name, flag in _FROZEN.items() if getattr(modules.get(name), flag, True) is False]
+    if early:
+        raise UsageError(
+            f"{_SWITCH} was set after {', '.join(early)} had been imported, and that keeps the value it saw; "
+            "set it in the environment before Python starts"
+        )

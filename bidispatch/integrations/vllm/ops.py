@@ -1,0 +1,233 @@
+"""Opaque torch ops for vLLM's layers: Dynamo sees a name and tensors, and the rung is chosen when it runs.
+
+A layer's kernel goes by a text, not by a number: vLLM keeps compiled graphs on disk, and a text of another start is
+either the same problem or unknown, which is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bidispatch.errors import ArgumentError, UsageError
+from bidispatch.planning.selection import Selection
+from bidispatch.runtime.bound import BoundKernel
+from bidispatch.runtime.torch_ops import NAMESPACE
+
+__all__ = [
+    "bound_names",
+    "experts",
+    "forget",
+    "fp8_block_linear",
+    "fused_add_rms_norm",
+    "linear",
+    "register",
+    "rms_norm",
+    "router",
+]
+
+
+class _Entry:
+    """A selection with its bound kernel. One that a larger one replaced stays: a CUDA graph may hold its workspace."""
+
+    def __init__(self, selection: Selection, max_tokens: int) -> None:
+        self.selection = selection
+        self.kernels = [selection.bind(max_tokens=max_tokens)]
+
+    def for_rows(self, rows: int) -> BoundKernel:
+        kernel = self.kernels[-1]
+        if rows <= kernel.limits.max_tokens:
+            return kernel
+        problem = self.selection.problem
+        if self.selection.device.arch.vendor != "cpu" and torch.cuda.is_current_stream_capturing():
+            raise ArgumentError(
+                f"{problem} needs binding for {rows} rows while a CUDA graph is captured; "
+                f"it is bound for {kernel.limits.max_tokens}: raise --max-num-batched-tokens"
+            )
+        self.kernels.append(self.selection.bind(max_tokens=1 << (rows - 1).bit_length()))
+        return self.kernels[-1]
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def register(layer: str, selection: Selection, max_tokens: int) -> str:
+    """Bind a selection for a layer, and return the text that the ops here take for it.
+
+    Layers that differ only in their numbers run one after the other, so they share a kernel and its workspace. Others
+    may run side by side, as shared experts do beside routed ones, and share none.
+    """
+    name = f"{re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', layer)} {selection.problem}"
+    known = _entries.get(name)
+    if known is None or known.selection.ladder_key != selection.ladder_key:
+        _entries[name] = _Entry(selection, max_tokens)
+    return name
+
+
+def bound_names() -> tuple[str, ...]:
+    """The texts that are known, sorted."""
+    return tuple(sorted(_entries))
+
+
+def forget() -> None:
+    """Drop every kernel: for tests, and for what undoes the patches."""
+    _entries.clear()
+
+
+def _kernel(name: str, rows: int) -> BoundKernel:
+    entry = _entries.get(name)
+    if entry is None:
+        raise UsageError(
+            f"no kernel was bound for {name!r}: the compiled graph is of another start; "
+            "delete vLLM's compile cache (VLLM_CACHE_ROOT/torch_compile_cache)"
+        )
+    return entry.for_rows(rows)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, last axis], the last axis contiguous."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def _linear(
+    kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    rows = _rows(x)
+    out = _kernel(kernel, rows.shape[0])(rows, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _linear_like(
+    kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+def _fp8(
+    quantize: str, product: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    rows = _rows(x)
+    values, x_scales = _kernel(quantize, rows.shape[0])(rows)
+    out = _kernel(product, rows.shape[0])(values, x_scales, weight, scales)
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _fp8_like(
+    quantize: str, product: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _norm(kernel: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    rows = _rows(x)
+    return _kernel(kernel, rows.shape[0])(rows, weight, eps=eps).view(x.shape)  # type: ignore[no-any-return]
+
+
+def _norm_like(kernel: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _added_norm(
+    kernel: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = _rows(x)
+    out, total = _kernel(kernel, rows.shape[0])(rows, _rows(residual), weight, eps=eps)
+    return out.view(x.shape), total.view(x.shape)
+
+
+def _added_norm_like(
+    kernel: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _router(
+    kernel: str, top_k: int, logits: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = _kernel(kernel, logits.shape[0])(_rows(logits), bias)
+    return weights, ids
+
+
+def _router_like(
+    kernel: str, top_k: int, logits: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _experts(
+    kernel: str,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+) -> None:
+    _kernel(kernel, x.shape[0])(_rows(x), w13, w2, weights, ids, expert_map=expert_map, out=out)
+
+
+def _experts_like(*arguments: Any) -> None:
+    """What is written is an argument: nothing to infer."""
+
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], like: Callable[..., Any]) -> Any:
+    """Define an op `vllm_<name>`. schema: its arguments and its results; like: the results' shapes."""
+    full = f"vllm_{name}"
+    _library.define(f"{full}{schema}")  # type: ignore[no-untyped-call]
+    _library.impl(full, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{full}", like, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), full).default
+
+
+linear = _define(
+    "linear",
+    "(str kernel, Tensor x, Tensor weight, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    _linear,
+    _linear_like,
+)
+"""(kernel, x [..., k], weight [n, k], bias [n] or None, the dtype that the kernel gives): [..., n]."""
+
+fp8_block_linear = _define(
+    "fp8_block_linear",
+    "(str quantize, str product, Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
+    _fp8,
+    _fp8_like,
+)
+"""(quantize, product, x [..., k], weight [n, k] in fp8, scales [n/128, k/128], bias [n] or None): [..., n]; the bias is
+added after the result is rounded, as vLLM does."""
+
+rms_norm = _define("rms_norm", "(str kernel, Tensor x, Tensor weight, float eps) -> Tensor", _norm, _norm_like)
+"""(kernel, x [..., n], weight [n], eps): [..., n]."""
+
+fused_add_rms_norm = _define(
+    "fused_add_rms_norm",
+    "(str kernel, Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _added_norm,
+    _added_norm_like,
+)
+"""(kernel, x, residual [..., n], weight [n], eps): the norm of the sum, and the sum."""
+
+router = _define(
+    "router", "(str kernel, int top_k, Tensor logits, Tensor? bias) -> (Tensor, Tensor)", _router, _router_like
+)
+"""(kernel, top_k, logits [m, experts], correction bias [experts] or None): weights and ids [m, top_k]."""
+
+experts = _define(
+    "experts",
+    "(str kernel, Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, Tensor? expert_map)"
+    " -> ()",
+    _experts,
+    _experts_like,
+)
+"""(kernel, out [m, hidden], x, w13, w2, weights, ids, expert map or None): `moe.experts` into `out`."""

@@ -1,0 +1,186 @@
+"""The entry point `vllm.general_plugins`: called in every process of vLLM, also where CUDA must stay untouched.
+
+In each process the mode, the version and all seams are checked, in sources and without importing them. Only a worker,
+when it takes its device, imports layers and patches them; when its model is loaded, layers get their kernels.
+Importing this module imports neither torch nor vLLM: vLLM swallows what an import raises, but not what a call does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bidispatch.errors import BackendError, DeviceError, SelectionError
+from bidispatch.integrations.vllm import compat
+from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
+from bidispatch.integrations.vllm.patches import Patches
+
+if TYPE_CHECKING:
+    from bidispatch.integrations.vllm.host import Host
+
+__all__ = ["active", "patch_layers", "register", "require_patched_worker", "undo"]
+
+_log = logging.getLogger("vllm.bidispatch")
+"""Below vLLM's own logger, whose level and handlers are what the user sees."""
+
+_at_start = Patches()
+_in_worker = Patches()
+
+
+def active() -> bool:
+    """Whether this process has been prepared."""
+    return len(_at_start) > 0
+
+
+def register() -> None:
+    """Prepare this process, as the environment asks; a second call does nothing.
+
+    Raises `UsageError` for variables that contradict each other, `BackendError` for a vLLM that is not known here,
+    `DeviceError` for a platform that is not served.
+    """
+    mode = read_mode(os.environ)
+    if mode is Mode.OFF or active():
+        return
+    require_same_switch()
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        raise BackendError("vllm is not installed here, and its plugin was called; set BIDISPATCH_VLLM=off")
+    try:
+        version = installed("vllm")
+    except PackageNotFoundError as error:
+        raise BackendError(f"vllm at {found.origin} has no version; install its wheel") from error
+    compat.check(version, Path(found.origin).parent)
+    _require_platform()
+    seam = next(seam for seam in compat.SEAMS if seam.name == "init_device")
+    holder, name = compat.resolve(seam)
+    original = getattr(holder, name)
+
+    def init_device(self: Any) -> Any:
+        patch_layers(mode)
+        result = original(self)
+        require_patched_worker(self.worker)
+        return result
+
+    _at_start.replace(holder, name, init_device)
+
+
+def undo() -> None:
+    """Put back all that was patched in this process. Layers of a model that is loaded keep their kernels."""
+    _in_worker.undo()
+    _at_start.undo()
+    if "bidispatch.integrations.vllm.ops" in sys.modules:
+        from bidispatch.integrations.vllm import host, ops
+
+        host.refuse_unserved(False)
+        ops.forget()
+
+
+def _require_platform() -> None:
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    if not kind.__module__.startswith("vllm.platforms"):
+        raise DeviceError(
+            f"the platform plugin {kind.__module__}.{kind.__name__} is active, and may choose kernels itself; "
+            "leave it out with VLLM_PLUGINS, or set BIDISPATCH_VLLM=off"
+        )
+    if not current_platform.is_cuda():
+        raise DeviceError(
+            f"bidispatch serves vLLM's layers on CUDA, and this is {kind.__name__}; "
+            "set BIDISPATCH_VLLM=off to run vLLM as it is"
+        )
+
+
+def require_patched_worker(worker: Any) -> None:
+    """Raise `DeviceError` for a worker that loads its model in a way of its own: no layer of it would be served."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    kind = type(worker)
+    if getattr(kind, "load_model", None) is not Worker.load_model:
+        raise DeviceError(
+            f"the worker {kind.__module__}.{kind.__name__} loads models in a way of its own, so its layers cannot be "
+            "taken over; leave out --worker-cls and --worker-extension-cls, or set BIDISPATCH_VLLM=off"
+        )
+
+
+def patch_layers(mode: Mode) -> None:
+    """Import vLLM's layers and replace their methods, all or none; a second call does nothing."""
+    if len(_in_worker):
+        return
+    from vllm.platforms import current_platform
+
+    from bidispatch.integrations.vllm import backends, linear, moe, norms
+
+    seams = {seam.name: seam for seam in compat.SEAMS}
+    places = {name: compat.resolve(seam) for name, seam in seams.items() if name != "init_device"}
+    fp8 = importlib.import_module(seams["fp8_linear"].module)
+    plain = getattr(*places["fp8_plain_kernel"])
+    wrappers = {
+        "linear": linear.apply,
+        "head": linear.apply,
+        "gate": linear.gate_forward,
+        "rms_norm": norms.forward,
+        "rms_norm_native": norms.forward,
+        "gemma_norm": norms.forward,
+        "gemma_norm_native": norms.forward,
+        "fp8_linear": linear.fp8_apply,
+        "router": moe.routing,
+        "grouped_router": moe.routing,
+        "bias_router": moe.routing,
+        "experts": moe.experts_apply,
+    }
+    classes = {name: holder for name, (holder, _) in places.items() if name in wrappers}
+    classes["fp8_plain_kernel"] = plain
+
+    def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
+        originals["load_model"](self, load_dummy_weights=load_dummy_weights)
+        _take_over(mode, self, classes)
+
+    originals = {name: getattr(holder, attribute) for name, (holder, attribute) in places.items()}
+    try:
+        for name, wrapper in wrappers.items():
+            _in_worker.replace(*places[name], wrapper(originals[name]))
+        _in_worker.replace(fp8, "init_fp8_linear_kernel", linear.fp8_kernel(fp8.init_fp8_linear_kernel, plain))
+        _in_worker.replace(*places["load_model"], load_model)
+        _in_worker.on_undo(backends.install(type(current_platform), uncovered=_attention_refused))
+    except BaseException:
+        _in_worker.undo()
+        raise
+
+
+def _attention_refused(reason: str) -> None:
+    """The layer then stands in the table with the backend it got."""
+    _log.info("attention: %s", reason)
+
+
+def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
+    from bidispatch.integrations.vllm import adopt, host, table
+    from bidispatch.integrations.vllm.kernels import serving_plan
+    from bidispatch.integrations.vllm.limits import StepLimits
+
+    config = worker.vllm_config
+    device = "cpu" if worker.device.type == "cpu" else f"cuda:{worker.device.index or 0}"
+    made: Host = host.Host(serving_plan(device), StepLimits.of(config).max_tokens, classes)
+    adopt.adopt(made, worker.get_model(), config)
+    made.rows += adopt.around(config)
+    adopt.mark_compiled_graphs(config)
+    rows = table.merged(made.rows)
+    if worker.rank == 0:
+        text = "\n".join(table.lines(rows, made.plan.fingerprint() if made.plan.selections else "of nothing"))
+        _log.info("kernels of this model (bidispatch, %s):\n%s", mode.value, text)
+    refused = table.refusals(rows)
+    if refused and mode is Mode.STRICT:
+        raise SelectionError(
+            "BIDISPATCH_VLLM=strict refuses to start: "
+            + "; ".join(refused)
+            + "; BIDISPATCH_VLLM=on starts, and shows these as not promised"
+        )
+    if refused and worker.rank == 0:
+        _log.warning("%d kinds of layers are NOT PROMISED to be batch-invariant; the table says why", len(refused))
+    host.refuse_unserved(mode is Mode.STRICT)

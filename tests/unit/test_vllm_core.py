@@ -1,0 +1,268 @@
+"""The parts of the vLLM integration that need no vLLM: the switch, seams in sources, patches, ops, tables, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bidispatch
+from bidispatch.cli import main
+from bidispatch.errors import BackendError, UsageError
+from bidispatch.integrations.vllm import adopt, compat, mode, ops, plugin, table
+from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
+from bidispatch.integrations.vllm.patches import Patches
+
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "vocab_size": 151936,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Mode.OFF),
+        ({"VLLM_BATCH_INVARIANT": "0"}, Mode.OFF),
+        ({"VLLM_BATCH_INVARIANT": "1"}, Mode.ON),
+        ({"VLLM_BATCH_INVARIANT": "1", "BIDISPATCH_VLLM": "off"}, Mode.OFF),
+        ({"VLLM_BATCH_INVARIANT": "1", "BIDISPATCH_VLLM": "STRICT"}, Mode.STRICT),
+        ({"BIDISPATCH_VLLM": "off"}, Mode.OFF),
+    ],
+)
+def test_mode(variables: dict[str, str], expected: Mode) -> None:
+    assert read_mode(variables) is expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"BIDISPATCH_VLLM": "on"}, "needs VLLM_BATCH_INVARIANT=1"),
+        ({"BIDISPATCH_VLLM": "strict", "VLLM_BATCH_INVARIANT": "0"}, "needs VLLM_BATCH_INVARIANT=1"),
+        ({"BIDISPATCH_VLLM": "strickt", "VLLM_BATCH_INVARIANT": "1"}, "did you mean 'strict'"),
+        ({"VLLM_BATCH_INVARIANT": "yes"}, "is not a number"),
+    ],
+)
+def test_variables_that_are_refused(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_mode(variables)
+
+
+def test_a_switch_that_came_too_late_is_refused() -> None:
+    name = next(iter(mode._FROZEN))
+    require_same_switch({name: SimpleNamespace(is_batch_invariant=True)})
+    require_same_switch({})
+    with pytest.raises(UsageError, match="was set after"):
+        require_same_switch({name: SimpleNamespace(is_batch_invariant=False)})
+
+
+def sources(root: Path, seams=compat.SEAMS) -> Path:
+    """A vLLM of nothing but its seams."""
+    texts: dict[str, dict[str, list[str]]] = {}
+    for seam in seams:
+        owner, _, name = seam.path.rpartition(".")
+        arguments = ", ".join(seam.parameters.split())
+        line = f"class {name}: pass" if not seam.parameters else f"def {name}({arguments}): pass"
+        texts.setdefault(seam.module, {}).setdefault(owner, []).append(line)
+    for module, owners in texts.items():
+        file = root.joinpath(*module.split(".")).with_suffix(".py")
+        if any(other.startswith(f"{module}.") for other in texts):
+            file = root.joinpath(*module.split("."), "__init__.py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for owner, body in owners.items():
+            lines += [f"class {owner}:", *(f"    {each}" for each in body)] if owner else body
+        file.write_text("\n".join(lines) + "\n")
+    return root / "vllm"
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.25.1", "0.29.0", "0.33.0", "0.33.2+cu130"])
+def test_known_versions(tmp_path: Path, version: str) -> None:
+    compat.check(version, sources(tmp_path))
+
+
+@pytest.mark.parametrize("version", ["0.24.9", "0.34.0", "1.0", "dev"])
+def test_unknown_versions_are_named(tmp_path: Path, version: str) -> None:
+    with pytest.raises(BackendError, match=f"vLLM {version} is not one"):
+        compat.check(version, sources(tmp_path))
+
+
+@pytest.mark.parametrize("seam", compat.SEAMS, ids=lambda seam: seam.name)
+def test_every_missing_seam_is_named(tmp_path: Path, seam: compat.Seam) -> None:
+    root = sources(tmp_path, [each for each in compat.SEAMS if each is not seam])
+    with pytest.raises(BackendError, match=rf"{seam.module}(\.{seam.path})? is not there"):
+        compat.check("0.33.0", root)
+
+
+def test_another_signature_is_named(tmp_path: Path) -> None:
+    seam = next(seam for seam in compat.SEAMS if seam.name == "linear")
+    other = replace(seam, parameters="self layer x bias scale")
+    root = sources(tmp_path, [other if each is seam else each for each in compat.SEAMS])
+    with pytest.raises(BackendError, match=r"apply takes \(self layer x bias scale\), known is \(self layer x bias\)"):
+        compat.check("0.33.0", root)
+
+
+def test_seams_of_an_unpacked_wheel() -> None:
+    """`BIDISPATCH_VLLM_SOURCES=DIR:DIR`: folders `vllm` of unpacked wheels, whose signatures must be the known ones."""
+    folders = [Path(each) for each in os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":") if each]
+    if not folders:
+        pytest.skip("BIDISPATCH_VLLM_SOURCES names no unpacked wheel")
+    assert {str(folder): compat.faults(folder) for folder in folders} == {str(folder): [] for folder in folders}
+
+
+def test_the_plugin_module_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, bidispatch.integrations.vllm.plugin as p; p.register();"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if "VLLM" not in name}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_plugin_without_vllm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setattr(plugin.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(BackendError, match="BIDISPATCH_VLLM=off"):
+        plugin.register()
+    assert not plugin.active()
+
+
+def test_patches_restore_what_was_inherited() -> None:
+    class Base:
+        def run(self) -> str:
+            return "base"
+
+    class Derived(Base):
+        own = 1
+
+    patches = Patches()
+    patches.replace(Derived, "run", lambda self: "ours")
+    patches.replace(Derived, "own", 2)
+    assert (Derived().run(), Derived.own, len(patches)) == ("ours", 2, 2)
+    patches.undo()
+    assert (Derived().run(), Derived.own, len(patches)) == ("base", 1, 0)
+    assert "run" not in vars(Derived)
+
+
+@pytest.fixture
+def kernels():
+    yield bidispatch.plan("cpu", require="sequence")
+    ops.forget()
+
+
+def test_layers_of_one_place_share_a_kernel_and_others_do_not(kernels) -> None:
+    selection = kernels.select("gemm", dtype="bfloat16", n=8, k=16)
+    first = ops.register("model.layers.0.mlp.up", selection, 16)
+    assert ops.register("model.layers.11.mlp.up", selection, 16) == first
+    assert ops.register("model.layers.0.mlp.shared.up", selection, 16) != first
+    assert len(ops.bound_names()) == 2
+
+
+def test_a_kernel_of_another_start_is_an_error(kernels) -> None:
+    with pytest.raises(UsageError, match="compile cache"):
+        ops.linear("gone", torch.ones(1, 2), torch.ones(3, 2), None, torch.float32)
+
+
+def test_more_rows_than_bound_bind_again_with_the_same_bits(kernels) -> None:
+    name = ops.register("proj", kernels.select("gemm", dtype="bfloat16", n=8, k=16), 4)
+    x, weight = torch.randn(33, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    few = ops.linear(name, x[:3], weight, None, torch.bfloat16)
+    assert torch.equal(ops.linear(name, x, weight, None, torch.bfloat16)[:3], few)
+
+
+def test_compiled_graphs_are_marked_and_a_foreign_config_is_refused(kernels) -> None:
+    config = SimpleNamespace(additional_config={"mine": 1})
+    adopt.mark_compiled_graphs(config)
+    before = config.additional_config
+    assert before["mine"] == 1
+    ops.register("proj", kernels.select("gemm", dtype="bfloat16", n=8, k=16), 4)
+    adopt.mark_compiled_graphs(config)
+    assert config.additional_config["bidispatch"] != before["bidispatch"]
+    with pytest.raises(UsageError, match="additional_config"):
+        adopt.mark_compiled_graphs(SimpleNamespace(additional_config=object()))
+
+
+def test_what_no_layer_shows_is_named() -> None:
+    parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1, data_parallel_size=2)
+    config = SimpleNamespace(parallel_config=parallel, lora_config=object(), speculative_config=object())
+    rows = list(adopt.around(config))
+    assert [row.layer for row in rows] == ["all_reduce", "parallel", "lora", "draft model", "sampler"]
+    assert len(table.refusals(rows)) == 4  # greedy tokens need no sampler
+
+
+def test_rows_merge_by_place_and_keep_their_reasons() -> None:
+    rows = [table.Row.uncovered(f"layers.{index}.ssm", "layer", "nobody serves it") for index in range(3)]
+    (row,) = table.merged(rows)
+    assert (row.layer, row.count) == ("layers.*.ssm", 3)
+    text = "\n".join(table.lines([row], "f"))
+    assert "NOT PROMISED: layer layers.*.ssm: nobody serves it" in text
+    assert text.endswith("fingerprint f")
+
+
+def report(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict, *options: str):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = main(["vllm", "report", "--model", str(tmp_path), "--json", *options])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("device", ["sm90", "sm103"])
+def test_report_of_a_predicted_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    code, document = report(tmp_path, capsys, QWEN3_MOE, "--device", device)
+    assert code == 0
+    assert document["fingerprint"].startswith(f"predicted-{device}-sequence-")
+    promised = [row for row in document["layers"] if row["promised"]]
+    assert {row["kind"] for row in promised} == {"linear", "router", "lm_head", "norm", "attention", "experts"}
+    assert {row["level"] for row in promised} == {"sequence"}
+    assert all(row["source"] for row in promised)
+    assert [row["layer"] for row in document["layers"] if not row["promised"]] == ["sampler"]
+
+
+def test_report_of_a_gpu_whose_workers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = report(tmp_path, capsys, QWEN3_MOE, "--device", "gfx942")
+    assert code == 1
+    assert "refuses" in document["layers"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "qkv", "weights of gptq"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "experts", "quantised"),
+        ({"mamba_d_state": 16}, "Mamba", "not served here"),
+    ],
+)
+def test_report_names_what_is_not_covered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, layer: str, reason: str
+) -> None:
+    code, document = report(tmp_path, capsys, QWEN3_MOE | changes, "--device", "sm90")
+    assert code == 1
+    rows = [row for row in document["layers"] if row["layer"] == layer and not row["promised"]]
+    assert reason in rows[0]["reason"]
+
+
+def test_report_of_tensor_parallelism_names_collectives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = report(tmp_path, capsys, QWEN3_MOE, "--device", "sm90", "--tp", "2")
+    assert code == 1
+    assert "all_reduce" in [row["layer"] for row in document["layers"]]
+
+
+def test_report_without_a_config_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vllm", "report", "--model", str(tmp_path), "--device", "sm90"]) == 2

@@ -1,0 +1,491 @@
+"""vLLM's own layers with their methods replaced: what they give, that bits of a row stand alone, what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.v1.worker.gpu_worker import Worker
+
+from bidispatch.errors import BackendError, DeviceError, SelectionError
+from bidispatch.integrations.vllm import adopt as adopting
+from bidispatch.integrations.vllm import compat, host, linear, plugin, table
+from bidispatch.integrations.vllm.kernels import serving_plan
+from bidispatch.integrations.vllm.mode import Mode
+
+BF16 = torch.bfloat16
+
+
+class Block(torch.nn.Module):
+    """The layers of a small model, named as vLLM's models name theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = RMSNorm(64, dtype=BF16)
+        self.gemma = GemmaRMSNorm(64).to(BF16)
+        self.proj = ReplicatedLinear(64, 96, bias=True, params_dtype=BF16, disable_tp=True)
+        self.gate = GateLinear(64, 8, bias=False, out_dtype=torch.float32, params_dtype=BF16)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter.data)
+            parameter.requires_grad_(False)
+
+
+def config_of():
+    return SimpleNamespace(
+        model_config=SimpleNamespace(dtype=BF16),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
+        lora_config=None,
+        speculative_config=None,
+        additional_config={},
+    )
+
+
+def classes():
+    return {
+        seam.name: compat.resolve(seam)[0] if "." in seam.path else getattr(*compat.resolve(seam))
+        for seam in compat.SEAMS
+    }
+
+
+@pytest.fixture
+def served(patched):
+    model = Block()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    return SimpleNamespace(model=model, host=made)
+
+
+def rows_alone(function, *batches):
+    """Results of each row by itself, put together."""
+    parts = [function(*(x[row : row + 1] for x in batches)) for row in range(len(batches[0]))]
+    parts = [part if isinstance(part, tuple) else (part,) for part in parts]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def test_every_layer_is_served_and_named(served) -> None:
+    rows = table.merged(served.host.rows)
+    assert [row.reason for row in rows] == [""] * len(rows)
+    assert {(row.kind, row.op) for row in rows} == {
+        ("norm", "rms_norm"),
+        ("norm", "fused_add_rms_norm"),
+        ("linear", "gemm"),
+        ("router", "gemm"),
+    }
+    assert {row.level for row in rows} == {"sequence"}
+    assert all(row.source and row.evidence == "claimed" for row in rows)
+
+
+def test_linear_gives_the_product_and_rows_stand_alone(served) -> None:
+    layer, x = served.model.proj, torch.randn(33, 64).to(BF16)
+    out, _ = layer(x)
+    wanted = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+    torch.testing.assert_close(out.float(), wanted, atol=0.2, rtol=0.02)
+    (alone,) = rows_alone(lambda row: layer(row)[0], x)
+    assert torch.equal(out, alone)
+
+
+def test_gate_gives_its_own_dtype(served) -> None:
+    x = torch.randn(20, 64).to(BF16)
+    out, bias = served.model.gate(x)
+    assert (out.dtype, bias) == (torch.float32, None)
+    (alone,) = rows_alone(lambda row: served.model.gate(row)[0], x)
+    assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize("name", ["norm", "gemma"])
+@pytest.mark.parametrize("path", ["forward_native", "forward_cuda"])
+def test_norms_on_both_of_vllms_paths(served, name: str, path: str) -> None:
+    layer = getattr(served.model, name)
+    forward = getattr(layer, path)
+    x, residual = torch.randn(2, 19, 64).to(BF16)
+    out, total = forward(x, residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(out, forward(total))
+    scale = layer.weight.float() + (1.0 if name == "gemma" else 0.0)
+    wanted = total.float() * torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + layer.variance_epsilon) * scale
+    torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.02)
+    assert all(map(torch.equal, (out, total), rows_alone(forward, x, residual)))
+
+
+def test_heads_are_rows(served) -> None:
+    x = torch.randn(5, 4, 64).to(BF16)
+    assert torch.equal(served.model.norm(x), served.model.norm(x.reshape(20, 64)).view(5, 4, 64))
+
+
+def test_a_compiled_graph_holds_the_op_and_not_a_rung(served) -> None:
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = served.model.proj
+    compiled = torch.compile(lambda x: layer(x)[0], backend=backend, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 50):
+        x = torch.randn(rows, 64).to(BF16)
+        assert torch.equal(compiled(x), layer(x)[0])
+    assert len(graphs) == 1
+    assert any("vllm_linear" in str(node.target) for node in graphs[0].graph.nodes)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FusedTopKRouter(2, 8, renormalize=True),
+        lambda: FusedTopKRouter(2, 8, scoring_func="sigmoid", renormalize=False),
+        lambda: GroupedTopKRouter(2, 8, 4, 2, True, "sigmoid", 2.5, torch.randn(8)),
+        lambda: FusedTopKBiasRouter(2, 8, torch.randn(8), True, 1.5),
+    ],
+)
+def test_routers(patched, make) -> None:
+    router = make()
+    model = torch.nn.Module()
+    model.runner = torch.nn.Module()
+    model.runner.router = router
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [row.reason for row in made.rows] == ["", ""]
+    logits = torch.randn(17, 8)
+    weights, ids = router._compute_routing(logits, logits, torch.int64)
+    assert (weights.dtype, ids.dtype, ids.shape) == (torch.float32, torch.int64, (17, 2))
+    scores = logits.softmax(-1) if getattr(router, "scoring_func", "softmax") == "softmax" else logits.sigmoid()
+    chosen = scores.gather(-1, ids)
+    if router.renormalize:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, chosen * getattr(router, "routed_scaling_factor", 1.0))
+    with pytest.raises(SelectionError, match=r"logits in torch\.float64"):
+        router._compute_routing(logits.double(), logits.double(), None)
+
+
+def test_a_router_with_shared_experts_inside_is_not_promised(patched) -> None:
+    model = torch.nn.Module()
+    model.router = FusedTopKBiasRouter(2, 8, torch.randn(8), num_fused_shared_experts=1)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    (row,) = made.rows
+    assert "shared experts are among the routed ones" in row.reason
+    assert table.refusals(made.rows) == [f"router  (moe.router): {row.reason}"]
+
+
+def experts_layer(**changes):
+    """Routed experts as vLLM builds them, but for the construction, which needs a GPU."""
+    experts = object.__new__(TritonExperts)
+    experts.quant_config = SimpleNamespace(
+        quant_dtype=None, weight_quant_dtype=None, gemm1_clamp_limit=None, w1_bias=None, w2_bias=None
+    )
+    layer = torch.nn.Module()
+    layer.w13_weight = torch.nn.Parameter(torch.randn(4, 64, 48).to(BF16) / 7, requires_grad=False)
+    layer.w2_weight = torch.nn.Parameter(torch.randn(4, 48, 32).to(BF16) / 6, requires_grad=False)
+    layer.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(impl=SimpleNamespace(fused_experts=experts)))
+    layer.moe_config = SimpleNamespace(
+        moe_parallel_config=SimpleNamespace(enable_eplb=False, use_all2all_kernels=False), is_lora_enabled=False
+    )
+    layer.apply_router_weight_on_input, layer.activation = False, SimpleNamespace(value="silu")
+    layer.top_k, layer.expert_map, layer.global_num_experts = 2, None, 4
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    model = torch.nn.Module()
+    model.experts = layer
+    return model, layer, experts
+
+
+def test_experts(patched) -> None:
+    torch.manual_seed(0)
+    model, layer, experts = experts_layer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("moe.experts", "")]
+    x, weights, ids = torch.randn(9, 48).to(BF16), torch.rand(9, 2), torch.randint(4, (9, 2))
+
+    def run(x, weights, ids):
+        out = torch.empty_like(x)
+        arguments = {
+            "output": out,
+            "hidden_states": x,
+            "w1": layer.w13_weight,
+            "w2": layer.w2_weight,
+            "topk_weights": weights,
+            "topk_ids": ids,
+            "activation": layer.activation,
+            "global_num_experts": 4,
+            "expert_map": None,
+            "a1q_scale": None,
+            "a2_scale": None,
+            "workspace13": None,
+            "workspace2": None,
+            "expert_tokens_meta": None,
+            "apply_router_weight_on_input": False,
+        }
+        experts.apply(**arguments)
+        return out
+
+    out = run(x, weights, ids)
+    wanted = torch.zeros(9, 48)
+    for token in range(9):
+        for slot in range(2):
+            gate, up = (layer.w13_weight[ids[token, slot]].float() @ x[token].float()).chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+            wanted[token] += weights[token, slot] * (layer.w2_weight[ids[token, slot]].float() @ hidden)
+    torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.05)
+    assert torch.equal(out, rows_alone(run, x, weights, ids)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"activation": SimpleNamespace(value="swigluoai")}, "activation swigluoai"),
+        ({"apply_router_weight_on_input": True}, "weights are applied to what goes in"),
+        ({"expert_map": torch.zeros(4, dtype=torch.int64)}, "expert map is torch.int64"),
+    ],
+)
+def test_experts_that_are_not_served(patched, changes, reason: str) -> None:
+    model, _, experts = experts_layer(**changes)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert reason in made.rows[0].reason
+    assert not hasattr(experts, host.SERVED)
+
+
+def test_weights_that_nothing_knows_are_named(patched) -> None:
+    class Mixer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A = torch.nn.Parameter(torch.ones(4))
+
+    model = torch.nn.Module()
+    model.mixer = Mixer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert "Mixer with weights" in made.rows[0].reason
+
+
+def test_strict_runs_no_layer_that_was_given_nothing(patched) -> None:
+    layer = ReplicatedLinear(8, 8, params_dtype=BF16, disable_tp=True)
+    host.refuse_unserved(True)
+    try:
+        with pytest.raises(SelectionError, match="BIDISPATCH_VLLM=strict"):
+            layer(torch.ones(1, 8, dtype=BF16))
+    finally:
+        host.refuse_unserved(False)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_promised(patched) -> None:
+    class Fused(ReplicatedLinear):
+        def forward(self, x):
+            return x @ self.weight.T if len(x) < 16 else super().forward(x)
+
+    model = torch.nn.Module()
+    model.fused = Fused(8, 8, params_dtype=BF16, disable_tp=True)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert "Fused has a forward of its own" in made.rows[0].reason
+    assert not hasattr(model.fused, host.SERVED)
+
+
+def test_the_head_is_served_under_either_name_and_an_embedding_is_left(patched) -> None:
+    model = torch.nn.Module()
+    model.embed_tokens = VocabParallelEmbedding(128, 16, params_dtype=BF16)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert made.rows == []
+    model.lm_head = model.embed_tokens  # tied
+    torch.nn.init.normal_(model.lm_head.weight.data)
+    adopting.adopt(made, model, config_of())
+    assert [(row.kind, row.op, row.reason) for row in made.rows] == [("lm_head", "gemm", "")]
+    x = torch.randn(18, 16).to(BF16)
+    apply = model.lm_head.quant_method.apply
+    out = apply(model.lm_head, x)
+    torch.testing.assert_close(out.float(), x.float() @ model.lm_head.weight.float().T, atol=0.1, rtol=0.02)
+    assert torch.equal(out, rows_alone(lambda row: apply(model.lm_head, row), x)[0])
+
+
+def fp8_layer():
+    method = object.__new__(Fp8LinearMethod)
+    method.block_quant, method.weight_block_size, method.out_dtype = True, [128, 128], BF16
+    method.fp8_linear = object.__new__(TritonFp8BlockScaledMMKernel)
+    layer = object.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    layer.quant_method = method
+    layer.weight = torch.nn.Parameter(torch.randn(192, 256).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(torch.rand(2, 2), requires_grad=False)
+    model = torch.nn.Module()
+    model.proj = layer
+    return model, layer
+
+
+def test_fp8_blocks(patched) -> None:
+    torch.manual_seed(0)
+    model, layer = fp8_layer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("quantize.fp8_group", ""), ("gemm.fp8_block", "")]
+    x, bias = torch.randn(21, 256).to(BF16), torch.randn(192).to(BF16)
+    out = layer.quant_method.apply(layer, x, bias)
+    scales = layer.weight_scale_inv.repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)
+    wanted = x.float() @ (layer.weight.float() * scales).T + bias.float()
+    assert (out.float() - wanted).norm() / wanted.norm() < 0.05
+    assert torch.equal(out, rows_alone(lambda row: layer.quant_method.apply(layer, row, bias), x)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m, layer: setattr(m, "block_quant", False), "one scale a tensor or a channel"),
+        (lambda m, layer: setattr(m, "weight_block_size", [64, 64]), "its blocks are"),
+        (lambda m, layer: setattr(m, "fp8_linear", object()), "may hold the weight in another order"),
+        (lambda m, layer: setattr(layer, "weight_scale_inv", torch.rand(2, 3)), "its scales are"),
+    ],
+)
+def test_fp8_that_is_not_served(patched, change, reason: str) -> None:
+    model, layer = fp8_layer()
+    del layer.weight_scale_inv
+    layer.weight_scale_inv = torch.rand(2, 2)
+    change(layer.quant_method, layer)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert reason in made.rows[0].reason
+    assert len(made.rows) == 1
+
+
+def test_fp8_block_kernels_are_the_ones_that_leave_the_weight(patched) -> None:
+    seen = []
+    chosen = linear.fp8_kernel(lambda *a, **named: seen.append(named), TritonFp8BlockScaledMMKernel)
+    for grouped in (True, False):
+        shape = SimpleNamespace(is_per_group=lambda grouped=grouped: grouped)
+        chosen(SimpleNamespace(scale=SimpleNamespace(group_shape=shape)), None, module_name="x")
+    assert seen == [{"module_name": "x", "force_kernel": TritonFp8BlockScaledMMKernel}, {"module_name": "x"}]
+
+
+def worker_of(model):
+    config = config_of()
+    config.scheduler_config = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4)
+    config.compilation_config = SimpleNamespace(max_cudagraph_capture_size=8)
+    config.model_config = SimpleNamespace(dtype=BF16, max_model_len=64)
+    worker = object.__new__(Worker)
+    worker.vllm_config, worker.device, worker.rank = config, torch.device("cpu"), 0
+    worker.model_runner = SimpleNamespace(get_model=lambda: model, load_model=lambda **_: None)
+    return worker
+
+
+def test_a_worker_takes_over_its_model_and_logs_one_table(patched, caplog) -> None:
+    model = Block()
+    worker = worker_of(model)
+    with caplog.at_level("INFO", logger="vllm.bidispatch"):
+        logging.getLogger("vllm").addHandler(caplog.handler)
+        plugin._take_over(Mode.STRICT, worker, classes())
+    tables = [record.getMessage() for record in caplog.records if "kernels of this model" in record.getMessage()]
+    assert tables
+    assert "torch_cpu.gemm" in tables[0]
+    assert "fingerprint cpu-sequence-" in tables[0]
+    assert "bidispatch" in worker.vllm_config.additional_config
+    assert hasattr(model.proj, host.SERVED)
+
+
+def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:
+    class Own(Worker):
+        def load_model(self, *, load_dummy_weights: bool = False) -> None:
+            pass
+
+    plugin.require_patched_worker(object.__new__(Worker))
+    with pytest.raises(DeviceError, match="--worker-cls"):
+        plugin.require_patched_worker(object.__new__(Own))
+
+
+def test_strict_names_layer_op_and_reason(patched) -> None:
+    model, _, _ = experts_layer(activation=SimpleNamespace(value="swigluoai"))
+    with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation swigluoai") as error:
+        plugin._take_over(Mode.STRICT, worker_of(model), classes())
+    assert "BIDISPATCH_VLLM=on" in str(error.value)
+    plugin._take_over(Mode.ON, worker_of(model), classes())
+
+
+def originals():
+    found = {}
+    for seam in compat.SEAMS:
+        holder, name = compat.resolve(seam)
+        found[seam.name] = inspect.getattr_static(holder, name)
+    return found
+
+
+def test_patches_apply_once_and_undo(cuda_platform, monkeypatch) -> None:
+    before = originals()
+    plugin.patch_layers(Mode.ON)
+    plugin.patch_layers(Mode.ON)
+    changed = {name for name, value in originals().items() if value is not before[name]}
+    # The name that fp8.py bound is patched there; the class of its kernel is only looked at.
+    assert changed == set(before) - {"init_device", "fp8_kernel", "fp8_plain_kernel"}
+    plugin.undo()
+    assert originals() == before
+
+
+def test_nothing_stays_patched_where_one_seam_fails(cuda_platform, monkeypatch) -> None:
+    from bidispatch.integrations.vllm import backends
+
+    def broken(*_: object, **__: object) -> None:
+        raise BackendError("no such thing")
+
+    before = originals()
+    monkeypatch.setattr(backends, "install", broken)
+    with pytest.raises(BackendError):
+        plugin.patch_layers(Mode.ON)
+    assert originals() == before
+
+
+def test_register_is_idempotent_and_only_the_worker_hook_is_touched(cuda_platform) -> None:
+    before = originals()
+    try:
+        plugin.register()
+        plugin.register()
+        assert plugin.active()
+        assert {n for n, value in originals().items() if value is not before[n]} == {"init_device"}
+        assert not torch.cuda.is_initialized()
+    finally:
+        plugin.undo()
+    assert originals() == before
+
+
+def test_another_version_is_refused_by_name(cuda_platform, monkeypatch) -> None:
+    monkeypatch.setattr(plugin, "installed", lambda _: "0.40.0")
+    with pytest.raises(BackendError, match=r"vLLM 0\.40\.0"):
+        plugin.register()
+    assert not plugin.active()
+
+
+def test_a_platform_that_is_not_cuda_is_refused() -> None:
+    with pytest.raises(DeviceError, match="on CUDA"):
+        plugin.register()
+
+
+def test_vllm_calls_the_entry_point_and_what_it_raises_stops_the_process() -> None:
+    """On the processor, which is not served: so an installed plugin is seen to be called, with CUDA untouched."""
+    code = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+    environment = {**os.environ, "VLLM_BATCH_INVARIANT": "1"}
+    environment.pop("VLLM_PLUGINS", None)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "bidispatch serves vLLM's layers on CUDA" in run.stderr
+    assert run.returncode == 1
+    off = subprocess.run(command, env=environment | {"BIDISPATCH_VLLM": "off"}, timeout=300, check=False)
+    assert off.returncode == 0
+
+
+def test_the_linear_method_is_the_one_of_vllm() -> None:
+    assert UnquantizedLinearMethod.apply.__module__ == "vllm.model_executor.layers.linear"
