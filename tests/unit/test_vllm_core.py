@@ -245,7 +245,7 @@ def test_report_of_a_gpu_whose_workers_are_refused(tmp_path: Path, capsys: pytes
     ("changes", "layer", "reason"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "qkv", "weights of gptq"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "experts", "quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "experts", "weights of gptq"),
         ({"mamba_d_state": 16}, "Mamba", "not served here"),
     ],
 )
@@ -256,6 +256,22 @@ def test_report_names_what_is_not_covered(
     assert code == 1
     rows = [row for row in document["layers"] if row["layer"] == layer and not row["promised"]]
     assert reason in rows[0]["reason"]
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+GPT_OSS = {"model_type": "gpt_oss", "swiglu_limit": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "implementation"), [(FP8, "triton.moe_fp8_block"), (GPT_OSS, "triton.moe")], ids=["fp8", "biased"]
+)
+def test_report_of_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, implementation: str
+) -> None:
+    code, document = report(tmp_path, capsys, QWEN3_MOE | changes, "--device", "sm90")
+    assert code == 0
+    (row,) = [row for row in document["layers"] if row["kind"] == "experts"]
+    assert (row["op"], row["implementation"], row["promised"]) == ("moe.experts", implementation, True)
 
 
 def test_report_of_tensor_parallelism_names_collectives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

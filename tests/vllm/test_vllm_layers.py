@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import os
 import subprocess
@@ -12,7 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
+from vllm.model_executor.layers.activation import SwigluOAIAndMul
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEQuantConfig,
+    biased_moe_quant_config,
+    fp8_w8a8_moe_quant_config,
+)
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.oracle import fp8 as fp8_oracle
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
@@ -20,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import Grou
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -185,21 +195,25 @@ def test_a_router_with_shared_experts_inside_is_not_promised(patched) -> None:
     assert table.refusals(made.rows) == [f"router  (moe.router): {row.reason}"]
 
 
-def experts_layer(**changes):
+def experts_layer(quant_config=None, dtype=BF16, shape=(4, 48, 32), **changes):
     """Routed experts as vLLM builds them, but for the construction, which needs a GPU."""
+    count, hidden, intermediate = shape
     experts = object.__new__(TritonExperts)
-    experts.quant_config = SimpleNamespace(
-        quant_dtype=None, weight_quant_dtype=None, gemm1_clamp_limit=None, w1_bias=None, w2_bias=None
-    )
+    experts.quant_config = quant_config or FusedMoEQuantConfig.make()
+    experts._lora_context = None
     layer = torch.nn.Module()
-    layer.w13_weight = torch.nn.Parameter(torch.randn(4, 64, 48).to(BF16) / 7, requires_grad=False)
-    layer.w2_weight = torch.nn.Parameter(torch.randn(4, 48, 32).to(BF16) / 6, requires_grad=False)
+    w13 = torch.randn(count, 2 * intermediate, hidden) / hidden**0.5
+    w2 = torch.randn(count, hidden, intermediate) / intermediate**0.5
+    layer.w13_weight = torch.nn.Parameter(w13.to(dtype), requires_grad=False)
+    layer.w2_weight = torch.nn.Parameter(w2.to(dtype), requires_grad=False)
     layer.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(impl=SimpleNamespace(fused_experts=experts)))
     layer.moe_config = SimpleNamespace(
-        moe_parallel_config=SimpleNamespace(enable_eplb=False, use_all2all_kernels=False), is_lora_enabled=False
+        moe_parallel_config=SimpleNamespace(enable_eplb=False, use_all2all_kernels=False),
+        is_lora_enabled=False,
+        in_dtype=BF16,
     )
-    layer.apply_router_weight_on_input, layer.activation = False, SimpleNamespace(value="silu")
-    layer.top_k, layer.expert_map, layer.global_num_experts = 2, None, 4
+    layer.apply_router_weight_on_input, layer.activation = False, MoEActivation.SILU
+    layer.top_k, layer.expert_map, layer.global_num_experts = 2, None, count
     for name, value in changes.items():
         setattr(layer, name, value)
     model = torch.nn.Module()
@@ -207,51 +221,145 @@ def experts_layer(**changes):
     return model, layer, experts
 
 
-def test_experts(patched) -> None:
+def fp8_experts():
+    """The same with fp8 weights in blocks of 128x128."""
+    w1_scale, w2_scale = torch.rand(4, 4, 2) / 4, torch.rand(4, 2, 2) / 4
+    config = fp8_w8a8_moe_quant_config(w1_scale=w1_scale, w2_scale=w2_scale, block_shape=[128, 128])
+    return experts_layer(config, torch.float8_e4m3fn, (4, 256, 256))
+
+
+def gpt_oss_experts():
+    """The same with biases and gpt-oss's activation."""
+    config = biased_moe_quant_config(torch.randn(4, 64).to(BF16), torch.randn(4, 48).to(BF16))
+    return experts_layer(config, activation=MoEActivation.SWIGLUOAI)
+
+
+def widened(weight, scales):
+    if scales is None:
+        return weight.float()
+    return weight.float() * scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+
+
+def experts_by_hand(layer, experts, x, weights, ids):
+    """What experts give, in fp32, a slot at a time."""
+    w13 = widened(layer.w13_weight, experts.w1_scale)
+    w2 = widened(layer.w2_weight, experts.w2_scale)
+    wanted = torch.zeros_like(x, dtype=torch.float32)
+    for token, slot in itertools.product(range(len(x)), range(2)):
+        expert = ids[token, slot]
+        both = w13[expert] @ x[token].float()
+        if experts.w1_bias is not None:
+            both += experts.w1_bias[expert].float()
+        if layer.activation is MoEActivation.SWIGLUOAI:
+            hidden = SwigluOAIAndMul.forward_native(SimpleNamespace(alpha=1.702, limit=7.0), both)
+        else:
+            gate, up = both.chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+        down = w2[expert] @ hidden
+        if experts.w2_bias is not None:
+            down += experts.w2_bias[expert].float()
+        wanted[token] += weights[token, slot] * down
+    return wanted
+
+
+def run_experts(layer, experts, x, weights, ids, a1q_scale=None):
+    """As vLLM's modular kernel calls them."""
+    out = torch.empty_like(x)
+    experts.apply(
+        output=out,
+        hidden_states=x,
+        w1=layer.w13_weight,
+        w2=layer.w2_weight,
+        topk_weights=weights,
+        topk_ids=ids,
+        activation=layer.activation,
+        global_num_experts=4,
+        expert_map=None,
+        a1q_scale=a1q_scale,
+        a2_scale=None,
+        workspace13=None,
+        workspace2=None,
+        expert_tokens_meta=None,
+        apply_router_weight_on_input=False,
+    )
+    return out
+
+
+@pytest.mark.parametrize("make", [experts_layer, fp8_experts, gpt_oss_experts])
+def test_experts(patched, make) -> None:
     torch.manual_seed(0)
-    model, layer, experts = experts_layer()
+    model, layer, experts = make()
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
     assert [(row.op, row.reason) for row in made.rows] == [("moe.experts", "")]
-    x, weights, ids = torch.randn(9, 48).to(BF16), torch.rand(9, 2), torch.randint(4, (9, 2))
+    assert experts.expects_unquantized_inputs
+    x = torch.randn(9, layer.w2_weight.shape[1]).to(BF16)
+    weights, ids = torch.rand(9, 2), torch.randint(4, (9, 2))
+    out = run_experts(layer, experts, x, weights, ids)
+    wanted = experts_by_hand(layer, experts, x, weights, ids)
+    assert (out.float() - wanted).norm() / wanted.norm() < (0.08 if experts.w1_scale is not None else 0.01)
+    assert torch.equal(out, rows_alone(lambda *row: run_experts(layer, experts, *row), x, weights, ids)[0])
 
-    def run(x, weights, ids):
-        out = torch.empty_like(x)
-        arguments = {
-            "output": out,
-            "hidden_states": x,
-            "w1": layer.w13_weight,
-            "w2": layer.w2_weight,
-            "topk_weights": weights,
-            "topk_ids": ids,
-            "activation": layer.activation,
-            "global_num_experts": 4,
-            "expert_map": None,
-            "a1q_scale": None,
-            "a2_scale": None,
-            "workspace13": None,
-            "workspace2": None,
-            "expert_tokens_meta": None,
-            "apply_router_weight_on_input": False,
-        }
-        experts.apply(**arguments)
-        return out
 
-    out = run(x, weights, ids)
-    wanted = torch.zeros(9, 48)
-    for token in range(9):
-        for slot in range(2):
-            gate, up = (layer.w13_weight[ids[token, slot]].float() @ x[token].float()).chunk(2)
-            hidden = torch.nn.functional.silu(gate) * up
-            wanted[token] += weights[token, slot] * (layer.w2_weight[ids[token, slot]].float() @ hidden)
-    torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.05)
-    assert torch.equal(out, rows_alone(run, x, weights, ids)[0])
+def test_rows_that_vllm_quantised_are_refused(patched) -> None:
+    model, layer, experts = fp8_experts()
+    assert not experts.expects_unquantized_inputs  # nothing is served yet
+    adopting.adopt(host.Host(serving_plan("cpu"), 64, classes()), model, config_of())
+    x, weights, ids = torch.randn(2, 256).to(BF16), torch.rand(2, 2), torch.randint(4, (2, 2))
+    with pytest.raises(SelectionError, match="expects_unquantized_inputs"):
+        run_experts(layer, experts, x, weights, ids, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("capability", [90, 100])
+def test_fp8_experts_go_to_the_backend_that_leaves_the_weights(
+    patched, cuda_platform, monkeypatch, capability: int, ranks: int
+) -> None:
+    for name in ("is_device_capability", "is_device_capability_family"):
+        monkeypatch.setattr(cuda_platform, name, lambda wanted: wanted == capability, raising=False)
+    monkeypatch.setattr(fp8_oracle, "current_platform", cuda_platform)
+    parallel = SimpleNamespace(ep_size=ranks, use_deepep_v2_kernels=False)
+    config = SimpleNamespace(moe_parallel_config=parallel)
+    backends = fp8_oracle._get_priority_backends(config, kFp8Static128BlockSym, kFp8Dynamic128Sym)
+    assert backends[0] is fp8_oracle.Fp8MoeBackend.TRITON
+    assert len(set(backends)) == len(backends) > 5
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"activation": SimpleNamespace(value="swigluoai")}, "activation swigluoai"),
+        ({"activation": MoEActivation.SWIGLUOAI_UNINTERLEAVE}, "activation swigluoai_uninterleave"),
+        ({"quant_config": FusedMoEQuantConfig.make(gemm1_clamp_limit=7.0)}, "its silu is clamped at 7.0"),
+        (
+            {"quant_config": FusedMoEQuantConfig.make(gemm1_clamp_limit=6.0), "activation": MoEActivation.SWIGLUOAI},
+            "its swigluoai is given {'limit': 6.0}",
+        ),
+        ({"quant_config": biased_moe_quant_config(torch.zeros(4, 64), None)}, "one of its products has a bias"),
+        ({"quant_config": biased_moe_quant_config(torch.zeros(4, 64), torch.zeros(4, 48))}, "its biases are"),
+        ({"quant_config": FusedMoEQuantConfig.make(torch.int8)}, "experts in torch.int8"),
+        (
+            {"quant_config": FusedMoEQuantConfig.make(torch.float8_e4m3fn), "dtype": torch.float8_e4m3fn},
+            "with scales without blocks",
+        ),
+        (
+            {
+                "quant_config": fp8_w8a8_moe_quant_config(
+                    torch.ones(4, 1, 1, dtype=BF16), torch.ones(4, 1, 1), block_shape=[128, 128]
+                ),
+                "dtype": torch.float8_e4m3fn,
+            },
+            "its scales of w13 are [4, 1, 1] in torch.bfloat16",
+        ),
+        (
+            {
+                "quant_config": fp8_w8a8_moe_quant_config(
+                    torch.ones(4, 1, 1), torch.ones(4, 1, 1), block_shape=[128, 128]
+                ),
+                "dtype": torch.float8_e4m3fn,
+            },
+            "needs hidden a multiple of 128",
+        ),
+        ({"dtype": torch.float16}, "what goes into them is torch.bfloat16"),
         ({"apply_router_weight_on_input": True}, "weights are applied to what goes in"),
         ({"expert_map": torch.zeros(4, dtype=torch.int64)}, "expert map is torch.int64"),
     ],
@@ -410,8 +518,8 @@ def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:
 
 
 def test_strict_names_layer_op_and_reason(patched) -> None:
-    model, _, _ = experts_layer(activation=SimpleNamespace(value="swigluoai"))
-    with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation swigluoai") as error:
+    model, _, _ = experts_layer(activation=MoEActivation.RELU2)
+    with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation relu2") as error:
         plugin._take_over(Mode.STRICT, worker_of(model), classes())
     assert "BIDISPATCH_VLLM=on" in str(error.value)
     plugin._take_over(Mode.ON, worker_of(model), classes())

@@ -84,6 +84,18 @@ SEAMS: tuple[Seam, ...] = (
         "self output hidden_states w1 w2 topk_weights topk_ids activation global_num_experts expert_map a1q_scale "
         "a2_scale workspace13 workspace2 expert_tokens_meta apply_router_weight_on_input",
     ),
+    Seam(
+        "experts_inputs",
+        f"{_LAYERS}.fused_moe.experts.triton_moe",
+        "TritonExperts.expects_unquantized_inputs",
+        "self",
+    ),
+    Seam(
+        "fp8_experts_backends",
+        f"{_LAYERS}.fused_moe.oracle.fp8",
+        "_get_priority_backends",
+        "moe_config weight_key activation_key",
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from bidispatch.errors import SelectionError, UsageError
 from bidispatch.integrations.vllm.problems import attention_problem, latent_problem
 from bidispatch.integrations.vllm.table import Row
 from bidispatch.ops.quantize import FP8, GROUP
-from bidispatch.ops.schema import Problem, parse_dtype
+from bidispatch.ops.schema import DimValue, Problem, parse_dtype
 from bidispatch.planning.plan import Plan
 from bidispatch.tune.models import expert_shapes, model_shapes
 
@@ -65,7 +65,7 @@ def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | N
             rows.append(Row.of(layer, kind, plan.select_problem(problem)))
         except SelectionError as error:
             rows.append(Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=problem.op))
-    rows += _experts(config, plan, model, tensor_parallel, wanted, bool(config.get("quantization_config")))
+    rows += _experts(config, plan, model, tensor_parallel, wanted, fp8=fp8, reason=reason)
     if "kv_lora_rank" in config:
         why = "the products with W_UK and W_UV are vLLM's torch.bmm, of its own mode"
         rows.append(Row.uncovered("W_UK, W_UV", "attention", why, op="bmm"))
@@ -146,17 +146,16 @@ def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -
 
 
 def _experts(
-    config: Mapping[str, Any], plan: Plan, model: Path, ranks: int, dtype: str, quantized: bool
+    config: Mapping[str, Any], plan: Plan, model: Path, ranks: int, dtype: str, *, fp8: bool, reason: str
 ) -> Iterator[Row]:
     if not any(config.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")):
         return
     (shape,) = expert_shapes(model, ranks)
     dims = dict(shape.dims)
-    if quantized or dims.get("bias"):
-        why = "quantised experts are not served yet" if quantized else "experts with a bias are not served yet"
-        yield Row.uncovered("experts", "experts", why, op="moe.experts")
+    if reason:
+        yield Row.uncovered("experts", "experts", reason, op="moe.experts")
     else:
-        yield _row(plan, "experts", "experts", ops.get("moe.experts").problem(dtype, dims))
+        yield _row(plan, "experts", "experts", "moe.experts", dtype, {**dims, "weight_dtype": FP8} if fp8 else dims)
     scoring = str(config.get("scoring_func", "softmax"))
     biased = config.get("topk_method") == "noaux_tc"
     routing = {
@@ -169,11 +168,11 @@ def _experts(
         "topk_group": int(config.get("topk_group") or 1),
         "routed_scaling_factor": float(config.get("routed_scaling_factor") or 1.0),
     }
-    yield _row(plan, "router", "router", ops.get("moe.router").problem("float32", routing))
+    yield _row(plan, "router", "router", "moe.router", "float32", routing)
 
 
-def _row(plan: Plan, layer: str, kind: str, problem: Problem) -> Row:
+def _row(plan: Plan, layer: str, kind: str, op: str, dtype: str, dims: Mapping[str, DimValue]) -> Row:
     try:
-        return Row.of(layer, kind, plan.select_problem(problem))
-    except SelectionError as error:
-        return Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=problem.op)
+        return Row.of(layer, kind, plan.select_problem(ops.get(op).problem(dtype, dims)))
+    except (SelectionError, UsageError) as error:
+        return Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=op)

@@ -169,9 +169,14 @@ def _experts(
     w2: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    w13_scales: torch.Tensor | None,
+    w2_scales: torch.Tensor | None,
     expert_map: torch.Tensor | None,
 ) -> None:
-    _kernel(kernel, x.shape[0])(_rows(x), w13, w2, weights, ids, expert_map=expert_map, out=out)
+    optional = (w13_bias, w2_bias, w13_scales, w2_scales, expert_map)
+    _kernel(kernel, x.shape[0])(_rows(x), w13, w2, weights, ids, *optional, out=out)
 
 
 def _experts_like(*arguments: Any) -> None:
@@ -225,9 +230,10 @@ router = _define(
 
 experts = _define(
     "experts",
-    "(str kernel, Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, Tensor? expert_map)"
-    " -> ()",
+    "(str kernel, Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, Tensor? w13_bias, "
+    "Tensor? w2_bias, Tensor? w13_scales, Tensor? w2_scales, Tensor? expert_map) -> ()",
     _experts,
     _experts_like,
 )
-"""(kernel, out [m, hidden], x, w13, w2, weights, ids, expert map or None): `moe.experts` into `out`."""
+"""(kernel, out [m, hidden], x, w13, w2, weights, ids, then biases, scales and expert map or None): `moe.experts` into
+`out`."""

@@ -22,6 +22,8 @@ from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_swit
 from bidispatch.integrations.vllm.patches import Patches
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bidispatch.integrations.vllm.host import Host
 
 __all__ = ["active", "patch_layers", "register", "require_patched_worker", "undo"]
@@ -121,7 +123,7 @@ def patch_layers(mode: Mode) -> None:
     places = {name: compat.resolve(seam) for name, seam in seams.items() if name != "init_device"}
     fp8 = importlib.import_module(seams["fp8_linear"].module)
     plain = getattr(*places["fp8_plain_kernel"])
-    wrappers = {
+    wrappers: dict[str, Callable[[Any], Any]] = {
         "linear": linear.apply,
         "head": linear.apply,
         "gate": linear.gate_forward,
@@ -134,6 +136,8 @@ def patch_layers(mode: Mode) -> None:
         "grouped_router": moe.routing,
         "bias_router": moe.routing,
         "experts": moe.experts_apply,
+        "experts_inputs": moe.unquantized_inputs,
+        "fp8_experts_backends": moe.fp8_backends,
     }
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers}
     classes["fp8_plain_kernel"] = plain
