@@ -74,7 +74,10 @@ def test_a_switch_that_came_too_late_is_refused() -> None:
         require_same_switch({name: SimpleNamespace(is_batch_invariant=False)})
 
 
-def sources(root: Path, seams=compat.SEAMS) -> Path:
+ALL_SEAMS = (*compat.SEAMS, *compat.UNIMPORTED)
+
+
+def sources(root: Path, seams=ALL_SEAMS) -> Path:
     """A vLLM of nothing but its seams."""
     texts: dict[str, dict[str, list[str]]] = {}
     for seam in seams:
@@ -105,9 +108,9 @@ def test_unknown_versions_are_named(tmp_path: Path, version: str) -> None:
         compat.check(version, sources(tmp_path))
 
 
-@pytest.mark.parametrize("seam", compat.SEAMS, ids=lambda seam: seam.name)
+@pytest.mark.parametrize("seam", ALL_SEAMS, ids=lambda seam: seam.name)
 def test_every_missing_seam_is_named(tmp_path: Path, seam: compat.Seam) -> None:
-    root = sources(tmp_path, [each for each in compat.SEAMS if each is not seam])
+    root = sources(tmp_path, [each for each in ALL_SEAMS if each is not seam])
     with pytest.raises(BackendError, match=rf"{seam.module}(\.{seam.path})? is not there"):
         compat.check("0.33.0", root)
 
@@ -115,9 +118,16 @@ def test_every_missing_seam_is_named(tmp_path: Path, seam: compat.Seam) -> None:
 def test_another_signature_is_named(tmp_path: Path) -> None:
     seam = next(seam for seam in compat.SEAMS if seam.name == "linear")
     other = replace(seam, parameters="self layer x bias scale")
-    root = sources(tmp_path, [other if each is seam else each for each in compat.SEAMS])
+    root = sources(tmp_path, [other if each is seam else each for each in ALL_SEAMS])
     with pytest.raises(BackendError, match=r"apply takes \(self layer x bias scale\), known is \(self layer x bias\)"):
         compat.check("0.33.0", root)
+
+
+def test_parameters_of_later_versions_are_known_behind_the_others(tmp_path: Path) -> None:
+    seam = next(seam for seam in ALL_SEAMS if seam.later)
+    for text, known in ((f"{seam.parameters} {seam.later}", True), (f"{seam.later} {seam.parameters}", False)):
+        root = sources(tmp_path / str(known), [replace(seam, parameters=text)])
+        assert compat.faults(root, [seam]) == [] if known else len(compat.faults(root, [seam])) == 1
 
 
 def test_seams_of_an_unpacked_wheel() -> None:
@@ -272,6 +282,18 @@ def test_report_of_experts(
     assert code == 0
     (row,) = [row for row in document["layers"] if row["kind"] == "experts"]
     assert (row["op"], row["implementation"], row["promised"]) == ("moe.experts", implementation, True)
+
+
+def test_report_of_a_latent_model_has_its_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dims = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    code, document = report(tmp_path, capsys, QWEN3_MOE | dims, "--device", "sm90")
+    assert code == 0
+    rows = [row for row in document["layers"] if row["kind"] == "attention"]
+    assert [(row["layer"], row["op"], row["promised"]) for row in rows] == [
+        ("attention", "attention.mla", True),
+        ("W_UK", "bmm", True),
+        ("W_UV", "bmm", True),
+    ]
 
 
 def test_report_of_tensor_parallelism_names_collectives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
 from vllm.model_executor.layers.activation import SwigluOAIAndMul
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEQuantConfig,
@@ -406,6 +407,104 @@ def test_a_layer_with_a_forward_of_its_own_is_not_promised(patched) -> None:
     adopting.adopt(made, model, config_of())
     assert "Fused has a forward of its own" in made.rows[0].reason
     assert not hasattr(model.fused, host.SERVED)
+
+
+def test_deepseeks_fused_projection_is_served_with_its_switch_off(patched) -> None:
+    from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear
+
+    layer = object.__new__(DeepSeekV2FusedQkvAProjLinear)
+    torch.nn.Module.__init__(layer)
+    layer.quant_method, layer._use_min_latency_gemm = UnquantizedLinearMethod(), True
+    layer.skip_bias_add, layer.return_bias, layer.gather_output, layer.tp_size = False, True, False, 1
+    layer.weight = torch.nn.Parameter(torch.randn(48, 64).to(BF16), requires_grad=False)
+    layer.bias = None
+    model = torch.nn.Module()
+    model.fused_qkv_a_proj = layer
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("gemm", "")]
+    assert layer._use_min_latency_gemm is False
+    x = torch.randn(20, 64).to(BF16)
+    out, _ = layer(x)
+    torch.testing.assert_close(out.float(), x.float() @ layer.weight.float().T, atol=0.2, rtol=0.02)
+    assert torch.equal(out, rows_alone(lambda row: layer(row)[0], x)[0])
+    assert [seam.where for seam in compat.UNIMPORTED] == [
+        f"{DeepSeekV2FusedQkvAProjLinear.__module__}.{DeepSeekV2FusedQkvAProjLinear.__qualname__}.forward"
+    ]
+
+
+HEADS, NOPE, ROPE, RANK, VALUE = 4, 32, 16, 64, 48
+
+
+def mla_layer(**changes):
+    """vLLM's MLA layer with weights as it makes them, around an attention that takes each row alone."""
+    from bidispatch.integrations.vllm.mla import BidispatchMLAImpl
+
+    layer = object.__new__(MLAAttention)
+    torch.nn.Module.__init__(layer)
+    impl = object.__new__(BidispatchMLAImpl)
+    dims = {"num_heads": HEADS, "kv_lora_rank": RANK, "rope_dim": ROPE, "page_size": 16}
+    selection = serving_plan("cpu").select("attention.mla", dtype="bfloat16", **dims)
+    impl.num_heads, impl.kernels = HEADS, SimpleNamespace(selection=selection)
+    impl.forward_mqa = lambda q, cache, step, layer: (q[..., :RANK] + q[..., RANK:].sum(-1, keepdim=True), None)
+    both = torch.randn(HEADS * (NOPE + VALUE), RANK).to(BF16).T.view(RANK, HEADS, NOPE + VALUE)
+    w_uk, w_uv = both.split([NOPE, VALUE], dim=-1)
+    layer.W_UK_T, layer.W_UV = w_uk.permute(1, 2, 0), w_uv.transpose(0, 1)
+    layer.num_heads, layer.kv_lora_rank, layer.qk_nope_head_dim = HEADS, RANK, NOPE
+    layer.qk_rope_head_dim, layer.v_head_dim, layer.impl = ROPE, VALUE, impl
+    layer.get_attn_backend = lambda: SimpleNamespace(get_name=lambda: "CUSTOM")
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    model = torch.nn.Module()
+    model.attn = layer
+    return model, layer
+
+
+def run_mla(layer, q, padding=0, **named):
+    output = torch.zeros(len(q) + padding, HEADS * VALUE, dtype=BF16)
+    q = torch.cat([q, torch.full_like(q[:1], float("nan")).expand(padding, -1, -1)])
+    step = SimpleNamespace(num_actual_tokens=len(q) - padding)
+    assert layer.forward_impl(q, None, None, None, step, output=output, **named) is output
+    return output
+
+
+def test_the_products_of_mla(patched) -> None:
+    torch.manual_seed(0)
+    model, layer = mla_layer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("attention.mla", ""), ("bmm", ""), ("bmm", "")]
+    q = torch.randn(19, HEADS, NOPE + ROPE).to(BF16)
+    out = run_mla(layer, q)
+    up = torch.einsum("bnp,npl->bnl", q[..., :NOPE].float(), layer.W_UK_T.float()).to(BF16)
+    latent, _ = layer.impl.forward_mqa(torch.cat([up, q[..., NOPE:]], -1), None, None, layer)
+    wanted = torch.einsum("bnl,nlv->bnv", latent.float(), layer.W_UV.float()).reshape(19, -1)
+    assert (out.float() - wanted).norm() / wanted.norm() < 0.01
+    assert torch.equal(out, rows_alone(lambda row: run_mla(layer, row), q)[0])
+    padded = run_mla(layer, q, padding=5)
+    assert torch.equal(padded[:19], out)
+    assert not padded[19:].any()
+    for scale in ("output_scale", "q_dcp_replicated"):
+        with pytest.raises(SelectionError, match="quantised after attention"):
+            run_mla(layer, q, **{scale: torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"W_UK_T": None}, "its W_UK_T is NoneType"),
+        ({"W_UV": torch.zeros(HEADS, RANK, 1)}, "its W_UV is [4, 64, 1]"),
+        ({"impl": SimpleNamespace()}, "its attention is not the registry's"),
+        ({"num_heads": 8}, "its attention has 4 heads and its products 8"),
+    ],
+)
+def test_products_of_mla_that_are_not_served(patched, changes, reason: str) -> None:
+    model, layer = mla_layer(**changes)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert reason in made.rows[-1].reason
+    assert made.rows[-1].op == "bmm"
+    assert not hasattr(layer, host.SERVED)
 
 
 def test_the_head_is_served_under_either_name_and_an_embedding_is_left(patched) -> None:

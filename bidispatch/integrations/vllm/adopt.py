@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bidispatch.errors import SelectionError, UsageError
-from bidispatch.integrations.vllm import linear, moe, norms, ops
+from bidispatch.integrations.vllm import linear, mla_products, moe, norms, ops
 from bidispatch.integrations.vllm.host import Host, Unserved
 from bidispatch.integrations.vllm.table import Row
 
@@ -30,7 +30,10 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
         aliases.setdefault(id(module), []).append(name)
     for name, module in model.named_modules():
         if _is_attention(module):
-            host.rows += _attention(name, module)
+            host.rows.append(_attention(name, module))
+            if hasattr(module, "kv_lora_rank"):
+                products = f"{name} (W_UK, W_UV)"
+                _try(host, products, "attention", "bmm", lambda n=name, m=module: mla_products.serve(host, n, m))
             continue
         router = vars(module).get("router")
         if router is not None and hasattr(router, "_compute_routing"):
@@ -71,17 +74,13 @@ def _is_attention(module: Any) -> bool:
     return hasattr(module, "impl") and callable(getattr(module, "get_attn_backend", None))
 
 
-def _attention(name: str, module: Any) -> Iterator[Row]:
+def _attention(name: str, module: Any) -> Row:
     selection = getattr(getattr(module.impl, "kernels", None), "selection", None)
     if type(module.impl).__module__.startswith("bidispatch.") and selection is not None:
-        yield Row.of(name, "attention", selection)
-    else:
-        backend = module.get_attn_backend().get_name()
-        reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
-        yield Row.uncovered(name, "attention", reason, op="attention", by=backend)
-    if hasattr(module, "kv_lora_rank"):
-        reason = "the products with W_UK and W_UV are vLLM's torch.bmm, of its own mode"
-        yield Row.uncovered(f"{name} (W_UK, W_UV)", "attention", reason, op="bmm")
+        return Row.of(name, "attention", selection)
+    backend = module.get_attn_backend().get_name()
+    reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
+    return Row.uncovered(name, "attention", reason, op="attention", by=backend)
 
 
 def around(vllm_config: Any) -> Iterator[Row]:

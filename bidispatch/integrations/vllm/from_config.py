@@ -66,9 +66,6 @@ def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | N
         except SelectionError as error:
             rows.append(Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=problem.op))
     rows += _experts(config, plan, model, tensor_parallel, wanted, fp8=fp8, reason=reason)
-    if "kv_lora_rank" in config:
-        why = "the products with W_UK and W_UV are vLLM's torch.bmm, of its own mode"
-        rows.append(Row.uncovered("W_UK, W_UV", "attention", why, op="bmm"))
     if tensor_parallel > 1:
         why = "vLLM's pinned collectives stay, and are not promised here"
         rows.append(Row.uncovered("all_reduce", "collective", why))
@@ -125,6 +122,9 @@ def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -
         rank, rope = int(config["kv_lora_rank"]), int(config["qk_rope_head_dim"])
         problem = latent_problem(dtype, num_heads=mine, kv_lora_rank=rank, rope_dim=rope, page_size=_PAGE)
         yield "attention", "attention", problem
+        nope, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
+        yield "W_UK", "attention", ops.get("bmm").problem(dtype, {"n": rank, "k": nope})
+        yield "W_UV", "attention", ops.get("bmm").problem(dtype, {"n": value, "k": rank})
         return
     width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
     if str(config.get("model_type", "")).startswith(_NORMED_HEADS):

@@ -9,12 +9,16 @@ import torch
 
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm import ops
+from bidispatch.integrations.vllm.compat import UNIMPORTED
 from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
 from bidispatch.ops.quantize import FP8, GROUP
 
 __all__ = ["apply", "fp8_apply", "fp8_kernel", "gate_forward", "serve"]
 
 _BLOCK = (GROUP, GROUP)
+
+_FEW_TOKENS = "_use_min_latency_gemm"
+"""The switch of layers of `compat.UNIMPORTED`."""
 
 
 def serve(host: Host, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> bool:
@@ -39,10 +43,19 @@ def serve(host: Host, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> b
 
 
 def _require_plain_forward(host: Host, layer: Any) -> None:
-    """Raise `Unserved` for a layer that may go past its method, as DeepSeek's fused q_a and kv_a do for few tokens."""
-    home = getattr(type(layer).forward, "__module__", "")
-    if home != host.classes["linear"].__module__:
-        raise Unserved(f"{type(layer).__name__} has a forward of its own ({home}), which may take other kernels")
+    """Raise `Unserved` for a layer that may go past its method.
+
+    DeepSeek's fused q_a and kv_a do for few tokens, by a switch of theirs, which is turned off here.
+    """
+    kind = type(layer)
+    home = getattr(kind.forward, "__module__", "")
+    if home == host.classes["linear"].__module__:
+        return
+    for seam in UNIMPORTED:
+        if home == seam.module and kind.forward.__qualname__ == seam.path and hasattr(layer, _FEW_TOKENS):
+            setattr(layer, _FEW_TOKENS, False)
+            return
+    raise Unserved(f"{kind.__name__} has a forward of its own ({home}), which may take other kernels")
 
 
 def _weight(layer: Any) -> torch.Tensor:

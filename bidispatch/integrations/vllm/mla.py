@@ -2,7 +2,7 @@
 
 vLLM's layer (model_executor/layers/attention/mla_attention.py, `forward_impl`, 0.25.1 and 0.33.0) sends the first
 `num_decode_tokens` rows through `forward_mqa`, absorbed, and the others through `forward_mha`, projected up, whose bits
-differ. Here all rows are the first. The products with W_UK and W_UV around it are vLLM's own `torch.bmm`.
+differ. Here all rows are the first. The products with W_UK and W_UV around it are in `mla_products`.
 """
 
 from __future__ import annotations

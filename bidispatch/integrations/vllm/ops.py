@@ -18,6 +18,7 @@ from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.torch_ops import NAMESPACE
 
 __all__ = [
+    "bmm",
     "bound_names",
     "experts",
     "forget",
@@ -179,8 +180,12 @@ def _experts(
     _kernel(kernel, x.shape[0])(_rows(x), w13, w2, weights, ids, *optional, out=out)
 
 
-def _experts_like(*arguments: Any) -> None:
+def _written(*arguments: Any) -> None:
     """What is written is an argument: nothing to infer."""
+
+
+def _bmm(kernel: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    _kernel(kernel, a.shape[1])(a, b, out=out)
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -233,7 +238,11 @@ experts = _define(
     "(str kernel, Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, Tensor? w13_bias, "
     "Tensor? w2_bias, Tensor? w13_scales, Tensor? w2_scales, Tensor? expert_map) -> ()",
     _experts,
-    _experts_like,
+    _written,
 )
 """(kernel, out [m, hidden], x, w13, w2, weights, ids, then biases, scales and expert map or None): `moe.experts` into
 `out`."""
+
+bmm = _define("bmm", "(str kernel, Tensor a, Tensor b, Tensor(a!) out) -> ()", _bmm, _written)
+"""(kernel, a [matrices, m, k], b [matrices, k, n], out [matrices, m, n]): a @ b into `out`; last axes of a and out
+contiguous."""

@@ -117,7 +117,7 @@ def patch_layers(mode: Mode) -> None:
         return
     from vllm.platforms import current_platform
 
-    from bidispatch.integrations.vllm import backends, linear, moe, norms
+    from bidispatch.integrations.vllm import backends, linear, mla_products, moe, norms
 
     seams = {seam.name: seam for seam in compat.SEAMS}
     places = {name: compat.resolve(seam) for name, seam in seams.items() if name != "init_device"}
@@ -138,6 +138,7 @@ def patch_layers(mode: Mode) -> None:
         "experts": moe.experts_apply,
         "experts_inputs": moe.unquantized_inputs,
         "fp8_experts_backends": moe.fp8_backends,
+        "mla": mla_products.forward_impl,
     }
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers}
     classes["fp8_plain_kernel"] = plain
