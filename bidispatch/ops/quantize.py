@@ -1,4 +1,5 @@
-"""Quantisation of activations to fp8 in groups of 128, by itself and behind the ops that come before an fp8 product.
+"""Quantisation of activations to fp8: in groups of 128, by itself and behind the ops that come before an fp8 product;
+with one scale a token; and with one that is given.
 
 A group is 128 neighbours of a row; the last one of a row is shorter where 128 does not divide it. Its scale is
 max(amax, 1e-10) / 448 in fp32, and its values are x / scale, each rounded once to the nearest even e4m3. With
@@ -8,6 +9,11 @@ are what vLLM's `per_token_group_fp8_quant` computes, bit for bit where a row is
 
 NaN stays NaN and takes no part in the maximum. A group that holds an infinity has an infinite scale; its infinities
 become NaN and its other values 0, so that a product with it is NaN. (vLLM clamps, and makes -448 of both.)
+
+A token's scale is amax / 448 in fp32, at least 1 / (448 · 512), as vLLM's `dynamic_per_token_scaled_fp8_quant` has it
+(csrc/libtorch_stable/quantization/w8a8/fp8/common.cu, 0.25.1); NaN and infinities as above. With a scale that is given,
+values beyond ±448 times it become ±448, as in `static_scaled_fp8_quant`. Both are quotients here, and products with a
+reciprocal there, which may round to the neighbour.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ QUANTIZE = Op(
     arguments=(Argument("x", ("m", "k")),),
     outputs=(Argument("q", ("m", "k"), dtype=FP8), _scales("k")),
     reference="bidispatch.ops.reference.quantize:fp8_group",
-    inputs="bidispatch.ops.reference.quantize:fp8_group_inputs",
+    inputs="bidispatch.ops.reference.quantize:row_inputs",
     stock="bidispatch.ops.stock:fp8_group",
 )
 
@@ -77,4 +83,26 @@ def _quantized(name: str, op: Op) -> Op:
     )
 
 
-OPS = (QUANTIZE, *(_quantized(name, op) for name, op in FUSED.items()))
+QUANTIZE_TOKEN = Op(
+    name="quantize.fp8_token",
+    summary="x in fp8, with an fp32 scale for each row",
+    dims=(Dim("k", int, "row length", minimum=1, typical=4096),),
+    arguments=(Argument("x", ("m", "k")),),
+    outputs=(Argument("q", ("m", "k"), dtype=FP8), Argument("scales", ("m",), dtype="float32")),
+    reference="bidispatch.ops.reference.quantize:fp8_token",
+    inputs="bidispatch.ops.reference.quantize:row_inputs",
+    stock="bidispatch.ops.stock:fp8_token",
+)
+
+QUANTIZE_TENSOR = Op(
+    name="quantize.fp8_tensor",
+    summary="x over a given fp32 scale in fp8, at most 448 in magnitude",
+    dims=(Dim("k", int, "row length", minimum=1, typical=4096),),
+    arguments=(Argument("x", ("m", "k")), Argument("scale", (1,), dtype="float32")),
+    outputs=(Argument("q", ("m", "k"), dtype=FP8),),
+    reference="bidispatch.ops.reference.quantize:fp8_tensor",
+    inputs="bidispatch.ops.reference.quantize:fp8_tensor_inputs",
+    stock="bidispatch.ops.stock:fp8_tensor",
+)
+
+OPS = (QUANTIZE, QUANTIZE_TOKEN, QUANTIZE_TENSOR, *(_quantized(name, op) for name, op in FUSED.items()))

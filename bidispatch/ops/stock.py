@@ -17,7 +17,7 @@ from bidispatch.ops.quantize import unfused
 from bidispatch.ops.reference.linear import widened_blocks
 from bidispatch.ops.reference.moe import gated, local_experts, quantized
 from bidispatch.ops.reference.moe import router as exact_router
-from bidispatch.ops.reference.quantize import LARGEST, group_scales, spread
+from bidispatch.ops.reference.quantize import LARGEST, group_scales, spread, token_scales
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.bind import load_attribute
 
@@ -26,6 +26,8 @@ __all__ = [
     "attention_mla",
     "bmm",
     "fp8_group",
+    "fp8_tensor",
+    "fp8_token",
     "fused_add_rms_norm",
     "fused_fp8_group",
     "gelu_tanh_and_mul",
@@ -81,6 +83,17 @@ def fp8_group(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     scales = group_scales(problem, x)
     q = x.float() / spread(scales, x.shape[1]).float()
     return q.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
+
+
+def fp8_token(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A maximum, a quotient and a cast: q [m, k] and scales [m]."""
+    scales = token_scales(x)
+    return (x.float() / scales[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
+
+
+def fp8_tensor(problem: Problem, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A quotient and a cast: q [m, k]."""
+    return ((x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn),)
 
 
 def fused_fp8_group(problem: Problem, *everything: Any) -> tuple[torch.Tensor, ...]:

@@ -49,6 +49,8 @@ _EXTRA: Mapping[str, Sequence[Dims]] = {
         {"n": 129, "k": 40, "bias": True, "x_scaling": "tensor"},
     ),
     "quantize.fp8_group": ({"k": 1003}, {"k": 40}, {"k": 1024, "scale_format": "ue8m0"}),
+    "quantize.fp8_token": ({"k": 1003}, {"k": 40}),
+    "quantize.fp8_tensor": ({"k": 1003}, {"k": 40}),
     "silu_and_mul.fp8_group": ({"n": 333}, {"n": 256, "scale_format": "ue8m0"}),
     "rms_norm.fp8_group": ({"n": 128}, {"n": 1003, "gemma": True, "scale_format": "ue8m0"}, {"n": 40}),
     "fused_add_rms_norm.fp8_group": ({"n": 1003, "gemma": True}, {"n": 256, "scale_format": "ue8m0"}),

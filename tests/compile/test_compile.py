@@ -107,7 +107,7 @@ FP8_ARCHS = ("sm89", "sm90", "sm100", "sm103", "sm120")
 FP8_PRODUCTS = tuple(_problem(op, FP8, n=n, k=4096) for op in ("gemm.fp8_block", "gemm.fp8") for n in (64, 24576))
 FP8_ROW_OPS = ("rms_norm.fp8_group", "fused_add_rms_norm.fp8_group")
 QUANTIZATIONS = (
-    *(_problem("quantize.fp8_group", dtype, k=4096) for dtype in DTYPES),
+    *(_problem(f"quantize.fp8_{kind}", dtype, k=4096) for kind in ("group", "token", "tensor") for dtype in DTYPES),
     *(_problem(op, dtype, n=4096) for op in (*FP8_ROW_OPS, "silu_and_mul.fp8_group") for dtype in DTYPES),
 )
 FP8_EXPERTS = tuple(_problem("moe.experts", dtype, **EXPERTS, weight_dtype=FP8) for dtype in DTYPES_16_BIT)
@@ -123,6 +123,7 @@ FP8_ODD = (
     *(_problem(op, n=n) for op in FP8_ROW_OPS for n in (40, 100, 256, 1024, 2048, 8192, 16384)),
     _problem("rms_norm.fp8_group", n=4096, scale_format="ue8m0", gemma=True),
     _problem("quantize.fp8_group", k=1003, scale_format="ue8m0"),
+    *(_problem(f"quantize.fp8_{kind}", k=1003) for kind in ("token", "tensor")),
     _problem("silu_and_mul.fp8_group", n=40, scale_format="ue8m0"),
     _problem("gemm.fp8_block", FP8, n=4097, k=1000, out_dtype="float32"),
     _problem("gemm.fp8_block", FP8, n=7, k=7, out_dtype="float16"),

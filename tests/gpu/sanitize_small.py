@@ -35,6 +35,8 @@ DIMS = {
     "gemm.fp8_block": ({"n": 67, "k": 93}, {"n": 300, "k": 300, "scale_format": "ue8m0"}, {"n": 136, "k": 256}),
     "gemm.fp8": ({"n": 67, "k": 93, "bias": True}, {"n": 130, "k": 300, "x_scaling": "tensor"}),
     "quantize.fp8_group": ({"k": 203}, {"k": 40, "scale_format": "ue8m0"}),
+    "quantize.fp8_token": ({"k": 203}, {"k": 4100}),
+    "quantize.fp8_tensor": ({"k": 203},),
     "silu_and_mul.fp8_group": ({"n": 203},),
     "rms_norm.fp8_group": ({"n": 203}, {"n": 40, "gemma": True}),
     "fused_add_rms_norm.fp8_group": ({"n": 203},),

@@ -30,6 +30,8 @@ SUMMED = (
     ("silu_and_mul", {"n": 3000}),
     ("quantize.fp8_group", {"k": 7168}),
     ("quantize.fp8_group", {"k": 1003, "scale_format": "ue8m0"}),
+    ("quantize.fp8_token", {"k": 7168}),
+    ("quantize.fp8_tensor", {"k": 1003}),
     ("silu_and_mul.fp8_group", {"n": 3000}),
     ("rms_norm.fp8_group", {"n": 4096}),
     ("rms_norm.fp8_group", {"n": 40}),

@@ -130,6 +130,20 @@ def test_quantisation_has_the_bits_of_its_definition(plan, k, dtype, scale_forma
         assert same(scales, wanted[1])
 
 
+@pytest.mark.parametrize("op", ["quantize.fp8_token", "quantize.fp8_tensor"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("k", [1, 40, 1003])
+def test_whole_scales_have_the_bits_of_their_definition(plan, k, dtype, op):
+    problem = ops.get(op).problem(dtype, {"k": k})
+    kernel = plan.select_problem(problem).bind(max_tokens=9)
+    for distribution in ("normal", "scaled"):
+        x, *others = inputs(problem, 9, distribution=distribution)
+        x[3] = 0
+        made = kernel(x, *others)
+        wanted = load_attribute(ops.get(op).stock)(problem, x, *others)
+        assert all(map(same, made if isinstance(made, tuple) else (made,), wanted))
+
+
 @given(exponent=st.integers(-30, 30), mantissa=st.floats(1, 2, width=32))
 def test_a_power_of_two_is_the_next_one_up(exponent, mantissa):
     problem = ops.get("quantize.fp8_group").problem("float32", {"k": 1, "scale_format": "ue8m0"})

@@ -58,6 +58,8 @@ _KERNELS: tuple[tuple[str, str, type[Params], Callable[[Params, Problem], str], 
         "torch.mm of widened operands, then scales and bias",
     ),
     ("quantize.fp8_group", "quantize:bind_quantize_fp8_group", Params, _exact_class, "a group of every row at a time"),
+    ("quantize.fp8_token", "quantize:bind_quantize_fp8_token", Params, _exact_class, "maxima and quotients of rows"),
+    ("quantize.fp8_tensor", "quantize:bind_quantize_fp8_tensor", Params, _exact_class, "quotients, then a cast"),
     *(
         (
             f"{op}.fp8_group",

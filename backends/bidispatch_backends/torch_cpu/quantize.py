@@ -19,11 +19,13 @@ from bidispatch_backends.torch_cpu.workspace import workspace
 __all__ = [
     "bind_fused_add_rms_norm_fp8_group",
     "bind_quantize_fp8_group",
+    "bind_quantize_fp8_tensor",
+    "bind_quantize_fp8_token",
     "bind_rms_norm_fp8_group",
     "bind_silu_and_mul_fp8_group",
 ]
 
-_LARGEST, _LEAST = 448.0, 1e-10
+_LARGEST, _LEAST, _LEAST_TOKEN = 448.0, 1e-10, 1 / (448 * 512)
 _MANTISSA, _EXPONENT = 0x7FFFFF, 0x7F800000
 
 
@@ -43,6 +45,27 @@ def bind_quantize_fp8_group(context: BindContext) -> Kernel:
                 scale = ((integers + _MANTISSA) & _EXPONENT).view(torch.float32)
             scales[:, group] = scale
             q[:, columns] = (values / scale[:, None]).to(q.dtype)
+
+    return quantize
+
+
+def bind_quantize_fp8_token(context: BindContext) -> Kernel:
+    """Return `kernel(x, q, scales)`; see the op `quantize.fp8_token`."""
+
+    def quantize(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor) -> None:
+        values = x.float()
+        magnitudes = torch.where(values.isnan(), 0.0, values.abs())
+        scales[:] = (magnitudes.amax(dim=1) / _LARGEST).clamp(min=_LEAST_TOKEN)
+        q[:] = (values / scales[:, None]).to(q.dtype)
+
+    return quantize
+
+
+def bind_quantize_fp8_tensor(context: BindContext) -> Kernel:
+    """Return `kernel(x, scale, q)`; see the op `quantize.fp8_tensor`."""
+
+    def quantize(x: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) -> None:
+        q[:] = (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(q.dtype)
 
     return quantize
 

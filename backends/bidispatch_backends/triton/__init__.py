@@ -157,6 +157,26 @@ def register(registry: Registry) -> None:
                 summary="elementwise, whole groups a program: a maximum is exact in any order",
             )
         )
+    for op, summary in (
+        ("quantize.fp8_token", "a row a program, read twice: a maximum is exact in any order"),
+        ("quantize.fp8_tensor", "elementwise over a given scale"),
+    ):
+        kernel = op.replace(".", "_")
+        registry.register(
+            Implementation(
+                name=f"triton.{kernel}",
+                op=op,
+                load=f"bidispatch_backends.triton.quantize_whole:bind_{kernel}",
+                archs=fp8_params.ARCHS,
+                dtypes=_DTYPES,
+                requires=(_TRITON,),
+                numerics=params.element_numerics,
+                tile=params.ElementTile,
+                tiles=params.element_tiles,
+                libraries=("triton",),
+                summary=summary,
+            )
+        )
     for op in ("rms_norm.fp8_group", "fused_add_rms_norm.fp8_group"):
         kernel = op.replace(".", "_")
         registry.register(

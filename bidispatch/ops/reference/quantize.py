@@ -12,12 +12,25 @@ from bidispatch.ops.reference.draw import draw
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.bind import load_attribute
 
-__all__ = ["LARGEST", "fp8_group", "fp8_group_inputs", "fused", "group_scales", "spread"]
+__all__ = [
+    "LARGEST",
+    "fp8_group",
+    "fp8_tensor",
+    "fp8_tensor_inputs",
+    "fp8_token",
+    "fused",
+    "group_scales",
+    "row_inputs",
+    "spread",
+    "token_scales",
+]
 
 LARGEST = 448.0
 """The largest finite e4m3."""
 _LEAST = 1e-10
 """Of a maximum and, before it is rounded up to a power of two, of a scale."""
+_LEAST_TOKEN = 1 / (448 * 512)
+"""Of the scale of a token."""
 _BIAS, _MANTISSA_BITS = 127, 23
 
 
@@ -63,7 +76,38 @@ def fused(problem: Problem, *everything: Any) -> tuple[torch.Tensor, ...]:
     return (*fp8_group(quantization, out.to(getattr(torch, problem.dtype))), *others)
 
 
-def fp8_group_inputs(
+def token_scales(x: torch.Tensor) -> torch.Tensor:
+    """The scale of each row of x [m, k], as `quantize.fp8_token` defines it: [m] in fp32."""
+    amax = x.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1)
+    return (amax / torch.full_like(amax, LARGEST)).clamp(min=_LEAST_TOKEN)
+
+
+def fp8_token(problem: Problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [m, k] / the scale of its row, not rounded, and the scales [m]: float64 both."""
+    scales = token_scales(x)
+    return x.double() / scales.double()[:, None], scales.double()
+
+
+def fp8_tensor(problem: Problem, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [m, k] / scale [1], within ±448, not rounded: float64."""
+    return ((x.double() / scale.double()).clamp(-LARGEST, LARGEST),)
+
+
+def fp8_tensor_inputs(
+    problem: Problem,
+    rows: int,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    distribution: str = "normal",
+) -> list[torch.Tensor | None]:
+    """x [rows, k], and a scale that is no power of two and that a few of the values exceed."""
+    shape = (rows, problem.size("k"))
+    x = draw(shape, (seed, "x"), dtype=problem.dtype, device=device, distribution=distribution)
+    return [x, torch.full((1,), 3.1 / LARGEST, dtype=torch.float32, device=device)]
+
+
+def row_inputs(
     problem: Problem,
     rows: int,
     *,
