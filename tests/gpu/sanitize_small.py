@@ -102,7 +102,7 @@ def worst_error(plan: bid.Plan, problem: Problem, rows: int) -> float:
     references = load_attribute(op.reference)(problem, *arguments, *scalars)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return max(
-        float((out.double() - wanted).norm() / wanted.norm())
+        float((out.double() - wanted.double()).norm() / wanted.double().norm())
         / (QUANTISED if out.dtype is torch.float8_e4m3fn else TOLERANCE[problem.dtype])
         for out, wanted in zip(outputs, references, strict=True)
     )

@@ -100,7 +100,7 @@ class GroupedDeepGemm:
     def m_grouped_bf16_gemm_nt_contiguous(self, a, b, d, grouped_layout, compiled_dims="nk"):
         self._contiguous(a, b, d, grouped_layout, compiled_dims, fp8=False)
 
-    def m_grouped_fp8_gemm_nt_masked(self, a, b, d, masked_m, expected_m, compiled_dims="nk"):
+    def fp8_m_grouped_gemm_nt_masked(self, a, b, d, masked_m, expected_m, compiled_dims="nk"):
         self._masked(a, b, d, masked_m, expected_m, compiled_dims, fp8=True)
 
     def m_grouped_bf16_gemm_nt_masked(self, a, b, d, masked_m, expected_m, compiled_dims="nk"):

@@ -26,6 +26,14 @@ from bidispatch_backends.triton.moe import row_stride, sum_block
 
 __all__ = ["bind_experts"]
 
+_PRODUCTS = {
+    ("bf16", "masked"): "m_grouped_bf16_gemm_nt_masked",
+    ("bf16", "contiguous"): "m_grouped_bf16_gemm_nt_contiguous",
+    ("fp8", "masked"): "fp8_m_grouped_gemm_nt_masked",
+    ("fp8", "contiguous"): "m_grouped_fp8_gemm_nt_contiguous",
+}
+"""What the library calls the grouped products, in each layout of the rows."""
+
 
 class _Rows:
     """The workspaces as a call with so many rows sees them."""
@@ -82,8 +90,7 @@ class _Experts:
         self._of_masked = self._views[room.rows]
         deep_gemm = library()
         self._alignment = deep_gemm.get_mk_alignment_for_contiguous_layout
-        kind = "fp8" if self._fp8 else "bf16"
-        self._product = getattr(deep_gemm, f"m_grouped_{kind}_gemm_nt_{tile.layout}")
+        self._product = getattr(deep_gemm, _PRODUCTS["fp8" if self._fp8 else "bf16", tile.layout])
         self._expected = expected_rows(problem, limits.max_tokens)
         if not self.masked:
             self.edges = edges(limits)

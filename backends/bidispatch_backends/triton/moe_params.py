@@ -97,12 +97,13 @@ _SHAPES: tuple[tuple[int, Shape, Shape], ...] = (
     (64, (64, 128, 128, True, 8, 4), (64, 128, 128, True, 8, 4)),
     (128, (128, 256, 64, False, 8, 3), (128, 128, 64, False, 8, 4)),
 )
-# fp8: 128 of K a step, and 64 rows or more on the matrix unit's long side, or it would be another instruction.
+# fp8: 128 of K a step, and 64 rows or more on the matrix unit's long side, or it would be another instruction. Each
+# step ends in a wait for that unit, so several small programs a multiprocessor, which wait at different times, beat one
+# large one: blocks of 128 rows took twice as long as blocks of 64 (H200, 256 rows an expert).
 _SHAPES_FP8: tuple[tuple[int, Shape, Shape], ...] = (
-    (16, (16, 64, 128, True, 4, 8), (16, 64, 128, True, 4, 8)),
-    (32, (32, 64, 128, True, 4, 8), (32, 64, 128, True, 4, 8)),
-    (64, (64, 128, 128, True, 8, 6), (64, 128, 128, True, 8, 6)),
-    (128, (128, 128, 128, False, 8, 4), (128, 128, 128, False, 8, 4)),
+    (16, (16, 64, 128, True, 4, 8), (16, 128, 128, True, 4, 4)),
+    (32, (32, 64, 128, True, 4, 5), (32, 128, 128, True, 4, 4)),
+    (64, (64, 128, 128, False, 4, 3), (64, 128, 128, False, 4, 3)),
 )
 # A matrix instruction of 16x16 on AMD: both sides of a tile must hold two or more, and LDS one tile ahead.
 _SHAPES_AMD: tuple[tuple[int, Shape, Shape], ...] = (
@@ -113,11 +114,11 @@ _SHAPES_AMD: tuple[tuple[int, Shape, Shape], ...] = (
 )
 _COUNTED = 128
 """Pairs up to which each program counts for itself. A sort is a kernel more; the counting compares every row of a block
-with every pair."""
+with every pair. In fp8 the sort was as fast for 8 pairs and faster for more (H200)."""
 _MOST_COUNTED = 512
 """Up to how many it is tried."""
-_BLOCK_ROWS = ((16, 12), (32, 24), (64, 96), (128, None))
-"""Rows of a block, and up to how many rows of an expert, on average, it serves."""
+_BLOCK_ROWS = {16: 12, 32: 24, 64: 96}
+"""Rows of a block, and up to how many rows of an expert, on average, it serves. The largest block serves the rest."""
 
 
 # For few outputs: 8 of them a tile, so that few pairs fill the device.
@@ -129,8 +130,7 @@ def experts_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[
     top_k, everywhere = problem.size("top_k"), known_experts(problem.dims)
     shapes = _shapes(device.arch, problem)
     ladder: list[tuple[int | None, ExpertsTile]] = []
-    rows_of_16 = next(most for rows, most in _BLOCK_ROWS if most)
-    few = min(_COUNTED, rows_of_16 * everywhere) // top_k
+    few = 0 if _is_fp8(problem) else min(_COUNTED, _BLOCK_ROWS[16] * everywhere) // top_k
     if few:
         up, down = shapes[16]
         narrow = min(few, _pairs_that_leave_room(device, problem, up) // top_k)
@@ -138,10 +138,10 @@ def experts_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[
             ladder.append((narrow, _tile(device.arch, problem, 16, _NARROW, down, counted=_COUNTED)))
         if narrow < few:
             ladder.append((few, _tile(device.arch, problem, 16, up, down, counted=_COUNTED)))
-    for rows, most in _BLOCK_ROWS:
-        max_m = None if most is None else most * everywhere // top_k
+    for rows, (up, down) in shapes.items():
+        max_m = None if rows == max(shapes) else _BLOCK_ROWS[rows] * everywhere // top_k
         if max_m is None or max_m > (ladder[-1][0] or 0 if ladder else 0):
-            ladder.append((max_m, _tile(device.arch, problem, rows, *shapes[rows])))
+            ladder.append((max_m, _tile(device.arch, problem, rows, up, down)))
     return tuple(ladder)
 
 
@@ -235,8 +235,9 @@ def experts_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> 
         if not least <= block_m <= most:
             continue
         shapes = [s for s in _TRIED if s[0] == block_m and _runs(device.arch, problem, params, s)]
-        plain = _shapes(device.arch, problem)[block_m]
-        pairs = [(s, s) for s in shapes] + [(s, plain[1]) for s in shapes] + [(plain[0], s) for s in shapes]
+        pairs = [(s, s) for s in shapes]
+        if plain := _shapes(device.arch, problem).get(block_m):
+            pairs += [(s, plain[1]) for s in shapes] + [(plain[0], s) for s in shapes]
         counted = (0, max(_COUNTED, 1 << (m * top_k - 1).bit_length())) if m * top_k <= _MOST_COUNTED else (0,)
         found += [
             _tile(device.arch, problem, block_m, up, down, c) for up, down in dict.fromkeys(pairs) for c in counted
