@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
 from vllm.model_executor.layers.activation import SwigluOAIAndMul
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
@@ -29,14 +30,22 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
-from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8Dynamic128Sym,
+    kFp8DynamicTensorSym,
+    kFp8DynamicTokenSym,
+    kFp8Static128BlockSym,
+    kFp8StaticTensorSym,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.worker.gpu_worker import Worker
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
 from bidispatch.integrations.vllm import adopt as adopting
-from bidispatch.integrations.vllm import compat, host, linear, plugin, table
+from bidispatch.integrations.vllm import compat, fp8_linear, host, plugin, table
 from bidispatch.integrations.vllm.kernels import serving_plan
 from bidispatch.integrations.vllm.mode import Mode
 
@@ -526,7 +535,7 @@ def test_the_head_is_served_under_either_name_and_an_embedding_is_left(patched) 
 
 def fp8_layer():
     method = object.__new__(Fp8LinearMethod)
-    method.block_quant, method.weight_block_size, method.out_dtype = True, [128, 128], BF16
+    method.weight_block_size, method.out_dtype = [128, 128], BF16
     method.fp8_linear = object.__new__(TritonFp8BlockScaledMMKernel)
     layer = object.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(layer)
@@ -555,7 +564,6 @@ def test_fp8_blocks(patched) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m, layer: setattr(m, "block_quant", False), "one scale a tensor or a channel"),
         (lambda m, layer: setattr(m, "weight_block_size", [64, 64]), "its blocks are"),
         (lambda m, layer: setattr(m, "fp8_linear", object()), "may hold the weight in another order"),
         (lambda m, layer: setattr(layer, "weight_scale_inv", torch.rand(2, 3)), "its scales are"),
@@ -572,13 +580,112 @@ def test_fp8_that_is_not_served(patched, change, reason: str) -> None:
     assert len(made.rows) == 1
 
 
+def whole_fp8_layer(compressed, channel, static, **changes):
+    """An fp8 layer without blocks, its parameters as vLLM has them once they are loaded."""
+    n, k = 192, 256
+    layer = object.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    scheme = object.__new__(CompressedTensorsW8A8Fp8 if compressed else Fp8LinearMethod)
+    scheme.weight_block_size, scheme.out_dtype = None, BF16
+    scheme.activation_quant_key = kFp8StaticTensorSym if static else kFp8DynamicTokenSym
+    scheme.fp8_linear = object.__new__(CutlassFP8ScaledMMLinearKernel)
+    scheme.fp8_linear.logical_output_size = n
+    layer.quant_method = scheme
+    if compressed:
+        layer.scheme, layer.quant_method = scheme, object.__new__(CompressedTensorsLinearMethod)
+    weight = torch.randn(n, k).to(torch.float8_e4m3fn)
+    layer.weight = torch.nn.Parameter(weight.t(), requires_grad=False)
+    layer.weight_scale = torch.rand(n, 1) / 8 if channel else torch.rand(())
+    layer.input_scale = torch.tensor(0.01) if static else None
+    layer.bias = torch.randn(n).to(BF16)
+    layer.input_size, layer.input_quant_key = k, "hoisted"
+    for name, value in changes.items():
+        setattr(scheme if hasattr(scheme, name) else layer, name, value)
+    model = torch.nn.Module()
+    model.proj = layer
+    return model, layer
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("channel", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fp8_without_blocks(patched, compressed: bool, channel: bool, static: bool) -> None:
+    torch.manual_seed(0)
+    model, layer = whole_fp8_layer(compressed, channel, static)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    quantize = "quantize.fp8_tensor" if static else "quantize.fp8_token"
+    assert [(row.op, row.reason) for row in made.rows] == [(quantize, ""), ("gemm.fp8", "")]
+    assert not hasattr(layer, "input_quant_key")
+    x = torch.randn(21, 256).to(BF16)
+    for bias in (None, layer.bias):
+        out = layer.quant_method.apply(layer, x, bias)
+        wanted = x.float() @ (layer.weight.float().t() * layer.weight_scale).T + (0 if bias is None else bias.float())
+        assert out.dtype is BF16
+        assert (out.float() - wanted).norm() / wanted.norm() < 0.05
+        assert torch.equal(out, rows_alone(lambda row, b=bias: layer.quant_method.apply(layer, row, b), x)[0])
+    with pytest.raises(SelectionError, match="vLLM's fused quantisation"):
+        layer.quant_method.apply(layer, SimpleNamespace(quant_key="fp8"))
+
+
+def test_fp8_blocks_of_compressed_tensors(patched) -> None:
+    model, layer = whole_fp8_layer(
+        True,
+        True,
+        False,
+        bias=False,
+        weight_block_size=[128, 128],
+        fp8_linear=object.__new__(TritonFp8BlockScaledMMKernel),
+    )
+    layer.weight = torch.nn.Parameter(layer.weight.t(), requires_grad=False)
+    layer.weight_scale = torch.rand(2, 2)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("quantize.fp8_group", ""), ("gemm.fp8_block", "")]
+    x = torch.randn(5, 256).to(BF16)
+    out = layer.quant_method.apply(layer, x)
+    scales = layer.weight_scale.repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)
+    wanted = x.float() @ (layer.weight.float() * scales).T
+    assert (out.float() - wanted).norm() / wanted.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"fp8_linear": object()}, "may hold the weight in another order"),
+        ({"input_size": 250}, "its weight was padded from [192, 250] to [192, 256]"),
+        ({"weight_scale": torch.rand(3)}, "its weight scale is [3]"),
+        ({"input_scale": torch.rand(2)}, "its input scale is [2]"),
+        ({"input_scale": torch.rand(1)}, "that is missing"),
+        ({"activation_quant_key": kFp8DynamicTensorSym}, "share a scale that follows the batch"),
+        ({"bias": torch.zeros(192)}, "its bias is torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fp8_without_blocks_that_is_not_served(patched, compressed: bool, changes, reason: str) -> None:
+    model, layer = whole_fp8_layer(compressed, True, False, **changes)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [reason in row.reason for row in made.rows] == [True]
+    assert not hasattr(layer, host.SERVED)
+
+
+def test_schemes_of_compressed_tensors_that_are_not_served_are_named(patched) -> None:
+    model, layer = whole_fp8_layer(True, True, False)
+    layer.scheme = object()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [row.reason for row in made.rows] == ["weights of object are not served"]
+
+
 def test_fp8_block_kernels_are_the_ones_that_leave_the_weight(patched) -> None:
     seen = []
-    chosen = linear.fp8_kernel(lambda *a, **named: seen.append(named), TritonFp8BlockScaledMMKernel)
+    kinds = (TritonFp8BlockScaledMMKernel, CutlassFP8ScaledMMLinearKernel)
+    chosen = fp8_linear.kernel(lambda *a, **named: seen.append(named), *kinds)
     for grouped in (True, False):
         shape = SimpleNamespace(is_per_group=lambda grouped=grouped: grouped)
         chosen(SimpleNamespace(scale=SimpleNamespace(group_shape=shape)), None, module_name="x")
-    assert seen == [{"module_name": "x", "force_kernel": TritonFp8BlockScaledMMKernel}, {"module_name": "x"}]
+    assert seen == [{"module_name": "x", "force_kernel": kind} for kind in kinds]
 
 
 def worker_of(model):
@@ -637,8 +744,8 @@ def test_patches_apply_once_and_undo(cuda_platform, monkeypatch) -> None:
     plugin.patch_layers(Mode.ON)
     plugin.patch_layers(Mode.ON)
     changed = {name for name, value in originals().items() if value is not before[name]}
-    # The name that fp8.py bound is patched there; the class of its kernel is only looked at.
-    assert changed == set(before) - {"init_device", "fp8_kernel", "fp8_plain_kernel"}
+    # Names that other modules bound are patched there; some classes are only looked at.
+    assert changed == set(before) - {"init_device", "fp8_kernel", "fp8_plain_kernel", "fp8_whole_kernel", "compressed"}
     plugin.undo()
     assert originals() == before
 
