@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
 from vllm.model_executor.layers.activation import SwigluOAIAndMul
@@ -30,8 +32,13 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQLinearMethod
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsWNA16,
+)
 from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8Dynamic128Sym,
@@ -41,11 +48,12 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8StaticTensorSym,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.scalar_type import scalar_types
 from vllm.v1.worker.gpu_worker import Worker
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
 from bidispatch.integrations.vllm import adopt as adopting
-from bidispatch.integrations.vllm import compat, fp8_linear, host, plugin, table
+from bidispatch.integrations.vllm import compat, fp8_linear, host, int4_kernel, plugin, table
 from bidispatch.integrations.vllm.kernels import serving_plan
 from bidispatch.integrations.vllm.mode import Mode
 
@@ -688,6 +696,133 @@ def test_fp8_block_kernels_are_the_ones_that_leave_the_weight(patched) -> None:
     assert seen == [{"module_name": "x", "force_kernel": kind} for kind in kinds]
 
 
+def int4_layer(kind, n=32, k=256, group=128, zero_points=True, kept=True):
+    """A 4-bit layer with the parameters of its checkpoint, and its weight [n, k] in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
+    zeros = torch.randint(-8, 8, (n, k // group), generator=generator, dtype=torch.int8)
+    zeros = zeros if zero_points else torch.zeros_like(zeros)
+    scales = torch.rand(n, k // group, generator=generator).to(BF16) / 8
+    wide = (q.float() - zeros.repeat_interleave(group, 1)) * scales.float().repeat_interleave(group, 1)
+    layer = object.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    layer.bias = None
+    if kind == "awq":
+        order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+        columns = [pack_to_int32(t.T.reshape(-1, n // 8, 8)[..., order].reshape(-1, n), 4) for t in (q, zeros)]
+        tensors = {"qweight": columns[0], "qzeros": columns[1], "scales": scales.T}
+        layer.quant_method = object.__new__(AutoAWQLinearMethod)
+        layer.quant_method.quant_config = SimpleNamespace(weight_bits=4, pack_factor=8)
+    elif kind == "gptq":
+        tensors = {"qweight": pack_to_int32(q, 4).T, "scales": scales.T, "g_idx": torch.zeros(k)}
+        tensors["qzeros"] = torch.zeros(k // group, n // 8, dtype=torch.int32)  # not read
+        layer.quant_method = object.__new__(AutoGPTQLinearMethod)
+    else:
+        tensors = {"weight_packed": pack_to_int32(q, 4), "weight_scale": scales, "weight_shape": torch.tensor([n, k])}
+        tensors |= {"weight_zero_point": pack_to_int32(zeros, 4, packed_dim=0)} if zero_points else {}
+        layer.quant_method = object.__new__(CompressedTensorsLinearMethod)
+        layer.scheme = object.__new__(CompressedTensorsWNA16)
+        layer.scheme.num_bits, layer.scheme.symmetric, layer.scheme.kernel = 4, not zero_points, None
+    for name, tensor in tensors.items():
+        setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+    if kept and kind != "awq":
+        kernel = object.__new__(int4_kernel.KeptWeights)
+        kernel.config = SimpleNamespace(zero_points=zero_points)
+        getattr(layer, "scheme", layer.quant_method).kernel = kernel
+    model = torch.nn.Module()
+    model.proj = layer
+    return model, layer, wide
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero_points"),
+    [("awq", True), ("awq", False), ("gptq", False), ("compressed", True), ("compressed", False)],
+)
+def test_int4(patched, kind: str, zero_points: bool) -> None:
+    model, layer, wide = int4_layer(kind, zero_points=zero_points)
+    x = torch.randn(21, 256).to(BF16)
+    if kind != "awq":  # before it is served, as MLA's kv_b_proj is asked
+        early = layer.quant_method.apply(layer, x)
+        torch.testing.assert_close(early.float(), x.float() @ wide.T, atol=0.1, rtol=0.02)
+    layer.bias = torch.randn(32).to(BF16)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [(row.op, row.reason) for row in made.rows] == [("gemm.int4", "")]
+    assert not layer._parameters
+    for bias in (None, layer.bias):
+        out = layer.quant_method.apply(layer, x, bias)
+        wanted = x.float() @ wide.T + (0 if bias is None else bias.float())
+        torch.testing.assert_close(out.float(), wanted, atol=0.1, rtol=0.02)
+        assert torch.equal(out, rows_alone(lambda row, b=bias: layer.quant_method.apply(layer, row, b), x)[0])
+
+
+def test_compressed_weights_that_vllm_left_alone_are_served_without_a_kernel(patched) -> None:
+    """As 0.33 has it in its mode."""
+    model, layer, wide = int4_layer("compressed", kept=False)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    x = torch.randn(3, 256).to(BF16)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x).float(), x.float() @ wide.T, atol=0.1, rtol=0.02)
+
+
+def spoil(kind, **attributes):
+    model, layer, _ = int4_layer(kind)
+    scheme = getattr(layer, "scheme", layer.quant_method)
+    for name, value in attributes.items():
+        setattr(scheme, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: spoil("awq", quant_config=SimpleNamespace(weight_bits=8)), "have 8 bits"),
+        (lambda: spoil("gptq", kernel=object()), "object was chosen, and holds the weight in a layout of its own"),
+        (lambda: spoil("compressed", kernel=object()), "object was chosen"),
+        (lambda: spoil("compressed", num_bits=8), "have 8 bits"),
+        (lambda: int4_layer("awq", k=64, group=64)[0], "k a multiple of 128"),
+    ],
+)
+def test_int4_that_is_not_served(patched, make, reason: str) -> None:
+    model = make()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [reason in row.reason for row in made.rows] == [True]
+    assert model.proj._parameters
+    assert not hasattr(model.proj, host.SERVED)
+
+
+def mixed_config(**changes):
+    config = {
+        "full_weight_shape": (256, 32),
+        "partition_weight_shape": (256, 32),
+        "weight_type": scalar_types.uint4b8,
+        "act_type": BF16,
+        "group_size": 128,
+        "zero_points": False,
+        "has_g_idx": False,
+    }
+    return MPLinearLayerConfig(**config | changes)
+
+
+def test_4_bit_weights_are_kept_where_the_plan_serves_them(patched, monkeypatch) -> None:
+    monkeypatch.setattr(int4_kernel, "plan_of", lambda config: serving_plan("cpu"))
+    chosen = int4_kernel.kernel(lambda config: "vLLM's")
+    assert chosen(mixed_config()) is int4_kernel.KeptWeights
+    assert (
+        chosen(mixed_config(group_size=-1, zero_points=True, weight_type=scalar_types.uint4)) is int4_kernel.KeptWeights
+    )
+    made = int4_kernel.KeptWeights(mixed_config(), "qweight", "scales", "qzeros", "g_idx")
+    assert made.process_weights_after_loading(torch.nn.Module()) is None
+    for changes in (
+        {"weight_type": scalar_types.uint8b128},
+        {"has_g_idx": True},
+        {"partition_weight_shape": (250, 32)},
+        {"act_type": torch.float8_e4m3fn},
+    ):
+        assert chosen(mixed_config(**changes)) == "vLLM's"
+
+
 def worker_of(model):
     config = config_of()
     config.scheduler_config = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4)
@@ -745,7 +880,8 @@ def test_patches_apply_once_and_undo(cuda_platform, monkeypatch) -> None:
     plugin.patch_layers(Mode.ON)
     changed = {name for name, value in originals().items() if value is not before[name]}
     # Names that other modules bound are patched there; some classes are only looked at.
-    assert changed == set(before) - {"init_device", "fp8_kernel", "fp8_plain_kernel", "fp8_whole_kernel", "compressed"}
+    looked_at = {"fp8_kernel", "fp8_plain_kernel", "fp8_whole_kernel", "compressed", "mixed_kernel", "mixed_base"}
+    assert changed == set(before) - looked_at - {"init_device"}
     plugin.undo()
     assert originals() == before
 

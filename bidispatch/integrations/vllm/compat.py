@@ -66,6 +66,22 @@ SEAMS: tuple[Seam, ...] = (
         "CompressedTensorsW8A8Fp8.apply_weights",
         "self layer x bias",
     ),
+    Seam("awq", f"{_LAYERS}.quantization.auto_awq", "AutoAWQLinearMethod.apply", "self layer x bias"),
+    Seam("gptq", f"{_LAYERS}.quantization.auto_gptq", "AutoGPTQLinearMethod.apply", "self layer x bias"),
+    Seam(
+        "compressed_int4",
+        f"{_COMPRESSED}.schemes.compressed_tensors_wNa16",
+        "CompressedTensorsWNA16.apply_weights",
+        "self layer x bias",
+    ),
+    # Modules bind it by name: what is patched is the name in those of `gptq` and `compressed_int4`.
+    Seam(
+        "mixed_kernel",
+        "vllm.model_executor.kernels.linear",
+        "choose_mp_linear_kernel",
+        "config compute_capability",
+    ),
+    Seam("mixed_base", "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel", "MPLinearKernel"),
     # Modules bind it by name: what is patched is the name in those of `fp8_linear` and `compressed_fp8`.
     Seam(
         "fp8_kernel",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bidispatch.errors import SelectionError
-from bidispatch.integrations.vllm import fp8_linear, ops
+from bidispatch.integrations.vllm import fp8_linear, int4_linear, ops
 from bidispatch.integrations.vllm.compat import UNIMPORTED
 from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
 
@@ -37,6 +37,9 @@ def serve(host: Host, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> b
     elif kind is host.classes["compressed"]:
         _require_plain_forward(host, layer)
         _compressed(host, name, layer)
+    elif kind in (host.classes["awq"], host.classes["gptq"]):
+        _require_plain_forward(host, layer)
+        int4_linear.serve(host, name, layer, method)
     else:
         return False
     return True
@@ -61,9 +64,10 @@ def _require_plain_forward(host: Host, layer: Any) -> None:
 def _compressed(host: Host, name: str, layer: Any) -> None:
     """A layer of compressed-tensors, by its scheme."""
     scheme = getattr(layer, "scheme", None)
-    if type(scheme) is not host.classes["compressed_fp8"]:
+    if type(scheme) is host.classes["compressed_fp8"]:
+        fp8_linear.serve(host, name, layer, scheme)
+    elif not int4_linear.serve(host, name, layer, scheme):
         raise Unserved(f"weights of {type(scheme).__name__} are not served")
-    fp8_linear.serve(host, name, layer, scheme)
 
 
 def _weight(layer: Any) -> torch.Tensor:

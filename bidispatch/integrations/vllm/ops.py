@@ -25,6 +25,7 @@ __all__ = [
     "fp8_block_linear",
     "fp8_linear",
     "fused_add_rms_norm",
+    "int4_linear",
     "linear",
     "register",
     "rms_norm",
@@ -150,6 +151,23 @@ def _fp8_whole_like(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _int4(
+    kernel: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    rows = _rows(x)
+    out = _kernel(kernel, rows.shape[0])(rows, weight, scales, zeros, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _int4_like(kernel: str, x: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _norm(kernel: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = _rows(x)
     return _kernel(kernel, rows.shape[0])(rows, weight, eps=eps).view(x.shape)  # type: ignore[no-any-return]
@@ -251,6 +269,15 @@ fp8_linear = _define(
 )
 """(quantize, product, x [..., k], a given scale [1] or None for one a token, weight [n, k] in fp8, its scale [1] or
 scales [n], bias [n] or None): [..., n] in the dtype of x."""
+
+int4_linear = _define(
+    "int4_linear",
+    "(str kernel, Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor",
+    _int4,
+    _int4_like,
+)
+"""(kernel, x [..., k], weight [n, k/8] as `bidispatch.int4` packs it, scales and zero points [groups, n], bias [n] or
+None): [..., n]."""
 
 rms_norm = _define("rms_norm", "(str kernel, Tensor x, Tensor weight, float eps) -> Tensor", _norm, _norm_like)
 """(kernel, x [..., n], weight [n], eps): [..., n]."""

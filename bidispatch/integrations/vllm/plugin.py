@@ -117,7 +117,16 @@ def patch_layers(mode: Mode) -> None:
         return
     from vllm.platforms import current_platform
 
-    from bidispatch.integrations.vllm import backends, fp8_linear, linear, mla_products, moe, norms
+    from bidispatch.integrations.vllm import (
+        backends,
+        fp8_linear,
+        int4_kernel,
+        int4_linear,
+        linear,
+        mla_products,
+        moe,
+        norms,
+    )
 
     seams = {seam.name: seam for seam in compat.SEAMS}
     places = {name: compat.resolve(seam) for name, seam in seams.items() if name != "init_device"}
@@ -132,6 +141,9 @@ def patch_layers(mode: Mode) -> None:
         "gemma_norm_native": norms.forward,
         "fp8_linear": fp8_linear.apply,
         "compressed_fp8": fp8_linear.apply,
+        "awq": int4_linear.apply,
+        "gptq": int4_linear.apply,
+        "compressed_int4": int4_linear.apply,
         "router": moe.routing,
         "grouped_router": moe.routing,
         "bias_router": moe.routing,
@@ -155,6 +167,10 @@ def patch_layers(mode: Mode) -> None:
             module = importlib.import_module(seams[name].module)
             chosen = fp8_linear.kernel(module.init_fp8_linear_kernel, *kernels.values())
             _in_worker.replace(module, "init_fp8_linear_kernel", chosen)
+        for name in ("gptq", "compressed_int4"):
+            module = importlib.import_module(seams[name].module)
+            chosen = int4_kernel.kernel(module.choose_mp_linear_kernel)
+            _in_worker.replace(module, "choose_mp_linear_kernel", chosen)
         _in_worker.replace(*places["load_model"], load_model)
         _in_worker.on_undo(backends.install(type(current_platform), uncovered=_attention_refused))
     except BaseException:
