@@ -1,4 +1,5 @@
-"""Weights of 4 bits: the layout that `gemm.int4` reads, and how AWQ's and GPTQ's tensors come into it. Imports torch.
+"""Weights of 4 bits: the layout that `gemm.int4` reads, and how AWQ's, GPTQ's and compressed-tensors' tensors come into
+it. Imports torch.
 
 A weight [n, k] of integers 0 to 15 is packed as int32 [n, k/8]. Rows are those of the layer, so merging weights (qkv)
 or sharding them by rows is concatenating or slicing axis 0. Within a row each 128 elements of K are 16 words: a thread
@@ -22,7 +23,7 @@ import torch
 from bidispatch.errors import UsageError
 from bidispatch.ops.int4 import K_BLOCK, SYMMETRIC_ZERO
 
-__all__ = ["Int4Weight", "dequantize", "from_awq", "from_gptq", "pack", "unpack"]
+__all__ = ["Int4Weight", "dequantize", "from_awq", "from_compressed", "from_gptq", "pack", "unpack"]
 
 _NIBBLES = 8
 """Integers of a 32-bit word."""
@@ -104,7 +105,7 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
 
 def from_gptq(
     qweight: torch.Tensor,
-    qzeros: torch.Tensor,
+    qzeros: torch.Tensor | None,
     scales: torch.Tensor,
     g_idx: torch.Tensor | None = None,
     *,
@@ -114,8 +115,8 @@ def from_gptq(
 
     qweight: int32 [k/8, n], whose word r holds rows 8 r to 8 r + 7, the first in the lowest bits. qzeros: int32
     [k/group_size, n/8], the first column in the lowest bits; in the format "gptq" each is stored as itself minus one
-    (15 stands for 0), in "gptq_v2" as it is. scales: [k/group_size, n], in the dtype of the activations. g_idx: int32
-    [k], the group of each row.
+    (15 stands for 0), in "gptq_v2" as it is. None: all are 8, whatever a symmetric checkpoint has there. scales:
+    [k/group_size, n], in the dtype of the activations. g_idx: int32 [k], the group of each row.
     Raises `UsageError` for shapes or dtypes that do not fit together, an unknown format, and for activation order
     (`desc_act`): the kernels read a group's scale once for consecutive elements of K.
     """
@@ -124,7 +125,9 @@ def from_gptq(
     words, n = qweight.shape
     _check("qweight", qweight, torch.int32, (words, scales.shape[-1]))
     q = _nibbles(qweight.T, range(_NIBBLES)).reshape(n, words * _NIBBLES).T
-    zeros = (_columns(qzeros, range(_NIBBLES)) + _GPTQ_OFFSETS[checkpoint_format]) & _MASK
+    zeros = None
+    if qzeros is not None:
+        zeros = (_columns(qzeros, range(_NIBBLES)) + _GPTQ_OFFSETS[checkpoint_format]) & _MASK
     if g_idx is not None:
         _check("g_idx", g_idx, g_idx.dtype, (q.shape[0],))
         group_size = -(-q.shape[0] // scales.shape[0])
@@ -136,7 +139,24 @@ def from_gptq(
     return _weight(q, zeros, scales)
 
 
-def _weight(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Int4Weight:
+def from_compressed(
+    weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_zero_point: torch.Tensor | None = None
+) -> Int4Weight:
+    """Repack the tensors of a layer of compressed-tensors ("pack-quantized", 4 bits). Exact; once, at load.
+
+    weight_packed: int32 [n, k/8], the first element in the lowest bits, -8 stored as 0. weight_scale: [n,
+    k/group_size], in the dtype of the activations. weight_zero_point: int32 [n/8, k/group_size], the first row in the
+    lowest bits and -8 as 0 too (compressed-tensors 0.12, compressors/quantized_compressors/pack_quantized.py); None:
+    symmetric. Raises `UsageError` for shapes or dtypes that do not fit together.
+    """
+    n, words = weight_packed.shape
+    _check("weight_packed", weight_packed, torch.int32, (weight_scale.shape[0], words))
+    q = _nibbles(weight_packed, range(_NIBBLES)).reshape(n, words * _NIBBLES).T
+    zeros = None if weight_zero_point is None else _columns(weight_zero_point.T, range(_NIBBLES))
+    return _weight(q, zeros, weight_scale.T)
+
+
+def _weight(q: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor) -> Int4Weight:
     """q [k, n] and zeros [k/group_size, n] as integers. Zeros that are all 8 are left out."""
     k, n = q.shape
     groups = scales.shape[0]
@@ -144,9 +164,11 @@ def _weight(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Int4W
         raise UsageError(
             f"scales must be floating point [k/group_size, n] for k={k}, not {scales.dtype} {list(scales.shape)}"
         )
-    _check("qzeros (unpacked)", zeros, zeros.dtype, (groups, n))
-    symmetric = bool((zeros == SYMMETRIC_ZERO).all())
-    return Int4Weight(pack(q.T), scales.contiguous(), None if symmetric else zeros.to(torch.int8).contiguous())
+    kept = None
+    if zeros is not None:
+        _check("zero points (unpacked)", zeros, zeros.dtype, (groups, n))
+        kept = None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros.to(torch.int8).contiguous()
+    return Int4Weight(pack(q.T), scales.contiguous(), kept)
 
 
 def _columns(words: torch.Tensor, places: tuple[int, ...] | range) -> torch.Tensor:

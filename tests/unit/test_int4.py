@@ -17,7 +17,7 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import UsageError
-from bidispatch.int4 import dequantize, from_awq, from_gptq, pack, unpack
+from bidispatch.int4 import dequantize, from_awq, from_compressed, from_gptq, pack, unpack
 from bidispatch.ops.reference.int4 import gemm_int4, gemm_int4_inputs
 from bidispatch_backends.triton import int4_params
 
@@ -116,6 +116,24 @@ def test_gptq_is_repacked_exactly(checkpoint_format: str, g_idx: torch.Tensor | 
     assert torch.equal(dequantize(*found), weights(q, zeros, scales))
 
 
+def test_compressed_tensors_are_repacked_exactly() -> None:
+    q, zeros, scales = layer()
+    packed = gptq_rows(q).T.contiguous()
+    found = from_compressed(packed, scales.T.contiguous(), gptq_rows(zeros.T))
+    assert torch.equal(unpack(found.weight).int(), q.T)
+    assert torch.equal(dequantize(*found), weights(q, zeros, scales))
+    symmetric = from_compressed(packed, scales.T.contiguous())
+    assert symmetric.zeros is None
+    assert torch.equal(dequantize(*symmetric), weights(q, torch.full_like(zeros, 8), scales))
+
+
+def test_zero_points_that_a_symmetric_checkpoint_has_are_not_read() -> None:
+    q, zeros, scales = layer()
+    found = from_gptq(gptq_rows(q), None, scales)
+    assert found.zeros is None
+    assert torch.equal(dequantize(*found), weights(q, torch.full_like(zeros, 8), scales))
+
+
 def test_zeros_that_are_all_8_are_left_out() -> None:
     q, _, scales = layer()
     zeros = torch.full((K // GROUP, N), 8, dtype=torch.int32)
@@ -142,13 +160,17 @@ def test_activation_order_is_refused_with_the_reason() -> None:
 
 def test_tensors_that_do_not_fit_together_are_refused() -> None:
     q, zeros, scales = layer()
+    with pytest.raises(UsageError, match="weight_packed must be"):
+        from_compressed(gptq_rows(q).T[:16], scales.T)
+    with pytest.raises(UsageError, match="zero points"):
+        from_compressed(gptq_rows(q).T, scales.T, gptq_rows(zeros.T)[:1])
     with pytest.raises(UsageError, match="unknown checkpoint_format 'gptq_v3'; known: gptq, gptq_v2"):
         from_gptq(gptq_rows(q), gptq_columns(zeros), scales, checkpoint_format="gptq_v3")
     with pytest.raises(UsageError, match=r"qweight must be torch.int32 \[256, 3\], not torch.int64"):
         from_awq(awq_words(q).long(), awq_words(zeros), scales)
     with pytest.raises(UsageError, match=r"qweight must be torch.int32 \[32, 24\], not torch.int32 \[32, 16\]"):
         from_gptq(gptq_rows(q)[:, :16], gptq_columns(zeros), scales)
-    with pytest.raises(UsageError, match=r"qzeros \(unpacked\) must be .* \[4, 24\], not .* \[3, 24\]"):
+    with pytest.raises(UsageError, match=r"zero points \(unpacked\) must be .* \[4, 24\], not .* \[3, 24\]"):
         from_awq(awq_words(q), awq_words(zeros)[:3], scales)
     with pytest.raises(UsageError, match="scales must be floating point"):
         from_awq(awq_words(q), awq_words(zeros), scales.int())

@@ -251,11 +251,26 @@ def test_report_of_a_gpu_whose_workers_are_refused(tmp_path: Path, capsys: pytes
     assert "refuses" in document["layers"][0]["reason"]
 
 
+def compressed(weights, inputs=None, *others):
+    """A `quantization_config` of compressed-tensors."""
+    groups = [{"weights": weights, "input_activations": inputs}, *others]
+    return {"quant_method": "compressed-tensors", "config_groups": {str(i): group for i, group in enumerate(groups)}}
+
+
 @pytest.mark.parametrize(
     ("changes", "layer", "reason"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "qkv", "weights of gptq"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "experts", "weights of gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "qkv", "weights of bitsandbytes"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "experts", "weights of mxfp4"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "desc_act": True}}, "qkv", "desc_act=true"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "qkv", "with 8 bits"),
+        ({"quantization_config": {"quant_method": "gptq", "sym": False}}, "qkv", "with zero points"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "experts", "weights of awq"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "qkv", "blocks of [64, 64]"),
+        ({"quantization_config": compressed({}, None, {})}, "qkv", "2 groups"),
+        ({"quantization_config": {"quant_method": "awq", "group_size": 128}, "hidden_size": 2000}, "qkv", "k=2000"),
+        ({"quantization_config": compressed({"type": "int", "num_bits": 4, "actorder": "group"})}, "qkv", "order"),
+        ({"quantization_config": compressed({"type": "int", "num_bits": 8}, {"type": "int"})}, "qkv", "int8"),
         ({"mamba_d_state": 16}, "Mamba", "not served here"),
     ],
 )
@@ -282,6 +297,41 @@ def test_report_of_experts(
     assert code == 0
     (row,) = [row for row in document["layers"] if row["kind"] == "experts"]
     assert (row["op"], row["implementation"], row["promised"]) == ("moe.experts", implementation, True)
+
+
+TOKENS = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True}
+STATIC = {**TOKENS, "strategy": "tensor", "dynamic": False}
+CHANNELS = {"type": "float", "num_bits": 8, "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("quantized", "problems"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ["quantize.fp8_group", "gemm.fp8_block"]),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, ["quantize.fp8_token", "gemm.fp8"]),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, ["quantize.fp8_tensor", "gemm.fp8"]),
+        (compressed(CHANNELS, TOKENS), ["quantize.fp8_token", "gemm.fp8"]),
+        (
+            compressed({**CHANNELS, "strategy": "tensor"}, {**TOKENS, "dynamic": False}),
+            ["quantize.fp8_tensor", "gemm.fp8"],
+        ),
+        (
+            compressed({**CHANNELS, "strategy": "block", "block_structure": [128, 128]}, TOKENS),
+            ["quantize.fp8_group", "gemm.fp8_block"],
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, ["gemm.int4"]),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, ["gemm.int4"]),
+        (compressed({"type": "int", "num_bits": 4, "group_size": 128, "strategy": "group"}), ["gemm.int4"]),
+    ],
+)
+def test_report_of_quantised_linear_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quantized: dict, problems: list[str]
+) -> None:
+    _, document = report(tmp_path, capsys, QWEN3_MOE | {"quantization_config": quantized}, "--device", "sm90")
+    rows = [row for row in document["layers"] if row["kind"] == "linear"]
+    assert [row["op"] for row in rows if row["layer"] == "qkv"] == problems
+    assert all(row["promised"] and row["level"] == "sequence" for row in rows)
+    assert [row["op"] for row in document["layers"] if row["kind"] == "lm_head"] == ["gemm"]
 
 
 def test_report_of_a_latent_model_has_its_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

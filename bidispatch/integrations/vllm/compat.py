@@ -24,6 +24,7 @@ SUPPORTED = ("0.25", "0.34")
 """The first version, and the first one after the last."""
 
 _LAYERS = "vllm.model_executor.layers"
+_COMPRESSED = f"{_LAYERS}.quantization.compressed_tensors"
 _ROUTING = "self hidden_states router_logits indices_type input_ids"
 
 
@@ -58,7 +59,30 @@ SEAMS: tuple[Seam, ...] = (
     Seam("gemma_norm", f"{_LAYERS}.layernorm", "GemmaRMSNorm.forward_cuda", "self x residual"),
     Seam("gemma_norm_native", f"{_LAYERS}.layernorm", "GemmaRMSNorm.forward_native", "self x residual"),
     Seam("fp8_linear", f"{_LAYERS}.quantization.fp8", "Fp8LinearMethod.apply", "self layer x bias"),
-    # fp8.py binds it by name: what is patched is the name there.
+    Seam("compressed", f"{_COMPRESSED}.compressed_tensors", "CompressedTensorsLinearMethod.apply", "self layer x bias"),
+    Seam(
+        "compressed_fp8",
+        f"{_COMPRESSED}.schemes.compressed_tensors_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8.apply_weights",
+        "self layer x bias",
+    ),
+    Seam("awq", f"{_LAYERS}.quantization.auto_awq", "AutoAWQLinearMethod.apply", "self layer x bias"),
+    Seam("gptq", f"{_LAYERS}.quantization.auto_gptq", "AutoGPTQLinearMethod.apply", "self layer x bias"),
+    Seam(
+        "compressed_int4",
+        f"{_COMPRESSED}.schemes.compressed_tensors_wNa16",
+        "CompressedTensorsWNA16.apply_weights",
+        "self layer x bias",
+    ),
+    # Modules bind it by name: what is patched is the name in those of `gptq` and `compressed_int4`.
+    Seam(
+        "mixed_kernel",
+        "vllm.model_executor.kernels.linear",
+        "choose_mp_linear_kernel",
+        "config compute_capability",
+    ),
+    Seam("mixed_base", "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel", "MPLinearKernel"),
+    # Modules bind it by name: what is patched is the name in those of `fp8_linear` and `compressed_fp8`.
     Seam(
         "fp8_kernel",
         "vllm.model_executor.kernels.linear",
@@ -66,6 +90,7 @@ SEAMS: tuple[Seam, ...] = (
         "activation_quant_key weight_quant_key input_dtype out_dtype weight_shape force_kernel module_name",
     ),
     Seam("fp8_plain_kernel", "vllm.model_executor.kernels.linear.scaled_mm.triton", "TritonFp8BlockScaledMMKernel"),
+    Seam("fp8_whole_kernel", "vllm.model_executor.kernels.linear.scaled_mm.cutlass", "CutlassFP8ScaledMMLinearKernel"),
     Seam("router", f"{_LAYERS}.fused_moe.router.fused_topk_router", "FusedTopKRouter._compute_routing", _ROUTING),
     Seam(
         "grouped_router",

@@ -13,10 +13,11 @@ from typing import Any
 
 from bidispatch import ops
 from bidispatch.errors import SelectionError, UsageError
+from bidispatch.integrations.vllm.formats import Format, format_of
 from bidispatch.integrations.vllm.problems import attention_problem, latent_problem
 from bidispatch.integrations.vllm.table import Row
-from bidispatch.ops.quantize import FP8, GROUP
-from bidispatch.ops.schema import DimValue, Problem, parse_dtype
+from bidispatch.ops.quantize import FP8
+from bidispatch.ops.schema import DimValue, parse_dtype
 from bidispatch.planning.plan import Plan
 from bidispatch.tune.models import expert_shapes, model_shapes
 
@@ -32,7 +33,8 @@ _NOT_COVERED = {
     "index_topk": "sparse attention",
 }
 _NORMED_HEADS = ("qwen3", "gemma3")
-_Found = tuple[str, str, Problem]
+_Asked = tuple[str, str, str, str, Mapping[str, DimValue]]
+"""A layer, its kind, and what it asks a plan for: an op, a dtype, dims."""
 
 
 def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | None = None) -> list[Row]:
@@ -56,16 +58,13 @@ def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | N
     rows += uncovered
     if uncovered and "num_attention_heads" not in config:
         return rows
-    fp8, reason = _format(config)
-    for layer, kind, problem in _problems(config, model, tensor_parallel, wanted, fp8=fp8):
-        if reason and kind == "linear":
-            rows.append(Row.uncovered(layer, kind, reason, op="gemm"))
-            continue
-        try:
-            rows.append(Row.of(layer, kind, plan.select_problem(problem)))
-        except SelectionError as error:
-            rows.append(Row.uncovered(layer, kind, "; ".join(str(error).splitlines()), op=problem.op))
-    rows += _experts(config, plan, model, tensor_parallel, wanted, fp8=fp8, reason=reason)
+    found = format_of(config)
+    for layer, kind, op, of, dims in _layers(config, model, tensor_parallel, wanted, found):
+        if found.reason and kind == "linear":
+            rows.append(Row.uncovered(layer, kind, found.reason, op="gemm"))
+        else:
+            rows.append(_row(plan, layer, kind, op, of, dims))
+    rows += _experts(config, plan, model, tensor_parallel, wanted, found)
     if tensor_parallel > 1:
         why = "vLLM's pinned collectives stay, and are not promised here"
         rows.append(Row.uncovered("all_reduce", "collective", why))
@@ -85,50 +84,36 @@ def _config(model: Path) -> Mapping[str, Any]:
     return {**config, **inner} if isinstance(inner, dict) else config
 
 
-def _format(config: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether linear layers are fp8 with blocks that are served, and what is against it where weights are quantised."""
-    quantized = config.get("quantization_config")
-    if not isinstance(quantized, dict):
-        return False, ""
-    method, blocks = quantized.get("quant_method"), quantized.get("weight_block_size")
-    if method == "fp8" and blocks == [GROUP, GROUP]:
-        return True, ""
-    return False, f"weights of {method}{f' in blocks of {blocks}' if blocks else ''} are not served in vLLM yet"
-
-
-def _problems(config: Mapping[str, Any], model: Path, ranks: int, dtype: str, *, fp8: bool) -> Iterator[_Found]:
-    gemm = ops.get("gemm")
+def _layers(config: Mapping[str, Any], model: Path, ranks: int, dtype: str, found: Format) -> Iterator[_Asked]:
     for shape in model_shapes(model, ranks):
         layer = ", ".join(name.split(" ", 1)[-1] for name in shape.names)
         if shape.dims.get("role") == "router":
-            yield layer, "router", gemm.problem(dtype, shape.dims)
-        elif fp8 and layer != "lm_head":
-            dims = {"n": shape.dims["n"], "k": shape.dims["k"], "out_dtype": dtype}
-            yield layer, "linear", ops.get("gemm.fp8_block").problem(FP8, dims)
-            yield layer, "linear", ops.get("quantize.fp8_group").problem(dtype, {"k": shape.dims["k"]})
+            yield layer, "router", "gemm", dtype, shape.dims
+        elif layer == "lm_head":
+            yield layer, "lm_head", "gemm", dtype, shape.dims
         else:
-            yield layer, "lm_head" if layer == "lm_head" else "linear", gemm.problem(dtype, shape.dims)
+            for asked in found.asked(int(shape.dims["n"]), int(shape.dims["k"]), dtype):
+                yield layer, "linear", *asked
     gemma = str(config.get("model_type", "")).startswith("gemma")
-    hidden = int(config["hidden_size"])
     for op in ("rms_norm", "fused_add_rms_norm"):
-        yield "norms", "norm", ops.get(op).problem(dtype, {"n": hidden, "gemma": gemma})
+        yield "norms", "norm", op, dtype, {"n": int(config["hidden_size"]), "gemma": gemma}
     yield from _attention(config, ranks, dtype, gemma)
 
 
-def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -> Iterator[_Found]:
+def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -> Iterator[_Asked]:
     heads = int(config["num_attention_heads"])
     mine = max(1, heads // ranks)
     if "kv_lora_rank" in config:
         rank, rope = int(config["kv_lora_rank"]), int(config["qk_rope_head_dim"])
         problem = latent_problem(dtype, num_heads=mine, kv_lora_rank=rank, rope_dim=rope, page_size=_PAGE)
-        yield "attention", "attention", problem
+        yield "attention", "attention", problem.op, dtype, problem.dims
         nope, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
-        yield "W_UK", "attention", ops.get("bmm").problem(dtype, {"n": rank, "k": nope})
-        yield "W_UV", "attention", ops.get("bmm").problem(dtype, {"n": value, "k": rank})
+        yield "W_UK", "attention", "bmm", dtype, {"n": rank, "k": nope}
+        yield "W_UV", "attention", "bmm", dtype, {"n": value, "k": rank}
         return
     width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
     if str(config.get("model_type", "")).startswith(_NORMED_HEADS):
-        yield "q_norm, k_norm", "norm", ops.get("rms_norm").problem(dtype, {"n": width, "gemma": gemma})
+        yield "q_norm, k_norm", "norm", "rms_norm", dtype, {"n": width, "gemma": gemma}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     kinds = set(config.get("layer_types") or ()) or {"sliding_attention" if window else "full_attention"}
     for kind in sorted(kinds & {"full_attention", "sliding_attention"}):
@@ -142,20 +127,21 @@ def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -
             softcap=config.get("attn_logit_softcapping"),
             sinks=config.get("model_type") == "gpt_oss",
         )
-        yield f"{kind} layers", "attention", problem
+        yield f"{kind} layers", "attention", problem.op, dtype, problem.dims
 
 
 def _experts(
-    config: Mapping[str, Any], plan: Plan, model: Path, ranks: int, dtype: str, *, fp8: bool, reason: str
+    config: Mapping[str, Any], plan: Plan, model: Path, ranks: int, dtype: str, found: Format
 ) -> Iterator[Row]:
     if not any(config.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")):
         return
     (shape,) = expert_shapes(model, ranks)
     dims = dict(shape.dims)
-    if reason:
-        yield Row.uncovered("experts", "experts", reason, op="moe.experts")
+    if found.experts:
+        yield Row.uncovered("experts", "experts", found.experts, op="moe.experts")
     else:
-        yield _row(plan, "experts", "experts", "moe.experts", dtype, {**dims, "weight_dtype": FP8} if fp8 else dims)
+        of_fp8 = {"weight_dtype": FP8} if found.fp8_experts else {}
+        yield _row(plan, "experts", "experts", "moe.experts", dtype, {**dims, **of_fp8})
     scoring = str(config.get("scoring_func", "softmax"))
     biased = config.get("topk_method") == "noaux_tc"
     routing = {

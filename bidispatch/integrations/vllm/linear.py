@@ -1,4 +1,4 @@
-"""Linear layers: unquantised ones, the router's gate, the output head, and fp8 ones with scales of 128x128 blocks."""
+"""Linear layers: unquantised ones, the router's gate, the output head; and which module serves a quantised one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from bidispatch.errors import SelectionError
-from bidispatch.integrations.vllm import ops
+from bidispatch.integrations.vllm import fp8_linear, int4_linear, ops
 from bidispatch.integrations.vllm.compat import UNIMPORTED
 from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
-from bidispatch.ops.quantize import FP8, GROUP
 
-__all__ = ["apply", "fp8_apply", "fp8_kernel", "gate_forward", "serve"]
-
-_BLOCK = (GROUP, GROUP)
+__all__ = ["apply", "gate_forward", "serve"]
 
 _FEW_TOKENS = "_use_min_latency_gemm"
 """The switch of layers of `compat.UNIMPORTED`."""
@@ -36,7 +33,13 @@ def serve(host: Host, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> b
         _plain(host, name, layer, "linear")
     elif kind is host.classes["fp8_linear"]:
         _require_plain_forward(host, layer)
-        _fp8(host, name, layer, method)
+        fp8_linear.serve(host, name, layer, method)
+    elif kind is host.classes["compressed"]:
+        _require_plain_forward(host, layer)
+        _compressed(host, name, layer)
+    elif kind in (host.classes["awq"], host.classes["gptq"]):
+        _require_plain_forward(host, layer)
+        int4_linear.serve(host, name, layer, method)
     else:
         return False
     return True
@@ -56,6 +59,15 @@ def _require_plain_forward(host: Host, layer: Any) -> None:
             setattr(layer, _FEW_TOKENS, False)
             return
     raise Unserved(f"{kind.__name__} has a forward of its own ({home}), which may take other kernels")
+
+
+def _compressed(host: Host, name: str, layer: Any) -> None:
+    """A layer of compressed-tensors, by its scheme."""
+    scheme = getattr(layer, "scheme", None)
+    if type(scheme) is host.classes["compressed_fp8"]:
+        fp8_linear.serve(host, name, layer, scheme)
+    elif not int4_linear.serve(host, name, layer, scheme):
+        raise Unserved(f"weights of {type(scheme).__name__} are not served")
 
 
 def _weight(layer: Any) -> torch.Tensor:
@@ -90,27 +102,6 @@ def _gate(host: Host, name: str, layer: Any, method: type) -> None:
     layer.bidispatch_out_dtype = out_dtype
 
 
-def _fp8(host: Host, name: str, layer: Any, method: Any) -> None:
-    if not method.block_quant:
-        raise Unserved("fp8 with one scale a tensor or a channel is not served yet (gemm.fp8)")
-    if tuple(method.weight_block_size) != _BLOCK:
-        raise Unserved(f"its blocks are {tuple(method.weight_block_size)}, not {_BLOCK}")
-    if not isinstance(method.fp8_linear, host.classes["fp8_plain_kernel"]):
-        raise Unserved(f"{type(method.fp8_linear).__name__} was chosen, which may hold the weight in another order")
-    weight, scales = _weight(layer), layer.weight_scale_inv
-    n, k = weight.shape
-    if name_of(weight.dtype, "its weight") != FP8 or scales.dtype is not torch.float32:
-        raise Unserved(f"weight and scales are {weight.dtype} and {scales.dtype}, not {FP8} and float32")
-    if tuple(scales.shape) != (-(-n // GROUP), -(-k // GROUP)):
-        raise Unserved(f"its scales are {list(scales.shape)} for a weight of {[n, k]}")
-    dtype = name_of(method.out_dtype, "its result")
-    texts = (
-        host.take(name, "linear", "quantize.fp8_group", dtype, k=k),
-        host.take(name, "linear", "gemm.fp8_block", FP8, n=n, k=k, out_dtype=dtype),
-    )
-    setattr(layer, SERVED, texts)
-
-
 def apply(original: Callable[..., Any]) -> Callable[..., Any]:
     """In the place of `UnquantizedLinearMethod.apply`, and of the embedding's, which is the output head's."""
 
@@ -142,26 +133,3 @@ def gate_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return (out, kept) if self.return_bias else out
 
     return served
-
-
-def fp8_apply(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In the place of `Fp8LinearMethod.apply`."""
-
-    def served(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-        texts = getattr(layer, SERVED, None)
-        if texts is None:
-            return unserved(layer, original, self, layer, x, bias)
-        return ops.fp8_block_linear(*texts, x, layer.weight, layer.weight_scale_inv, bias)
-
-    return served
-
-
-def fp8_kernel(original: Callable[..., Any], plain: type) -> Callable[..., Any]:
-    """In the place of `init_fp8_linear_kernel`: of block-wise layers, the kernel that leaves the weight as it lies."""
-
-    def chosen(activation_quant_key: Any, weight_quant_key: Any, *arguments: Any, **named: Any) -> Any:
-        if activation_quant_key.scale.group_shape.is_per_group() and named.get("force_kernel") is None:
-            named["force_kernel"] = plain
-        return original(activation_quant_key, weight_quant_key, *arguments, **named)
-
-    return chosen

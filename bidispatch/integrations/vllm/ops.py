@@ -23,7 +23,9 @@ __all__ = [
     "experts",
     "forget",
     "fp8_block_linear",
+    "fp8_linear",
     "fused_add_rms_norm",
+    "int4_linear",
     "linear",
     "register",
     "rms_norm",
@@ -125,6 +127,47 @@ def _fp8_like(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fp8_whole(
+    quantize: str,
+    product: str,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    weight_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    rows = _rows(x)
+    quantized = _kernel(quantize, rows.shape[0])
+    values, x_scales = quantized(rows) if x_scale is None else (quantized(rows, x_scale), None)
+    scales = (weight_scale, weight_scales)
+    out = _kernel(product, rows.shape[0])(values, x_scale, x_scales, weight, *scales, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _fp8_whole_like(
+    quantize: str, product: str, x: torch.Tensor, x_scale: Any, weight: torch.Tensor, *others: Any
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _int4(
+    kernel: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    rows = _rows(x)
+    out = _kernel(kernel, rows.shape[0])(rows, weight, scales, zeros, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _int4_like(kernel: str, x: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _norm(kernel: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = _rows(x)
     return _kernel(kernel, rows.shape[0])(rows, weight, eps=eps).view(x.shape)  # type: ignore[no-any-return]
@@ -216,6 +259,25 @@ fp8_block_linear = _define(
 )
 """(quantize, product, x [..., k], weight [n, k] in fp8, scales [n/128, k/128], bias [n] or None): [..., n]; the bias is
 added after the result is rounded, as vLLM does."""
+
+fp8_linear = _define(
+    "fp8_linear",
+    "(str quantize, str product, Tensor x, Tensor? x_scale, Tensor weight, Tensor? weight_scale, "
+    "Tensor? weight_scales, Tensor? bias) -> Tensor",
+    _fp8_whole,
+    _fp8_whole_like,
+)
+"""(quantize, product, x [..., k], a given scale [1] or None for one a token, weight [n, k] in fp8, its scale [1] or
+scales [n], bias [n] or None): [..., n] in the dtype of x."""
+
+int4_linear = _define(
+    "int4_linear",
+    "(str kernel, Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor",
+    _int4,
+    _int4_like,
+)
+"""(kernel, x [..., k], weight [n, k/8] as `bidispatch.int4` packs it, scales and zero points [groups, n], bias [n] or
+None): [..., n]."""
 
 rms_norm = _define("rms_norm", "(str kernel, Tensor x, Tensor weight, float eps) -> Tensor", _norm, _norm_like)
 """(kernel, x [..., n], weight [n], eps): [..., n]."""

@@ -117,12 +117,20 @@ def patch_layers(mode: Mode) -> None:
         return
     from vllm.platforms import current_platform
 
-    from bidispatch.integrations.vllm import backends, linear, mla_products, moe, norms
+    from bidispatch.integrations.vllm import (
+        backends,
+        fp8_linear,
+        int4_kernel,
+        int4_linear,
+        linear,
+        mla_products,
+        moe,
+        norms,
+    )
 
     seams = {seam.name: seam for seam in compat.SEAMS}
     places = {name: compat.resolve(seam) for name, seam in seams.items() if name != "init_device"}
-    fp8 = importlib.import_module(seams["fp8_linear"].module)
-    plain = getattr(*places["fp8_plain_kernel"])
+    kernels = {name: getattr(*places[name]) for name in ("fp8_plain_kernel", "fp8_whole_kernel")}
     wrappers: dict[str, Callable[[Any], Any]] = {
         "linear": linear.apply,
         "head": linear.apply,
@@ -131,7 +139,11 @@ def patch_layers(mode: Mode) -> None:
         "rms_norm_native": norms.forward,
         "gemma_norm": norms.forward,
         "gemma_norm_native": norms.forward,
-        "fp8_linear": linear.fp8_apply,
+        "fp8_linear": fp8_linear.apply,
+        "compressed_fp8": fp8_linear.apply,
+        "awq": int4_linear.apply,
+        "gptq": int4_linear.apply,
+        "compressed_int4": int4_linear.apply,
         "router": moe.routing,
         "grouped_router": moe.routing,
         "bias_router": moe.routing,
@@ -140,8 +152,8 @@ def patch_layers(mode: Mode) -> None:
         "fp8_experts_backends": moe.fp8_backends,
         "mla": mla_products.forward_impl,
     }
-    classes = {name: holder for name, (holder, _) in places.items() if name in wrappers}
-    classes["fp8_plain_kernel"] = plain
+    looked_at = {"compressed": places["compressed"][0], **kernels}
+    classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
         originals["load_model"](self, load_dummy_weights=load_dummy_weights)
@@ -151,7 +163,14 @@ def patch_layers(mode: Mode) -> None:
     try:
         for name, wrapper in wrappers.items():
             _in_worker.replace(*places[name], wrapper(originals[name]))
-        _in_worker.replace(fp8, "init_fp8_linear_kernel", linear.fp8_kernel(fp8.init_fp8_linear_kernel, plain))
+        for name in ("fp8_linear", "compressed_fp8"):
+            module = importlib.import_module(seams[name].module)
+            chosen = fp8_linear.kernel(module.init_fp8_linear_kernel, *kernels.values())
+            _in_worker.replace(module, "init_fp8_linear_kernel", chosen)
+        for name in ("gptq", "compressed_int4"):
+            module = importlib.import_module(seams[name].module)
+            chosen = int4_kernel.kernel(module.choose_mp_linear_kernel)
+            _in_worker.replace(module, "choose_mp_linear_kernel", chosen)
         _in_worker.replace(*places["load_model"], load_model)
         _in_worker.on_undo(backends.install(type(current_platform), uncovered=_attention_refused))
     except BaseException:
