@@ -67,6 +67,7 @@ def check_served(engine: check_engine.ServedEngine, spec: Mapping[str, Any]) -> 
         prompts=spec["prompts"],
         longest=spec["longest"],
         new_tokens=spec["new_tokens"],
+        page=int(engine.config.cache_config.block_size or 16),
         seed=spec["seed"],
     )
     began = time.monotonic()

@@ -59,8 +59,13 @@ class Workload:
         return len(self.prompts)
 
 
-def draw(vocabulary: int, *, prompts: int, longest: int, new_tokens: int, seed: int = 0) -> Workload:
-    """Prompts of 5 to `longest` tokens, equally spaced by ratio, and a quarter more that share a beginning.
+def draw(
+    vocabulary: int, *, prompts: int, longest: int, new_tokens: int, page: int = 16, seed: int = 0
+) -> Workload:
+    """Prompts of 5 to `longest` tokens, equally spaced by ratio; a quarter share the beginning of another.
+
+    page: positions of a page of the KV cache. Half of the prompts end a few tokens before a page does, so that
+    decoding soon needs another.
 
     Raises `UsageError` for sizes that prove nothing.
     """
@@ -72,6 +77,10 @@ def draw(vocabulary: int, *, prompts: int, longest: int, new_tokens: int, seed: 
     random_ = random.Random(seed)  # noqa: S311 - prompts, not secrets
     own = max(2, prompts - prompts // 4)
     lengths = [round(SHORTEST * (longest / SHORTEST) ** (index / (own - 1))) for index in range(own)]
+    for index in range(1, own, 2):
+        short = 1 + index // 2 % max(1, min(6, new_tokens // 2))
+        end = max(1, round(lengths[index] / page)) * page - short
+        lengths[index] = end if SHORTEST <= end <= longest else lengths[index]
     drawn = [tuple(random_.randrange(vocabulary) for _ in range(length)) for length in lengths]
     shared = []
     # The longest share most, and only they are sure to share whole pages.
