@@ -97,9 +97,13 @@ def run_arm(
         code = process.wait()
     if given.exists():
         result: dict[str, Any] = json.loads(given.read_text(encoding="utf-8"))
-        return {**result, "log": str(log)}
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+        return {**result, "log": str(log), **({"tail": _tail(log)} if result.get("error") else {})}
+    tail = _tail(log)
     return {"error": f"the process ended with code {code} and no result", "log": str(log), "tail": tail}
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
 
 
 def child_command() -> list[str]:

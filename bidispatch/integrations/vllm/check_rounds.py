@@ -59,9 +59,7 @@ class Workload:
         return len(self.prompts)
 
 
-def draw(
-    vocabulary: int, *, prompts: int, longest: int, new_tokens: int, page: int = 16, seed: int = 0
-) -> Workload:
+def draw(vocabulary: int, *, prompts: int, longest: int, new_tokens: int, page: int = 16, seed: int = 0) -> Workload:
     """Prompts of 5 to `longest` tokens, equally spaced by ratio; a quarter share the beginning of another.
 
     page: positions of a page of the KV cache. Half of the prompts end a few tokens before a page does, so that
