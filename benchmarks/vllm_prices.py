@@ -183,7 +183,7 @@ class Prices:
         """GPU milliseconds a step; None where the kernels run in other processes, or the profiler saw none."""
         import torch
 
-        if self.engine.config.parallel_config.world_size > 1:
+        if self.engine.config.parallel_config.world_size > 1 or not torch.cuda.is_available():
             return None
         from torch.profiler import ProfilerActivity, profile
 
