@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from bidispatch.errors import UsageError, did_you_mean
 
-__all__ = ["Mode", "read_mode", "require_same_switch"]
+__all__ = ["MODE_VARIABLE", "SWITCH", "Mode", "read_mode", "require_same_switch"]
 
-_SWITCH = "VLLM_BATCH_INVARIANT"
-_OURS = "BIDISPATCH_VLLM"
+SWITCH = "VLLM_BATCH_INVARIANT"
+MODE_VARIABLE = "BIDISPATCH_VLLM"
 
 # Modules that keep the switch as it was when they were imported, in 0.25.1, 0.29.0 and 0.33.0.
 _FROZEN = {
@@ -37,22 +37,22 @@ def read_mode(environment: Mapping[str, str]) -> Mode:
     On where vLLM's own switch is, unless `BIDISPATCH_VLLM` says otherwise. Raises `UsageError` for another word there,
     for `on` and `strict` without vLLM's switch, and for a value of that which vLLM cannot read.
     """
-    switch = environment.get(_SWITCH, "0")
+    switch = environment.get(SWITCH, "0")
     try:
         invariant = bool(int(switch))
     except ValueError:
-        raise UsageError(f"{_SWITCH}={switch!r} is not a number; vLLM takes 0 or 1") from None
-    word = environment.get(_OURS, "").lower()
+        raise UsageError(f"{SWITCH}={switch!r} is not a number; vLLM takes 0 or 1") from None
+    word = environment.get(MODE_VARIABLE, "").lower()
     words = [mode.value for mode in Mode]
     if not word:
         return Mode.ON if invariant else Mode.OFF
     if word not in words:
-        raise UsageError(f"{_OURS}={word!r} is none of {', '.join(words)}{did_you_mean(word, words)}")
+        raise UsageError(f"{MODE_VARIABLE}={word!r} is none of {', '.join(words)}{did_you_mean(word, words)}")
     mode = Mode(word)
     if mode is not Mode.OFF and not invariant:
         raise UsageError(
-            f"{_OURS}={word} needs {_SWITCH}=1, which is not set: without it vLLM pins neither its collectives nor "
-            f"what no plan covers; set {_SWITCH}=1 before vLLM starts, or leave {_OURS} out"
+            f"{MODE_VARIABLE}={word} needs {SWITCH}=1, which is not set: without it vLLM pins neither its collectives "
+            f"nor what no plan covers; set {SWITCH}=1 before vLLM starts, or leave {MODE_VARIABLE} out"
         )
     return mode
 
@@ -62,6 +62,6 @@ def require_same_switch(modules: Mapping[str, object] = sys.modules) -> None:
     early = [name for name, flag in _FROZEN.items() if getattr(modules.get(name), flag, True) is False]
     if early:
         raise UsageError(
-            f"{_SWITCH} was set after {', '.join(early)} had been imported, and that keeps the value it saw; "
+            f"{SWITCH} was set after {', '.join(early)} had been imported, and that keeps the value it saw; "
             "set it in the environment before Python starts"
         )

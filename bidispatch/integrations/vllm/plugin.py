@@ -47,6 +47,7 @@ def register() -> None:
     `DeviceError` for a platform that is not served.
     """
     mode = read_mode(os.environ)
+    _register_loader()
     if mode is Mode.OFF or active():
         return
     require_same_switch()
@@ -70,6 +71,20 @@ def register() -> None:
         return result
 
     _at_start.replace(holder, name, init_device)
+
+
+def _register_loader() -> None:
+    """A load format changes nothing until it is asked for, so that a vLLM without this seam is left alone."""
+    if importlib.util.find_spec("vllm") is None:
+        return
+    from bidispatch.integrations.vllm import loader
+
+    try:
+        loader.register_loader()
+    except (ImportError, AttributeError) as error:
+        _log.warning(
+            "--load-format %s is not there: vLLM's loaders are not as they were read: %s", loader.LOAD_FORMAT, error
+        )
 
 
 def undo() -> None:

@@ -1,0 +1,111 @@
+"""One arm of a check, in a process of its own: `python -m bidispatch.integrations.vllm.check_child SPEC RESULT`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+from bidispatch.errors import BackendError
+from bidispatch.integrations.vllm import check_engine, plugin
+from bidispatch.integrations.vllm.check_compare import totals
+from bidispatch.integrations.vllm.check_rounds import draw, run
+
+__all__ = ["check_served", "engine_arguments", "load_plugin", "say"]
+
+
+def say(text: str) -> None:
+    """Tell the process that asked."""
+
+
+def load_plugin(tensor_parallel: int) -> None:
+    """See to it that the plugin is there: as an installed entry point, else called here, for one rank.
+
+    Raises `BackendError` where ranks of their own processes would go without it.
+    """
+    if not entry_points(group="vllm.general_plugins", name="bidispatch"):
+        if tensor_parallel > 1:
+            raise BackendError(
+                "bidispatch is not installed as a package here, so that vLLM's workers would not load its plugin; "
+                "pip install it, or check with --tp 1"
+            )
+        say("bidispatch is not installed as a package here: a server would not load its plugin; called it directly")
+    plugin.register()
+
+
+def engine_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs for a check; those that were given come last."""
+    made = {
+        "model": spec["model"],
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "load_format": spec["load_format"],
+        "tensor_parallel_size": spec["tp"],
+        "max_model_len": spec["max_model_len"],
+        "max_num_batched_tokens": spec["max_num_batched_tokens"],
+        "max_num_seqs": spec["max_num_seqs"],
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "logprobs_mode": spec["values"],
+        "max_logprobs": check_engine.TOP,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    return {**made, **spec["engine"]}
+
+
+def check_served(engine: check_engine.ServedEngine, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Check an engine that is up: rounds, totals, counters, and what did not happen."""
+    model = engine.config.model_config
+    work = draw(
+        model.get_vocab_size(),
+        prompts=spec["prompts"],
+        longest=spec["longest"],
+        new_tokens=spec["new_tokens"],
+        page=int(engine.config.cache_config.block_size or 16),
+        seed=spec["seed"],
+    )
+    began = time.monotonic()
+    rounds = run(engine, work, most=spec["max_num_seqs"], say=say)
+    engine.count_graphs()
+    total = totals(rounds)
+    return {
+        **total.as_json(),
+        "rounds": [each.as_json() for each in rounds],
+        "counters": engine.steps.counters.as_json(),
+        "happened": engine.steps.counters.happened(),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def main(words: list[str]) -> int:
+    spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
+    to = Path(words[1])
+    result: dict[str, Any]
+    try:
+        load_plugin(spec["tp"])
+        engine, seconds = check_engine.start(engine_arguments(spec))
+        say(f"engine is up after {seconds:.0f} s")
+        config = engine.config
+        result = {
+            "vllm": version("vllm"),
+            "start_s": seconds,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            "runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
+            **check_served(engine, spec),
+        }
+    except Exception as error:  # noqa: BLE001 - becomes the result, whatever it is
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    to.write_text(json.dumps(result), encoding="utf-8")
+    return 0 if "error" not in result else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
