@@ -90,6 +90,6 @@ def apply(original: Callable[..., Any]) -> Callable[..., Any]:
         if bias is not None and not texts[1]:
             raise SelectionError(f"{type(layer).__name__} is given a bias, but had none when it was loaded")
         weight, scales, zeros = (getattr(layer, attribute) for attribute in _PACKED)
-        return ops.int4_linear(texts[bias is not None], x, weight, scales, zeros, bias)
+        return ops.int4_linear(texts[0] if bias is None else texts[1], x, weight, scales, zeros, bias)
 
     return served

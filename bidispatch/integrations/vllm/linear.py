@@ -117,7 +117,7 @@ def apply(original: Callable[..., Any]) -> Callable[..., Any]:
 def _product(layer: Any, texts: tuple[str, str], x: Any, bias: Any, out_dtype: torch.dtype) -> Any:
     if bias is not None and not texts[1]:
         raise SelectionError(f"{type(layer).__name__} is given a bias, but had none when it was loaded")
-    return ops.linear(texts[bias is not None], x, layer.weight, bias, out_dtype)
+    return ops.linear(texts[0] if bias is None else texts[1], x, layer.weight, bias, out_dtype)
 
 
 def gate_forward(original: Callable[..., Any]) -> Callable[..., Any]:
