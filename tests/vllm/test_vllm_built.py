@@ -148,6 +148,29 @@ def test_linear_layers(h100, kind: str, bias: bool) -> None:
     stands_alone(lambda x: layer(x)[0], torch.randn(23, K).to(BF16))
 
 
+@pytest.mark.parametrize("kind", ["fp8 blocks", "fp8 dynamic", "fp8 static", "compressed fp8 channel", "gptq", "awq"])
+def test_compiled_graphs_hold_opaque_ops(h100, kind: str) -> None:
+    layer = ReplicatedLinear(
+        K, N, bias=True, params_dtype=BF16, quant_config=LINEAR[kind][0](), prefix="proj", disable_tp=True
+    )
+    adopted(layer)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: layer(x)[0], backend=backend, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 50):
+        x = torch.randn(rows, K).to(BF16)
+        assert torch.equal(compiled(x), layer(x)[0])
+    calls = [
+        str(node.target) for graph in graphs for node in graph.graph.nodes if "bidispatch.vllm_" in str(node.target)
+    ]
+    assert len(graphs) == len(calls) == 1
+    torch._dynamo.reset()
+
+
 EXPERTS = {
     "bf16": (None, {}),
     "bf16 biased": (None, {"has_bias": True, "activation": MoEActivation.SWIGLUOAI}),
