@@ -167,6 +167,21 @@ def test_quantisation_has_the_bits_of_its_definition(plan, dtype, scale_format):
             assert same_bits(one.cpu(), other), distribution
 
 
+@pytest.mark.parametrize("op", ["quantize.fp8_token", "quantize.fp8_tensor"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_whole_scales_have_the_bits_of_their_definition(plan, dtype, op):
+    for k in (40, 1003, 7168):
+        problem = ops.get(op).problem(dtype, {"k": k})
+        kernel = plan.select_problem(problem).bind(max_tokens=300)
+        for distribution in ("normal", "positive", "scaled"):
+            x, *others = inputs(problem, 300, distribution)
+            x[5] = 0
+            made = kernel(x, *others)
+            wanted = load_attribute(ops.get(op).stock)(problem, x.cpu(), *(other.cpu() for other in others))
+            for one, other in zip(made if isinstance(made, tuple) else (made,), wanted, strict=True):
+                assert same_bits(one.cpu(), other), (k, distribution)
+
+
 def test_quantisation_has_the_bits_of_vllms_kernel(plan):
     """Where vLLM is installed."""
     pytest.importorskip("vllm")

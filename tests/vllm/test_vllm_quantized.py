@@ -204,7 +204,9 @@ def mixed_config(**changes):
         "zero_points": False,
         "has_g_idx": False,
     }
-    return MPLinearLayerConfig(**config | changes)
+    if "has_g_idx" not in MPLinearLayerConfig.__dataclass_fields__ and not changes.get("has_g_idx"):
+        del config["has_g_idx"]  # gone in 0.33
+    return SimpleNamespace(**config | changes) if "has_g_idx" in changes else MPLinearLayerConfig(**config | changes)
 
 
 def test_4_bit_weights_are_kept_where_the_plan_serves_them(patched, monkeypatch) -> None:
@@ -214,7 +216,7 @@ def test_4_bit_weights_are_kept_where_the_plan_serves_them(patched, monkeypatch)
     assert (
         chosen(mixed_config(group_size=-1, zero_points=True, weight_type=scalar_types.uint4)) is int4_kernel.KeptWeights
     )
-    made = int4_kernel.KeptWeights(mixed_config(), "qweight", "scales", "qzeros", "g_idx")
+    made = int4_kernel.KeptWeights(mixed_config(), "qweight", "scales", "qzeros")
     assert made.process_weights_after_loading(torch.nn.Module()) is None
     for changes in (
         {"weight_type": scalar_types.uint8b128},

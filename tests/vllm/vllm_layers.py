@@ -241,6 +241,7 @@ def int4_layer(kind, n=32, k=256, group=128, zero_points=True, kept=True):
         layer.quant_method = object.__new__(CompressedTensorsLinearMethod)
         layer.scheme = object.__new__(CompressedTensorsWNA16)
         layer.scheme.num_bits, layer.scheme.symmetric, layer.scheme.kernel = 4, not zero_points, None
+        layer.scheme.use_batch_invariant = False  # 0.33 takes no kernel where it is on
     for name, tensor in tensors.items():
         setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
     if kept and kind != "awq":
