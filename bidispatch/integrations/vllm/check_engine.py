@@ -66,6 +66,9 @@ def start(arguments: Mapping[str, Any]) -> tuple[ServedEngine, float]:
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise UsageError(f"this vLLM's EngineArgs has no {', '.join(unknown)}; see --engine-arg")
+    # Before anything is captured: vLLM's breakable graphs keep `replay` as it was then (v0.25.1,
+    # compilation/breakable_cudagraph.py), so that theirs are not seen in workers of their own processes.
+    count_replays()
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     served = ServedEngine(engine)
     return served, time.perf_counter() - began
