@@ -208,7 +208,7 @@ def main(to: Path) -> None:
         "new_tokens": 8,
         "seed": 0,
     }
-    engine, _ = check_engine.start(check_child.engine_arguments(spec))
+    engine = check_engine.start(check_child.engine_arguments(spec))
     results = {"clean": check_child.check_served(engine, spec)}
     engine.steps = Steps()
     planted = True
