@@ -21,6 +21,8 @@ __all__ = ["check_served", "engine_arguments", "load_plugin", "say"]
 
 def say(text: str) -> None:
     """Tell the process that asked."""
+    sys.stdout.write(f"check: {text}\n")
+    sys.stdout.flush()
 
 
 def load_plugin(tensor_parallel: int) -> None:
