@@ -268,6 +268,7 @@ def _keep(to: str, result: dict[str, Any]) -> None:
 def main(words: Sequence[str]) -> int:
     spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
+    compiled: Compilations | None = None
     began = time.perf_counter()
     try:
         check_child.load_plugin(spec["tp"])
@@ -296,15 +297,14 @@ def main(words: Sequence[str]) -> int:
         if spec["check"]:
             engine.steps = Steps()
             result["check"] = check_child.check_served(engine, spec)
-            _keep(words[1], result)
-        if compiled is not None:
-            result["compiled_after_ready"] = len(compiled.names)
-            result["compiled_names"] = sorted(set(compiled.names))
-        result["workspace_bytes"] = workspace_bytes()
     except Exception as error:  # noqa: BLE001 - becomes the result, whatever it is
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"
     finally:
+        if compiled is not None:
+            result["compiled_after_ready"] = len(compiled.names)
+            result["compiled_names"] = sorted(set(compiled.names))
+        result["workspace_bytes"] = workspace_bytes()
         Path(words[1]).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
