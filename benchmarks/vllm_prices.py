@@ -260,14 +260,22 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _keep(to: str, result: dict[str, Any]) -> None:
+    """Write what is there already, should the process be ended before it is done."""
+    Path(to).write_text(json.dumps({**result, "error": "it was ended before it was done"}), encoding="utf-8")
+
+
 def main(words: Sequence[str]) -> int:
     spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
+    compiled: Compilations | None = None
+    began = time.perf_counter()
     try:
         check_child.load_plugin(spec["tp"])
-        engine, seconds = check_engine.start(check_child.engine_arguments(spec))
+        engine = check_engine.start(check_child.engine_arguments(spec))
+        seconds = time.perf_counter() - began
         check_child.say(f"engine is up after {seconds:.1f} s")
-        compiled = Compilations()
+        compiled = None if spec["tp"] > 1 else Compilations()
         config = engine.config
         result = {
             "vllm": version("vllm"),
@@ -281,19 +289,22 @@ def main(words: Sequence[str]) -> int:
         }
         if spec["only_start"]:
             return 0
+
         prices = Prices(engine, repeats=spec["repeats"], steps=spec["steps"])
         for batch, tokens in spec["cases"]:
             result["prices"] += [asdict(price) for price in prices.attempt(batch, tokens, result["faults"])]
+            _keep(words[1], result)
         if spec["check"]:
             engine.steps = Steps()
             result["check"] = check_child.check_served(engine, spec)
-        result["compiled_after_ready"] = len(compiled.names)
-        result["compiled_names"] = sorted(set(compiled.names))
-        result["workspace_bytes"] = workspace_bytes()
     except Exception as error:  # noqa: BLE001 - becomes the result, whatever it is
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"
     finally:
+        if compiled is not None:
+            result["compiled_after_ready"] = len(compiled.names)
+            result["compiled_names"] = sorted(set(compiled.names))
+        result["workspace_bytes"] = workspace_bytes()
         Path(words[1]).write_text(json.dumps(result), encoding="utf-8")
     return 0
 

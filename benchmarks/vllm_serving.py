@@ -103,9 +103,9 @@ class Engine:
 # --- what can be computed without a GPU -----------------------------------------------------------------------------
 
 
-def model_names(words: Sequence[str], folder: Path = MODELS) -> list[str]:
+def model_names(words: Sequence[str]) -> list[str]:
     """The models named, all without words. Raises `ValueError` for one that is not there."""
-    known = sorted(path.stem for path in folder.glob("*.json"))
+    known = sorted(path.stem for path in MODELS.glob("*.json"))
     if unknown := [word for word in words if word not in known]:
         raise ValueError(f"no model {', '.join(unknown)}; there are {', '.join(known)}")
     return list(words) or known
@@ -306,6 +306,7 @@ def _spec(model: Path, arm: str, arguments: argparse.Namespace) -> dict[str, Any
         tensor_parallel=arguments.tp,
         arms=(arm,),
         prompts=arguments.prompts,
+        longest=arguments.longest,
         max_num_seqs=max(64, *(batch for batch, _ in cases)),
         max_model_len=max(4096, max(tokens for _, tokens in cases) + 256),
         engine=tuple(arguments.engine_arg),
@@ -386,6 +387,7 @@ def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argpars
     parser.add_argument("--repeats", type=int, default=3, help="prefills timed")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed")
     parser.add_argument("--prompts", type=int, default=64, help="requests of the check")
+    parser.add_argument("--longest", type=int, default=3000, help="tokens of the check's longest prompt")
     parser.add_argument("--no-check", action="store_true", help="prices only")
     parser.add_argument("--no-prices", action="store_true", help="the check only")
     parser.add_argument("--startup", action="store_true", help="start each arm once more, in empty caches")

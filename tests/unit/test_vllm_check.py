@@ -263,9 +263,17 @@ def test_a_process_that_dies_is_an_error_with_its_last_lines() -> None:
     result = check_arms.run_arm("ours", [sys.executable, "-c", program], {}, say=said.append)
     assert "code 7" in result["error"]
     assert result["tail"] == ["check: half way", "it broke"]
-    assert said == ["half way"]
+    assert result["log"] in said[0]
+    assert said[1:] == ["half way"]
 
 
 def test_command_line_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vllm", "check", "--model", str(model), "--arm", "our", "--no-stock"]) == 2
     assert "did you mean 'ours'" in capsys.readouterr().err
+
+
+def test_what_a_process_says_is_what_the_other_reads(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "from bidispatch.integrations.vllm.check_child import say; say('half way')"
+    said: list[str] = []
+    check_arms.run_arm("ours", [sys.executable, "-c", program], {}, say=said.append)
+    assert said[1:] == ["half way"]

@@ -77,6 +77,7 @@ def run_arm(
     """
     folder = Path(tempfile.mkdtemp(prefix=f"bidispatch-check-{arm}-"))
     wanted, given, log = folder / "spec.json", folder / "result.json", folder / "log.txt"
+    say(f"all that it prints is in {log}")
     wanted.write_text(json.dumps({**spec, "arm": arm}), encoding="utf-8")
     with (
         log.open("w", encoding="utf-8") as to,

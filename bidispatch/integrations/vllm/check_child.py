@@ -21,6 +21,8 @@ __all__ = ["check_served", "engine_arguments", "load_plugin", "say"]
 
 def say(text: str) -> None:
     """Tell the process that asked."""
+    sys.stdout.write(f"check: {text}\n")
+    sys.stdout.flush()
 
 
 def load_plugin(tensor_parallel: int) -> None:
@@ -87,9 +89,11 @@ def main(words: list[str]) -> int:
     spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     to = Path(words[1])
     result: dict[str, Any]
+    began = time.perf_counter()
     try:
         load_plugin(spec["tp"])
-        engine, seconds = check_engine.start(engine_arguments(spec))
+        engine = check_engine.start(engine_arguments(spec))
+        seconds = time.perf_counter() - began
         say(f"engine is up after {seconds:.0f} s")
         config = engine.config
         result = {
