@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from bidispatch.errors import SelectionError, UsageError
@@ -28,6 +28,7 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
+    sinks = {id(getattr(m.impl, "sinks", None)) for m in model.modules() if _is_attention(m)}
     for name, module in model.named_modules():
         if _is_attention(module):
             host.rows.append(_attention(name, module))
@@ -41,13 +42,14 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
         if hasattr(module, "w13_weight") or type(module).__name__ == "RoutedExperts":
             _try(host, name, "experts", "moe.experts", lambda n=name, m=module: moe.serve_experts(host, n, m))
             continue
-        _layer(host, name, module, tuple(aliases[id(module)]))
+        _layer(host, name, module, tuple(aliases[id(module)]), sinks)
 
 
-def _layer(host: Host, name: str, module: Any, aliases: tuple[str, ...]) -> None:
+def _layer(host: Host, name: str, module: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
+    """sinks: the tensors that attention layers take, which the module around them may hold."""
     known = _try(host, name, "linear", "gemm", lambda: linear.serve(host, name, module, aliases))
     known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module))
-    if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module):
+    if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module, sinks):
         return
     method = getattr(module, "quant_method", None)
     what = f"weights of {type(method).__name__}" if method is not None else f"{type(module).__name__} with weights"
@@ -65,8 +67,8 @@ def _try(host: Host, name: str, kind: str, op: str, serve: Any) -> bool:
         return True
 
 
-def _holds_weights(module: Any) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
+def _holds_weights(module: Any, but: Collection[int]) -> bool:
+    return any(parameter is not None and id(parameter) not in but for parameter in module._parameters.values())
 
 
 def _is_attention(module: Any) -> bool:

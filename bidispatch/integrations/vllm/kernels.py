@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm.limits import StepLimits
+from bidispatch.integrations.vllm.warm import warm
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import REJECTED, Decision
 from bidispatch.planning.overrides import override
@@ -15,7 +16,7 @@ from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import Limits
 
-__all__ = ["LEVEL", "StepKernels", "select", "serving_plan"]
+__all__ = ["LEVEL", "StepKernels", "select", "serving_plan", "warm_all"]
 
 LEVEL = "sequence"
 """Neighbours decide where a prompt is cut and who is preempted, so `batch` would promise nothing in vLLM."""
@@ -95,3 +96,9 @@ def _bind(selection: Selection, limits: Limits) -> BoundKernel:
             max_query_len=limits.max_query_len,
         )
     return kernel
+
+
+def warm_all() -> None:
+    """Run every kernel that is bound once."""
+    for kernel in list(_bound.values()):
+        warm(kernel)

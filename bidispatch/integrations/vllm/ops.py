@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bidispatch.errors import ArgumentError, UsageError
+from bidispatch.integrations.vllm.warm import warm
 from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.torch_ops import NAMESPACE
@@ -30,6 +31,7 @@ __all__ = [
     "register",
     "rms_norm",
     "router",
+    "warm_all",
 ]
 
 
@@ -73,6 +75,13 @@ def register(layer: str, selection: Selection, max_tokens: int) -> str:
 def bound_names() -> tuple[str, ...]:
     """The texts that are known, sorted."""
     return tuple(sorted(_entries))
+
+
+def warm_all() -> None:
+    """Run every kernel that is bound once, at each of its rungs."""
+    for entry in _entries.values():
+        for kernel in entry.kernels:
+            warm(kernel)
 
 
 def forget() -> None:

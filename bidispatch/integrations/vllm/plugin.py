@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -199,13 +200,12 @@ def _attention_refused(reason: str) -> None:
 
 
 def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
-    from bidispatch.integrations.vllm import adopt, host, table
-    from bidispatch.integrations.vllm.kernels import serving_plan
+    from bidispatch.integrations.vllm import adopt, host, kernels, ops, table
     from bidispatch.integrations.vllm.limits import StepLimits
 
     config = worker.vllm_config
     device = "cpu" if worker.device.type == "cpu" else f"cuda:{worker.device.index or 0}"
-    made: Host = host.Host(serving_plan(device), StepLimits.of(config).max_tokens, classes)
+    made: Host = host.Host(kernels.serving_plan(device), StepLimits.of(config).max_tokens, classes)
     adopt.adopt(made, worker.get_model(), config)
     made.rows += adopt.around(config)
     adopt.mark_compiled_graphs(config)
@@ -223,3 +223,7 @@ def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
     if refused and worker.rank == 0:
         _log.warning("%d kinds of layers are NOT PROMISED to be batch-invariant; the table says why", len(refused))
     host.refuse_unserved(mode is Mode.STRICT)
+    began = time.perf_counter()
+    ops.warm_all()
+    kernels.warm_all()
+    _log.info("every kernel has run once: %.1f s", time.perf_counter() - began)

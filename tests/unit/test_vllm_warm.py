@@ -1,0 +1,67 @@
+"""What runs each kernel once while a server starts: at which rows, and with what."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bidispatch as bid
+from bidispatch import ops
+from bidispatch.integrations.vllm.warm import rows_to_run, warm
+
+CASES = (
+    ("gemm", "bfloat16", {"n": 32, "k": 64}, {}),
+    ("bmm", "bfloat16", {"n": 32, "k": 16}, {}),
+    ("rms_norm", "bfloat16", {"n": 64}, {}),
+    ("moe.router", "float32", {"experts": 16, "top_k": 2}, {}),
+    ("moe.experts", "bfloat16", {"experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}, {}),
+    ("attention", "bfloat16", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}, {"max_query_len": 1}),
+    ("attention", "bfloat16", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}, {"max_query_len": 70}),
+    ("attention.mla", "bfloat16", {"num_heads": 4}, {"max_query_len": 70}),
+)
+
+
+class Recorded:
+    """A bound kernel that seems to be a GPU's, and tells of its calls."""
+
+    def __init__(self, bound, rungs=(), edges=()):
+        self.bound, self.calls = bound, []
+        arch = SimpleNamespace(vendor="nvidia")
+        self.device = SimpleNamespace(arch=arch, torch_device=bound.device.torch_device)
+        self.problem, self.limits = bound.problem, bound.limits
+        self.rungs, self.edges = rungs or bound.rungs, edges or bound.edges
+
+    def __call__(self, *arguments):
+        self.calls.append(arguments)
+        return self.bound(*arguments)
+
+
+def bound_of(op, dtype, dims, limits):
+    named = {"max_tokens": 70, **limits}
+    if limits:
+        named |= {"max_seqs": 2, "max_seq_len": 512}
+    return bid.plan("cpu").select_problem(ops.get(op).problem(dtype, dims)).bind(**named)
+
+
+@pytest.mark.parametrize(("op", "dtype", "dims", "limits"), CASES, ids=lambda value: str(value)[:30])
+def test_a_kernel_of_each_op_runs_within_its_limits(op, dtype, dims, limits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    kernel = Recorded(bound_of(op, dtype, dims, limits))
+    warm(kernel)
+    assert kernel.calls
+
+
+def test_every_rung_runs_and_every_choice_inside_one():
+    rungs = tuple(SimpleNamespace(max_m=most) for most in (4, 16, None))
+    kernel = Recorded(bound_of("gemm", "bfloat16", {"n": 32, "k": 64}, {}), rungs, ((), (9,), (33, 500)))
+    assert rows_to_run(kernel) == (1, 4, 9, 16, 33, 70)
+
+
+def test_on_a_processor_nothing_runs():
+    bound = bound_of("gemm", "bfloat16", {"n": 32, "k": 64}, {})
+    kernel = Recorded(bound)
+    kernel.device = bound.device
+    warm(kernel)
+    assert kernel.calls == []
