@@ -20,6 +20,8 @@ from vllm.model_executor.layers.quantization import auto_gptq
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.online import fp8 as online
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.worker import workspace
 from vllm_layers import BF16, classes, config_of, rows_alone
@@ -29,6 +31,14 @@ from bidispatch.integrations.vllm import host, int4_kernel
 from bidispatch.integrations.vllm.kernels import serving_plan
 
 N, K = 192, 256
+
+
+def scaled_fp8_quant(x, scale=None, *_, use_per_token_if_dynamic=False, **__):
+    """What vLLM's does on a GPU: merged weights get one scale, and models are quantised while they are loaded."""
+    if scale is None:
+        rows = x.float().abs().amax(1, keepdim=True) / 448
+        scale = rows if use_per_token_if_dynamic else rows.max().view(1)
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 @pytest.fixture
@@ -41,12 +51,7 @@ def h100(patched, cuda_platform, monkeypatch):
     cuda_platform.get_device_capability = lambda *_: DeviceCapability(9, 0)
     for name in ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8"):
         monkeypatch.setattr(custom_ops, name, lambda *_: True)
-    # One scale for merged weights: vLLM quantises them again, on the GPU.
-    monkeypatch.setattr(
-        custom_ops,
-        "scaled_fp8_quant",
-        lambda x, scale, *_, **__: ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale),
-    )
+    monkeypatch.setattr(custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
     for name in ("verify_marlin_supported", "check_marlin_supported"):
         monkeypatch.setattr(auto_gptq, name, lambda *_, **__: True, raising=False)
     monkeypatch.setattr(int4_kernel, "plan_of", lambda _: serving_plan("cpu"))
@@ -144,6 +149,27 @@ LINEAR = {
 def test_linear_layers(h100, kind: str, bias: bool) -> None:
     make, ops = LINEAR[kind]
     layer = ReplicatedLinear(K, N, bias=bias, params_dtype=BF16, quant_config=make(), prefix="proj", disable_tp=True)
+    assert adopted(layer) == ops
+    stands_alone(lambda x: layer(x)[0], torch.randn(23, K).to(BF16))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ops"),
+    [
+        (online.Fp8PerTensorOnlineLinearMethod, ["quantize.fp8_token", "gemm.fp8"]),
+        (online.Fp8PtpcOnlineLinearMethod, ["quantize.fp8_token", "gemm.fp8"]),
+        (online.Fp8PerBlockOnlineLinearMethod, ["quantize.fp8_group", "gemm.fp8_block"]),
+    ],
+)
+def test_layers_that_are_quantised_while_they_are_loaded(h100, monkeypatch, kind: type, ops: list[str]) -> None:
+    monkeypatch.setattr(online, "initialize_online_processing", lambda _: None)
+    layer = ReplicatedLinear(K, N, bias=True, params_dtype=BF16, prefix="proj", disable_tp=True)
+    layer.quant_method = kind()
+    if kind is not online.Fp8PerBlockOnlineLinearMethod:
+        layer.quant_method.activation_quant_key = kFp8DynamicTokenSym  # 0.33 asks the platform when it is imported
+    delattr(layer, "weight")
+    layer.quant_method.create_weights(layer, K, [N], K, N, BF16, weight_loader=None)
+    layer.weight = torch.nn.Parameter(torch.empty(N, K))  # was on no device
     assert adopted(layer) == ops
     stands_alone(lambda x: layer(x)[0], torch.randn(23, K).to(BF16))
 

@@ -9,6 +9,12 @@ import torch
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+from vllm.model_executor.layers.quantization.online.fp8 import (
+    Fp8PerBlockOnlineLinearMethod,
+    Fp8PerTensorOnlineLinearMethod,
+    Fp8PtpcOnlineLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm_layers import (
     BF16,
@@ -89,6 +95,10 @@ def of_method(made, k=256):
     return model, lambda x: layer.quant_method.apply(layer, x), torch.randn(ROWS, k).to(BF16)
 
 
+def of_whole(kind):
+    return of_method(whole_fp8_layer(kind, True, False))
+
+
 def of_head():
     model = torch.nn.Module()
     model.lm_head = VocabParallelEmbedding(128, 16, params_dtype=BF16)
@@ -129,7 +139,10 @@ CASES = {
     "gemma_norm": (lambda: of_block("gemma", "forward_cuda"), drifting_norm),
     "gemma_norm_native": (lambda: of_block("gemma", "forward_native"), drifting_norm),
     "fp8_linear": (lambda: of_method(fp8_layer()), drifting_linear),
-    "compressed_fp8": (lambda: of_method(whole_fp8_layer(True, True, False)), drifting_linear),
+    "online_tensor": (lambda: of_whole(Fp8PerTensorOnlineLinearMethod), drifting_linear),
+    "online_channel": (lambda: of_whole(Fp8PtpcOnlineLinearMethod), drifting_linear),
+    "online_block": (lambda: of_method(fp8_layer(Fp8PerBlockOnlineLinearMethod)), drifting_linear),
+    "compressed_fp8": (lambda: of_whole(CompressedTensorsW8A8Fp8), drifting_linear),
     "awq": (lambda: of_method(int4_layer("awq")), drifting_linear),
     "gptq": (lambda: of_method(int4_layer("gptq")), drifting_linear),
     "compressed_int4": (lambda: of_method(int4_layer("compressed")), drifting_linear),

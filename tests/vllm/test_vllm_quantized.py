@@ -9,6 +9,13 @@ import torch
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+from vllm.model_executor.layers.quantization.online.fp8 import (
+    Fp8PerBlockOnlineLinearMethod,
+    Fp8PerTensorOnlineLinearMethod,
+    Fp8PtpcOnlineLinearMethod,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTensorSym,
 )
@@ -21,9 +28,10 @@ from bidispatch.integrations.vllm import fp8_linear, host, int4_kernel
 from bidispatch.integrations.vllm.kernels import serving_plan
 
 
-def test_fp8_blocks(patched) -> None:
+@pytest.mark.parametrize("kind", [Fp8LinearMethod, Fp8PerBlockOnlineLinearMethod])
+def test_fp8_blocks(patched, kind: type) -> None:
     torch.manual_seed(0)
-    model, layer = fp8_layer()
+    model, layer = fp8_layer(kind)
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
     assert [(row.op, row.reason) for row in made.rows] == [("quantize.fp8_group", ""), ("gemm.fp8_block", "")]
@@ -54,12 +62,15 @@ def test_fp8_that_is_not_served(patched, change, reason: str) -> None:
     assert len(made.rows) == 1
 
 
+WHOLE = [Fp8LinearMethod, CompressedTensorsW8A8Fp8, Fp8PerTensorOnlineLinearMethod, Fp8PtpcOnlineLinearMethod]
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("channel", [False, True])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_fp8_without_blocks(patched, compressed: bool, channel: bool, static: bool) -> None:
+@pytest.mark.parametrize("kind", WHOLE)
+def test_fp8_without_blocks(patched, kind: type, channel: bool, static: bool) -> None:
     torch.manual_seed(0)
-    model, layer = whole_fp8_layer(compressed, channel, static)
+    model, layer = whole_fp8_layer(kind, channel, static)
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
     quantize = "quantize.fp8_tensor" if static else "quantize.fp8_token"
@@ -77,14 +88,9 @@ def test_fp8_without_blocks(patched, compressed: bool, channel: bool, static: bo
 
 
 def test_fp8_blocks_of_compressed_tensors(patched) -> None:
-    model, layer = whole_fp8_layer(
-        True,
-        True,
-        False,
-        bias=False,
-        weight_block_size=[128, 128],
-        fp8_linear=object.__new__(TritonFp8BlockScaledMMKernel),
-    )
+    plain = object.__new__(TritonFp8BlockScaledMMKernel)
+    changes = {"bias": None, "weight_block_size": [128, 128], "fp8_linear": plain}
+    model, layer = whole_fp8_layer(CompressedTensorsW8A8Fp8, True, False, **changes)
     layer.weight = torch.nn.Parameter(layer.weight.t(), requires_grad=False)
     layer.weight_scale = torch.rand(2, 2)
     made = host.Host(serving_plan("cpu"), 64, classes())
@@ -109,9 +115,9 @@ def test_fp8_blocks_of_compressed_tensors(patched) -> None:
         ({"bias": torch.zeros(192)}, "its bias is torch.float32"),
     ],
 )
-@pytest.mark.parametrize("compressed", [False, True])
-def test_fp8_without_blocks_that_is_not_served(patched, compressed: bool, changes, reason: str) -> None:
-    model, layer = whole_fp8_layer(compressed, True, False, **changes)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_fp8_without_blocks_that_is_not_served(patched, kind: type, changes, reason: str) -> None:
+    model, layer = whole_fp8_layer(kind, True, False, **changes)
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
     assert [reason in row.reason for row in made.rows] == [True]
@@ -119,7 +125,7 @@ def test_fp8_without_blocks_that_is_not_served(patched, compressed: bool, change
 
 
 def test_schemes_of_compressed_tensors_that_are_not_served_are_named(patched) -> None:
-    model, layer = whole_fp8_layer(True, True, False)
+    model, layer = whole_fp8_layer(CompressedTensorsW8A8Fp8, True, False)
     layer.scheme = object()
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())

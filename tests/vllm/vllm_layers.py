@@ -174,8 +174,8 @@ def run_mla(layer, q, padding=0, **named):
     return output
 
 
-def fp8_layer():
-    method = object.__new__(Fp8LinearMethod)
+def fp8_layer(kind=Fp8LinearMethod):
+    method = object.__new__(kind)
     method.weight_block_size, method.out_dtype = [128, 128], BF16
     method.fp8_linear = object.__new__(TritonFp8BlockScaledMMKernel)
     layer = object.__new__(ReplicatedLinear)
@@ -188,18 +188,18 @@ def fp8_layer():
     return model, layer
 
 
-def whole_fp8_layer(compressed, channel, static, **changes):
+def whole_fp8_layer(kind, channel, static, **changes):
     """An fp8 layer without blocks, its parameters as vLLM has them once they are loaded."""
     n, k = 192, 256
     layer = object.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(layer)
-    scheme = object.__new__(CompressedTensorsW8A8Fp8 if compressed else Fp8LinearMethod)
+    scheme = object.__new__(kind)
     scheme.weight_block_size, scheme.out_dtype = None, BF16
     scheme.activation_quant_key = kFp8StaticTensorSym if static else kFp8DynamicTokenSym
     scheme.fp8_linear = object.__new__(CutlassFP8ScaledMMLinearKernel)
     scheme.fp8_linear.logical_output_size = n
     layer.quant_method = scheme
-    if compressed:
+    if kind is CompressedTensorsW8A8Fp8:
         layer.scheme, layer.quant_method = scheme, object.__new__(CompressedTensorsLinearMethod)
     weight = torch.randn(n, k).to(torch.float8_e4m3fn)
     layer.weight = torch.nn.Parameter(weight.t(), requires_grad=False)

@@ -59,6 +59,14 @@ SEAMS: tuple[Seam, ...] = (
     Seam("gemma_norm", f"{_LAYERS}.layernorm", "GemmaRMSNorm.forward_cuda", "self x residual"),
     Seam("gemma_norm_native", f"{_LAYERS}.layernorm", "GemmaRMSNorm.forward_native", "self x residual"),
     Seam("fp8_linear", f"{_LAYERS}.quantization.fp8", "Fp8LinearMethod.apply", "self layer x bias"),
+    *(
+        Seam(f"online_{scales}", f"{_LAYERS}.quantization.online.fp8", f"{kind}.apply", "self layer x bias")
+        for scales, kind in (
+            ("tensor", "Fp8PerTensorOnlineLinearMethod"),
+            ("block", "Fp8PerBlockOnlineLinearMethod"),
+            ("channel", "Fp8PtpcOnlineLinearMethod"),
+        )
+    ),
     Seam("compressed", f"{_COMPRESSED}.compressed_tensors", "CompressedTensorsLinearMethod.apply", "self layer x bias"),
     Seam(
         "compressed_fp8",
@@ -82,7 +90,7 @@ SEAMS: tuple[Seam, ...] = (
         "config compute_capability",
     ),
     Seam("mixed_base", "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel", "MPLinearKernel"),
-    # Modules bind it by name: what is patched is the name in those of `fp8_linear` and `compressed_fp8`.
+    # Modules bind it by name: what is patched is the name in those of the fp8 methods.
     Seam(
         "fp8_kernel",
         "vllm.model_executor.kernels.linear",

@@ -1,7 +1,8 @@
 """Linear layers in fp8: scales of 128x128 blocks, of output channels or of the whole weight; x quantised a group, a
 token, or by a scale of the checkpoint.
 
-`Fp8LinearMethod` and compressed-tensors' W8A8 scheme hold the same: a kernel `fp8_linear` and the layer's parameters.
+`Fp8LinearMethod`, the methods that quantise a model while it is loaded, and compressed-tensors' W8A8 scheme hold the
+same: a kernel `fp8_linear` and the layer's parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, u
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import DimValue
 
-__all__ = ["apply", "kernel", "serve"]
+__all__ = ["METHODS", "apply", "kernel", "serve"]
+
+METHODS = ("fp8_linear", "online_tensor", "online_block", "online_channel")
+"""Names of `compat.SEAMS`: vLLM's linear methods that are served here."""
 
 _BLOCK = (GROUP, GROUP)
 _HOISTED = ("input_quant_key", "_input_quant_key")
@@ -26,7 +30,7 @@ _HOISTED = ("input_quant_key", "_input_quant_key")
 
 def serve(host: Host, name: str, layer: Any, scheme: Any) -> None:
     """Give a layer its kernels. scheme: what holds `fp8_linear`. Raises `Unserved` with the reason."""
-    blocks = scheme.weight_block_size
+    blocks = getattr(scheme, "weight_block_size", None)
     if blocks is None:
         _whole(host, name, layer, scheme)
     elif tuple(blocks) != _BLOCK:

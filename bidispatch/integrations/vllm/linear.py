@@ -31,7 +31,7 @@ def serve(host: Host, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> b
     elif kind is host.classes["linear"]:
         _require_plain_forward(host, layer)
         _plain(host, name, layer, "linear")
-    elif kind is host.classes["fp8_linear"]:
+    elif kind in {host.classes[method] for method in fp8_linear.METHODS}:
         _require_plain_forward(host, layer)
         fp8_linear.serve(host, name, layer, method)
     elif kind is host.classes["compressed"]:

@@ -155,7 +155,7 @@ def patch_layers(mode: Mode) -> None:
         "rms_norm_native": norms.forward,
         "gemma_norm": norms.forward,
         "gemma_norm_native": norms.forward,
-        "fp8_linear": fp8_linear.apply,
+        **dict.fromkeys(fp8_linear.METHODS, fp8_linear.apply),
         "compressed_fp8": fp8_linear.apply,
         "awq": int4_linear.apply,
         "gptq": int4_linear.apply,
@@ -179,7 +179,7 @@ def patch_layers(mode: Mode) -> None:
     try:
         for name, wrapper in wrappers.items():
             _in_worker.replace(*places[name], wrapper(originals[name]))
-        for name in ("fp8_linear", "compressed_fp8"):
+        for name in ("fp8_linear", "compressed_fp8", "online_tensor"):
             module = importlib.import_module(seams[name].module)
             chosen = fp8_linear.kernel(module.init_fp8_linear_kernel, *kernels.values())
             _in_worker.replace(module, "init_fp8_linear_kernel", chosen)
