@@ -11,12 +11,23 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.integrations.vllm.warm import rows_to_run, warm
 
+EXPERTS = {"experts": 4, "top_k": 2, "hidden": 128, "intermediate": 128}
 CASES = (
     ("gemm", "bfloat16", {"n": 32, "k": 64}, {}),
     ("bmm", "bfloat16", {"n": 32, "k": 16}, {}),
     ("rms_norm", "bfloat16", {"n": 64}, {}),
     ("moe.router", "float32", {"experts": 16, "top_k": 2}, {}),
-    ("moe.experts", "bfloat16", {"experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}, {}),
+    ("moe.experts", "bfloat16", EXPERTS, {}),
+    (
+        "moe.experts",
+        "bfloat16",
+        {**EXPERTS, "weight_dtype": "float8_e4m3fn", "expert_map": True, "global_experts": 8},
+        {},
+    ),
+    ("gemm.int4", "bfloat16", {"n": 32, "k": 128, "zero_points": True}, {}),
+    ("gemm.fp8_block", "float8_e4m3fn", {"n": 128, "k": 128}, {}),
+    ("quantize.fp8_group", "bfloat16", {"k": 128}, {}),
+    ("fused_add_rms_norm", "bfloat16", {"n": 64}, {}),
     ("attention", "bfloat16", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}, {"max_query_len": 1}),
     ("attention", "bfloat16", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}, {"max_query_len": 70}),
     ("attention.mla", "bfloat16", {"num_heads": 4}, {"max_query_len": 70}),
@@ -51,6 +62,17 @@ def test_a_kernel_of_each_op_runs_within_its_limits(op, dtype, dims, limits, mon
     kernel = Recorded(bound_of(op, dtype, dims, limits))
     warm(kernel)
     assert kernel.calls
+
+
+def test_without_room_a_server_starts_all_the_same(monkeypatch, caplog):
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    kernel = Recorded(bound_of("gemm", "bfloat16", {"n": 32, "k": 64}, {}))
+    kernel.bound = full
+    warm(kernel)
+    assert "has not run yet" in caplog.text
 
 
 def test_every_rung_runs_and_every_choice_inside_one():

@@ -5,30 +5,39 @@ vLLM's own warm-up runs the sizes that it captures and the largest; rungs betwee
 
 from __future__ import annotations
 
-from typing import Any
+import logging
 
 import torch
 
 from bidispatch import ops
 from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.reference.mla import latent_batch
-from bidispatch.runtime.bind import load_attribute
+from bidispatch.runtime.arguments import TensorSpec, output_shape, tensor_specs
 from bidispatch.runtime.bound import BoundKernel
 
 __all__ = ["rows_to_run", "warm"]
 
+_log = logging.getLogger("vllm.bidispatch")
+
 _CACHED, _PROMPT = 300, 64
+_OTHER_SIZE = 2
+"""Of what is no number of rows, such as the matrices of a bmm."""
 
 
 def warm(kernel: BoundKernel) -> None:
-    """Run a kernel on arguments of its own. On a processor, where nothing is compiled, it does nothing."""
+    """Run a kernel on arguments of its own, zeros but for attention's. On a processor, where nothing is compiled, it
+    does nothing. Where the GPU has no room for a second set of weights, it says so, and the first requests compile.
+    """
     if kernel.device.arch.vendor == "cpu":
         return
-    with torch.no_grad():
-        if kernel.limits.max_seq_len:
-            kernel(*_steps(kernel))
-        else:
-            _run_rungs(kernel)
+    try:
+        with torch.no_grad():
+            if kernel.limits.max_seq_len:
+                kernel(*_steps(kernel))
+            else:
+                _run_rungs(kernel)
+    except torch.cuda.OutOfMemoryError:
+        _log.warning("%s has not run yet: there is no room to; its first requests may wait for it", kernel.problem)
     torch.cuda.synchronize(kernel.device.torch_device)
 
 
@@ -41,15 +50,19 @@ def rows_to_run(kernel: BoundKernel) -> tuple[int, ...]:
 
 
 def _run_rungs(kernel: BoundKernel) -> None:
-    op, rows = ops.get(kernel.problem.op), rows_to_run(kernel)
-    arguments = load_attribute(op.inputs)(kernel.problem, max(rows), device=kernel.device.torch_device)
-    axes = [spec.shape.index("m") if "m" in spec.shape else None for spec in op.arguments]
-    for count in rows:
-        kernel(*(_first(argument, axis, count) for argument, axis in zip(arguments, axes, strict=True)))
+    op = ops.get(kernel.problem.op)
+    specs = tensor_specs(op.arguments, kernel.problem)
+    place = kernel.device.torch_device
+    weights = {spec.name: _zeros(spec, {}, place) for spec in specs if spec.present and not spec.sizes}
+    row_size = op.arguments[0].shape[op.row_axis]
+    for count in rows_to_run(kernel):
+        sizes = {size: count if size == row_size else _OTHER_SIZE for spec in specs for _, size, _ in spec.sizes}
+        rows = {spec.name: _zeros(spec, sizes, place) for spec in specs if spec.present and spec.sizes}
+        kernel(*({**weights, **rows}.get(spec.name) for spec in specs))
 
 
-def _first(argument: Any, axis: int | None, count: int) -> Any:
-    return argument if argument is None or axis is None else argument.narrow(axis, 0, count)
+def _zeros(spec: TensorSpec, sizes: dict[str, int], place: str) -> torch.Tensor:
+    return torch.zeros(output_shape(spec, sizes), dtype=spec.dtype, device=place)
 
 
 def _steps(kernel: BoundKernel) -> list[torch.Tensor | None]:
