@@ -11,6 +11,7 @@ import pytest
 import torch
 import vllm._custom_ops as custom_ops
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import mla_attention
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
@@ -55,7 +56,7 @@ def h100(patched, cuda_platform, monkeypatch):
     for name in ("verify_marlin_supported", "check_marlin_supported"):
         monkeypatch.setattr(auto_gptq, name, lambda *_, **__: True, raising=False)
     monkeypatch.setattr(int4_kernel, "plan_of", lambda _: serving_plan("cpu"))
-    model_config = SimpleNamespace(dtype=BF16, is_moe=True, hf_text_config=SimpleNamespace())
+    model_config = SimpleNamespace(dtype=BF16, is_moe=True, max_model_len=64, hf_text_config=SimpleNamespace())
     monkeypatch.setattr(get_current_vllm_config(), "model_config", model_config)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(torch.device("cpu"))
@@ -242,3 +243,59 @@ def test_experts(h100, kind: str) -> None:
 
     x = torch.randn(9, 256).to(BF16)
     stands_alone(run, x, torch.rand(9, 2, dtype=torch.float32), torch.randint(4, (9, 2), dtype=torch.int32))
+
+
+HEADS, NOPE, ROPE, RANK, VALUE, PAGE = 4, 32, 16, 128, 48, 16
+
+
+@pytest.mark.parametrize("kind", [None, "fp8 dynamic", "gptq"])
+def test_mla(h100, monkeypatch, kind: str | None) -> None:
+    """A layer with bidispatch's backend: its weights are made of `kv_b_proj`, before that is served."""
+    from bidispatch.integrations.vllm import mla as ours
+
+    monkeypatch.setattr(ours, "plan_of", lambda _: serving_plan("cpu"))
+    # Of vLLM's way for prompts, which nothing here takes; its libraries want a GPU.
+    unused = type("Unused", (), {"__init__": lambda *_, **__: None, "requires_r1_mla_dimensions": False})
+    monkeypatch.setattr(mla_attention, "get_mla_prefill_backend", lambda *_, **__: unused)
+    dims = (HEADS, 0.1, NOPE, ROPE, VALUE, None, RANK)
+    n = HEADS * (NOPE + VALUE)
+    quant = LINEAR[kind][0]() if kind else None
+    kv_b = ReplicatedLinear(RANK, n, bias=False, params_dtype=BF16, quant_config=quant, prefix="proj", disable_tp=True)
+    kv_b.input_size_per_partition = RANK
+    backend = ours.BidispatchMLABackend
+    layer = mla_attention.MLAAttention(*dims, kv_b_proj=kv_b, prefix="model.layers.0.attn", attn_backend=backend)
+    fill(kv_b)
+    kv_b.quant_method.process_weights_after_loading(kv_b)
+    layer.process_weights_after_loading(BF16)
+    model = torch.nn.Module()
+    model.attn = layer
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert not [row.reason for row in made.rows if row.reason]
+    assert [row.op for row in made.rows if row.kind == "attention"] == ["attention.mla", "bmm", "bmm"]
+
+    def run(q, latent):
+        """Each row is a sequence of its own, one position long."""
+        rows = len(q)
+        cache = torch.zeros(rows, PAGE, RANK + ROPE, dtype=BF16)
+        cache[:, 0] = latent
+        ones = torch.ones(rows, dtype=torch.int32)
+        step = ours.LatentMetadata(
+            num_actual_tokens=rows,
+            max_query_len=1,
+            decode_step=False,
+            query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
+            seq_lens=ones,
+            block_table=torch.arange(rows, dtype=torch.int32)[:, None],
+            slot_mapping=torch.arange(rows) * PAGE,
+            num_reqs=rows,
+            max_seq_len=1,
+        )
+        output = torch.empty(rows, HEADS * VALUE, dtype=BF16)
+        return layer.forward_impl(q, latent[:, :RANK], latent[:, None, RANK:], cache, step, output=output)
+
+    q, latent = torch.randn(5, HEADS, NOPE + ROPE).to(BF16), torch.randn(5, RANK + ROPE).to(BF16)
+    stands_alone(run, q, latent)
+    # One position has all the weight: what comes out is its latent part, projected up by vLLM's own weights.
+    wanted = torch.einsum("bl,nlv->bnv", latent[:, :RANK].float(), layer.W_UV.float()).reshape(5, -1)
+    assert (run(q, latent).float() - wanted).norm() / wanted.norm() < 0.01

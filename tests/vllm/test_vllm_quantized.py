@@ -157,6 +157,8 @@ def test_int4(patched, kind: str, zero_points: bool) -> None:
     adopting.adopt(made, model, config_of())
     assert [(row.op, row.reason) for row in made.rows] == [("gemm.int4", "")]
     assert not layer._parameters
+    adopting.adopt(made, model, config_of())  # as when a worker loads its model again
+    assert [(row.op, row.reason) for row in made.rows] == [("gemm.int4", "")]
     for bias in (None, layer.bias):
         out = layer.quant_method.apply(layer, x, bias)
         wanted = x.float() @ wide.T + (0 if bias is None else bias.float())

@@ -49,7 +49,9 @@ def _require_kept(scheme: Any) -> None:
 def serve(host: Host, name: str, layer: Any, scheme: Any) -> bool:
     """Give a layer its kernels; False where its scheme is none of these. Raises `Unserved` with the reason."""
     kind = type(scheme)
-    if kind is host.classes["awq"]:
+    if hasattr(layer, _PACKED[0]):  # a model that is walked again
+        weight = Int4Weight(*(getattr(layer, attribute) for attribute in _PACKED))
+    elif kind is host.classes["awq"]:
         if scheme.quant_config.weight_bits != 4:
             raise Unserved(f"its weights have {scheme.quant_config.weight_bits} bits, not 4")
         weight = from_awq(layer.qweight.data, layer.qzeros.data, layer.scales.data)
