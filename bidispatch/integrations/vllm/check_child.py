@@ -15,6 +15,7 @@ from bidispatch.errors import BackendError
 from bidispatch.integrations.vllm import check_engine, plugin
 from bidispatch.integrations.vllm.check_compare import totals
 from bidispatch.integrations.vllm.check_rounds import draw, run
+from bidispatch.integrations.vllm.loader import register_loader
 
 __all__ = ["check_served", "engine_arguments", "load_plugin", "say"]
 
@@ -38,6 +39,7 @@ def load_plugin(tensor_parallel: int) -> None:
             )
         say("bidispatch is not installed as a package here: a server would not load its plugin; called it directly")
     plugin.register()
+    register_loader()
 
 
 def engine_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
