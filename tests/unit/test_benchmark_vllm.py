@@ -83,7 +83,7 @@ def test_an_arm_that_is_missing_is_none(serving):
         ([part("stock", 10.0, differ=5), part("ours", 10.5)], ["decode: ours / stock, geometric mean"]),
         ([part("stock", 10.0, differ=5), part("ours", 12.0)], ["geometric mean", "at most 1.1", "prefill: ours"]),
         ([part("ours", 10.0, differ=1)], ["1 of 1000 comparisons differ"]),
-        ([part("ours", 10.0, compiled_after_ready=2)], ["2 kernels made ready"]),
+        ([part("ours", 10.0, compiled_after_ready=2)], ["2 kernels of bidispatch made ready"]),
         ([part("ours", 10.0, workspace_bytes=2 << 30)], ["workspaces of 2048 MiB"]),
         ([part("ours", 10.0, error="it broke")], ["it broke"]),
         ([part("ours", 10.0, faults=["8 x 8192: too small"])], ["too small"]),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -17,13 +19,34 @@ from bidispatch.integrations.vllm.check_compare import totals
 from bidispatch.integrations.vllm.check_rounds import draw, run
 from bidispatch.integrations.vllm.loader import register_loader
 
-__all__ = ["check_served", "engine_arguments", "load_plugin", "say"]
+__all__ = ["check_served", "close", "end_with_parent", "engine_arguments", "load_plugin", "say"]
 
 
 def say(text: str) -> None:
     """Tell the process that asked."""
     sys.stdout.write(f"check: {text}\n")
     sys.stdout.flush()
+
+
+def end_with_parent(every_s: float = 2.0) -> None:
+    """End this process when the one that started it is gone, so that no GPU is held for nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def close(engine: check_engine.ServedEngine | None) -> None:
+    """End an engine's processes. What that raises is shown and changes nothing: the result is written."""
+    try:
+        if engine is not None:
+            engine.close()
+    except Exception:  # noqa: BLE001 - vLLM's own
+        traceback.print_exc()
 
 
 def load_plugin(tensor_parallel: int) -> None:
@@ -91,6 +114,8 @@ def main(words: list[str]) -> int:
     spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     to = Path(words[1])
     result: dict[str, Any]
+    engine: check_engine.ServedEngine | None = None
+    end_with_parent()
     began = time.perf_counter()
     try:
         load_plugin(spec["tp"])
@@ -110,6 +135,7 @@ def main(words: list[str]) -> int:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}
     to.write_text(json.dumps(result), encoding="utf-8")
+    close(engine)
     return 0 if "error" not in result else 1
 
 

@@ -202,6 +202,10 @@ class ServedEngine:
             self.steps.replayed(graph_replays() - before)
         return outputs
 
+    def close(self) -> None:
+        """End the engine and its workers."""
+        self.engine.engine_core.shutdown()
+
     def count_graphs(self) -> None:
         """Fetch what other processes replayed; once, at the end."""
         if not self._in_process:
