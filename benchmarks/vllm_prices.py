@@ -286,6 +286,7 @@ def main(words: Sequence[str]) -> int:
         compiled = None if spec["tp"] > 1 else Compilations()
         config = engine.config
         result = {
+            "kernels": check_child.require_arm(engine, spec["arm"]),
             "vllm": version("vllm"),
             "layers": int(config.model_config.hf_text_config.num_hidden_layers),
             "start_s": seconds,

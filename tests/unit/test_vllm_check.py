@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from bidispatch.cli import main
-from bidispatch.errors import UsageError
-from bidispatch.integrations.vllm import check, check_arms, check_rounds
+from bidispatch.errors import BackendError, UsageError
+from bidispatch.integrations.vllm import check, check_arms, check_child, check_rounds
 from bidispatch.integrations.vllm.check_compare import Round, Served, compare, totals
 from bidispatch.integrations.vllm.check_steps import HAPPENINGS, Steps
 
@@ -307,3 +307,13 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
         time.sleep(0.05)
     else:
         pytest.fail("it is still there")
+
+
+def test_an_engine_must_be_what_its_arm_says() -> None:
+    none, some = (SimpleNamespace(kernels=lambda names=names: names) for names in ((), ("layers.*.q_proj gemm",)))
+    assert check_child.require_arm(some, "ours") == ["layers.*.q_proj gemm"]
+    assert check_child.require_arm(none, "stock") == []
+    with pytest.raises(BackendError, match="VLLM_PLUGINS"):
+        check_child.require_arm(none, "ours")
+    with pytest.raises(BackendError, match="vllm_invariant has layers served"):
+        check_child.require_arm(some, "vllm_invariant")

@@ -15,11 +15,12 @@ from typing import Any
 
 from bidispatch.errors import BackendError
 from bidispatch.integrations.vllm import check_engine, plugin
+from bidispatch.integrations.vllm.check_arms import OURS
 from bidispatch.integrations.vllm.check_compare import totals
 from bidispatch.integrations.vllm.check_rounds import draw, run
 from bidispatch.integrations.vllm.loader import register_loader
 
-__all__ = ["check_served", "close", "end_with_parent", "engine_arguments", "load_plugin", "say"]
+__all__ = ["check_served", "close", "end_with_parent", "engine_arguments", "load_plugin", "require_arm", "say"]
 
 
 def say(text: str) -> None:
@@ -86,6 +87,22 @@ def engine_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**made, **spec["engine"]}
 
 
+def require_arm(engine: check_engine.ServedEngine, arm: str) -> list[str]:
+    """The kernels that bidispatch bound, of an engine that is what its arm says.
+
+    Raises `BackendError` where ours has none, so that another engine would be checked in its name, or another has some.
+    """
+    kernels = list(engine.kernels())
+    if arm == OURS and not kernels:
+        raise BackendError(
+            "no layer of this model is served by bidispatch: its plugin was not loaded (see VLLM_PLUGINS), or the "
+            "table in the log says why; this would be a check of vLLM's own mode, which is --arm vllm_invariant"
+        )
+    if arm != OURS and kernels:
+        raise BackendError(f"arm {arm} has layers served by bidispatch: {', '.join(kernels[:3])}")
+    return kernels
+
+
 def check_served(engine: check_engine.ServedEngine, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Check an engine that is up: rounds, totals, counters, and what did not happen."""
     model = engine.config.model_config
@@ -124,6 +141,7 @@ def main(words: list[str]) -> int:
         say(f"engine is up after {seconds:.0f} s")
         config = engine.config
         result = {
+            "kernels": require_arm(engine, spec["arm"]),
             "vllm": version("vllm"),
             "start_s": seconds,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
