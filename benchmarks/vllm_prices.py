@@ -58,7 +58,7 @@ class Compilations:
 
         def hook(*args: Any, **named: Any) -> Any:
             function = named.get("fn")
-            self.names.append(str(getattr(function, "name", None) or named.get("repr") or "unknown"))
+            self.names.append(f"{getattr(function, 'module', None)}.{getattr(function, 'name', None)}")
             return before(*args, **named) if before is not None else None
 
         knobs.runtime.jit_post_compile_hook = hook
@@ -275,6 +275,8 @@ def main(words: Sequence[str]) -> int:
     spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     result: dict[str, Any] = {}
     compiled: Compilations | None = None
+    engine: check_engine.ServedEngine | None = None
+    check_child.end_with_parent()
     began = time.perf_counter()
     try:
         check_child.load_plugin(spec["tp"])
@@ -284,6 +286,7 @@ def main(words: Sequence[str]) -> int:
         compiled = None if spec["tp"] > 1 else Compilations()
         config = engine.config
         result = {
+            "kernels": check_child.require_arm(engine, spec["arm"]),
             "vllm": version("vllm"),
             "layers": int(config.model_config.hf_text_config.num_hidden_layers),
             "start_s": seconds,
@@ -308,10 +311,13 @@ def main(words: Sequence[str]) -> int:
         result["error"] = f"{type(error).__name__}: {error}"
     finally:
         if compiled is not None:
-            result["compiled_after_ready"] = len(compiled.names)
+            ours = [name for name in compiled.names if name.startswith("bidispatch")]
+            result["compiled_after_ready"] = len(ours)
+            result["compiled_by_others"] = len(compiled.names) - len(ours)
             result["compiled_names"] = sorted(set(compiled.names))
         result["workspace_bytes"] = workspace_bytes()
         Path(words[1]).write_text(json.dumps(result), encoding="utf-8")
+        check_child.close(engine)
     return 0
 
 

@@ -91,6 +91,9 @@ class Engine:
     cold_s: float | None
     warm_s: float | None
     compiled_after_ready: int | None
+    """Triton kernels of bidispatch compiled, or fetched from the cache on disk, after the engine was up."""
+    compiled_by_others: int | None
+    """vLLM's and Inductor's."""
     workspace_bytes: int | None
     comparisons: int | None
     comparisons_differ: int | None
@@ -176,6 +179,7 @@ def engines_of(parts: Sequence[Mapping[str, Any]]) -> list[Engine]:
                 cold_s=part.get("cold_s"),
                 warm_s=part.get("warm_s"),
                 compiled_after_ready=result.get("compiled_after_ready"),
+                compiled_by_others=result.get("compiled_by_others"),
                 workspace_bytes=result.get("workspace_bytes"),
                 comparisons=check.get("comparisons"),
                 comparisons_differ=check.get("comparisons_differ"),
@@ -247,7 +251,9 @@ def _judge_engine(engine: Engine, lines: list[str], missed: list[str]) -> None:
         if engine.workspace_bytes > WORKSPACE_LIMIT:
             missed.append(lines[-1])
     if engine.compiled_after_ready is not None:
-        lines.append(f"{name}: {engine.compiled_after_ready} kernels made ready after the engine was up (at most 0)")
+        lines.append(
+            f"{name}: {engine.compiled_after_ready} kernels of bidispatch made ready after it was up (at most 0)"
+        )
         if engine.compiled_after_ready:
             missed.append(lines[-1])
 
@@ -309,7 +315,8 @@ def _spec(model: Path, arm: str, arguments: argparse.Namespace) -> dict[str, Any
         longest=arguments.longest,
         max_num_seqs=max(64, *(batch for batch, _ in cases)),
         max_model_len=max(4096, max(tokens for _, tokens in cases) + 256),
-        engine=tuple(arguments.engine_arg),
+        # Of an H100's 80 GiB, 30B parameters in bf16 leave little for the cache of 64 x 1024 and 8 x 8192.
+        engine=("gpu_memory_utilization=0.93", *arguments.engine_arg),
     )
     return {
         **spec_of(options, arm),

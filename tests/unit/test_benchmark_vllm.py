@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_an_arm_that_is_missing_is_none(serving):
         ([part("stock", 10.0, differ=5), part("ours", 10.5)], ["decode: ours / stock, geometric mean"]),
         ([part("stock", 10.0, differ=5), part("ours", 12.0)], ["geometric mean", "at most 1.1", "prefill: ours"]),
         ([part("ours", 10.0, differ=1)], ["1 of 1000 comparisons differ"]),
-        ([part("ours", 10.0, compiled_after_ready=2)], ["2 kernels made ready"]),
+        ([part("ours", 10.0, compiled_after_ready=2)], ["2 kernels of bidispatch made ready"]),
         ([part("ours", 10.0, workspace_bytes=2 << 30)], ["workspaces of 2048 MiB"]),
         ([part("ours", 10.0, error="it broke")], ["it broke"]),
         ([part("ours", 10.0, faults=["8 x 8192: too small"])], ["too small"]),
@@ -145,6 +146,17 @@ def test_what_is_refused(serving):
 def test_busy_time_counts_overlaps_once(prices):
     assert prices.busy_ms([(0, 1000), (500, 1500), (3000, 4000), (3100, 3200)]) == 2.5
     assert prices.busy_ms([]) == 0
+
+
+def test_compilations_are_counted_by_whose_they_are(prices, monkeypatch):
+    runtime = pytest.importorskip("triton.knobs").runtime
+    seen = []
+    monkeypatch.setattr(runtime, "jit_post_compile_hook", lambda **named: seen.append(named["fn"].name))
+    compiled = prices.Compilations()
+    for module, name in (("bidispatch_backends.triton.gemm", "kernel"), ("vllm.v1.sample", "topk")):
+        runtime.jit_post_compile_hook(fn=SimpleNamespace(module=module, name=name), key="", already_compiled=False)
+    assert compiled.names == ["bidispatch_backends.triton.gemm.kernel", "vllm.v1.sample.topk"]
+    assert seen == ["kernel", "topk"]
 
 
 def test_workspaces_of_no_kernels_are_none(prices):

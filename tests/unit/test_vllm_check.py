@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +15,8 @@ import numpy as np
 import pytest
 
 from bidispatch.cli import main
-from bidispatch.errors import UsageError
-from bidispatch.integrations.vllm import check, check_arms, check_rounds
+from bidispatch.errors import BackendError, UsageError
+from bidispatch.integrations.vllm import check, check_arms, check_child, check_rounds
 from bidispatch.integrations.vllm.check_compare import Round, Served, compare, totals
 from bidispatch.integrations.vllm.check_steps import HAPPENINGS, Steps
 
@@ -277,3 +279,41 @@ def test_what_a_process_says_is_what_the_other_reads(capfd: pytest.CaptureFixtur
     said: list[str] = []
     check_arms.run_arm("ours", [sys.executable, "-c", program], {}, say=said.append)
     assert said[1:] == ["half way"]
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    child = (
+        "import time; from bidispatch.integrations.vllm.check_child import end_with_parent; end_with_parent(0.05);"
+        f"open({str(alive)!r}, 'w').close(); time.sleep(60)"
+    )
+    parent = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        for _ in range(600):
+            if alive.exists():
+                break
+            time.sleep(0.05)
+        assert alive.exists()
+        process.communicate("\n")
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("it is still there")
+
+
+def test_an_engine_must_be_what_its_arm_says() -> None:
+    none, some = (SimpleNamespace(kernels=lambda names=names: names) for names in ((), ("layers.*.q_proj gemm",)))
+    assert check_child.require_arm(some, "ours") == ["layers.*.q_proj gemm"]
+    assert check_child.require_arm(none, "stock") == []
+    with pytest.raises(BackendError, match="VLLM_PLUGINS"):
+        check_child.require_arm(none, "ours")
+    with pytest.raises(BackendError, match="vllm_invariant has layers served"):
+        check_child.require_arm(some, "vllm_invariant")

@@ -210,6 +210,14 @@ def main(to: Path) -> None:
     }
     engine = check_engine.start(check_child.engine_arguments(spec))
     results = {"clean": check_child.check_served(engine, spec)}
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from vllm_prices import Prices
+
+    faults = []
+    prices = Prices(engine, repeats=2, steps=8)
+    cases = [(1, 40), (4, 30), (9, 20)]  # more than may run at once
+    results["prices"] = [vars(price) for case in cases for price in prices.attempt(*case, faults)]
+    results["faults"] = faults
     engine.steps = Steps()
     planted = True
     results["planted"] = check_child.check_served(engine, spec)

@@ -21,6 +21,15 @@ def test_a_whole_engine(tmp_path: Path, options: list[str]) -> None:
     assert to.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads(to.read_text())
     clean, planted = results["clean"], results["planted"]
+    assert [(price["phase"], price["batch"]) for price in results["prices"]] == [
+        ("prefill", 1),
+        ("decode", 1),
+        ("prefill", 4),
+        ("decode", 4),
+    ]
+    assert all(price["ms"] > 0 for price in results["prices"])
+    assert len(results["faults"]) == 1
+    assert results["faults"][0].startswith("9 x 20: ")
     assert clean["comparisons"] > 500
     assert clean["comparisons_differ"] == clean["tokens_differ"] == 0, clean["first"]
     assert all(times for name, times in clean["happened"].items() if name != "graphs"), clean["happened"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -13,16 +15,39 @@ from typing import Any
 
 from bidispatch.errors import BackendError
 from bidispatch.integrations.vllm import check_engine, plugin
+from bidispatch.integrations.vllm.check_arms import OURS
 from bidispatch.integrations.vllm.check_compare import totals
 from bidispatch.integrations.vllm.check_rounds import draw, run
+from bidispatch.integrations.vllm.loader import register_loader
 
-__all__ = ["check_served", "engine_arguments", "load_plugin", "say"]
+__all__ = ["check_served", "close", "end_with_parent", "engine_arguments", "load_plugin", "require_arm", "say"]
 
 
 def say(text: str) -> None:
     """Tell the process that asked."""
     sys.stdout.write(f"check: {text}\n")
     sys.stdout.flush()
+
+
+def end_with_parent(every_s: float = 2.0) -> None:
+    """End this process when the one that started it is gone, so that no GPU is held for nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def close(engine: check_engine.ServedEngine | None) -> None:
+    """End an engine's processes. What that raises is shown and changes nothing: the result is written."""
+    try:
+        if engine is not None:
+            engine.close()
+    except Exception:  # noqa: BLE001 - vLLM's own
+        traceback.print_exc()
 
 
 def load_plugin(tensor_parallel: int) -> None:
@@ -38,6 +63,7 @@ def load_plugin(tensor_parallel: int) -> None:
             )
         say("bidispatch is not installed as a package here: a server would not load its plugin; called it directly")
     plugin.register()
+    register_loader()
 
 
 def engine_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +85,22 @@ def engine_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
         "seed": 0,
     }
     return {**made, **spec["engine"]}
+
+
+def require_arm(engine: check_engine.ServedEngine, arm: str) -> list[str]:
+    """The kernels that bidispatch bound, of an engine that is what its arm says.
+
+    Raises `BackendError` where ours has none, so that another engine would be checked in its name, or another has some.
+    """
+    kernels = list(engine.kernels())
+    if arm == OURS and not kernels:
+        raise BackendError(
+            "no layer of this model is served by bidispatch: its plugin was not loaded (see VLLM_PLUGINS), or the "
+            "table in the log says why; this would be a check of vLLM's own mode, which is --arm vllm_invariant"
+        )
+    if arm != OURS and kernels:
+        raise BackendError(f"arm {arm} has layers served by bidispatch: {', '.join(kernels[:3])}")
+    return kernels
 
 
 def check_served(engine: check_engine.ServedEngine, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +131,8 @@ def main(words: list[str]) -> int:
     spec = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     to = Path(words[1])
     result: dict[str, Any]
+    engine: check_engine.ServedEngine | None = None
+    end_with_parent()
     began = time.perf_counter()
     try:
         load_plugin(spec["tp"])
@@ -97,6 +141,7 @@ def main(words: list[str]) -> int:
         say(f"engine is up after {seconds:.0f} s")
         config = engine.config
         result = {
+            "kernels": require_arm(engine, spec["arm"]),
             "vllm": version("vllm"),
             "start_s": seconds,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -108,6 +153,7 @@ def main(words: list[str]) -> int:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}
     to.write_text(json.dumps(result), encoding="utf-8")
+    close(engine)
     return 0 if "error" not in result else 1
 
 

@@ -18,7 +18,7 @@ from bidispatch.errors import BackendError, UsageError
 from bidispatch.integrations.vllm.check_compare import Served
 from bidispatch.integrations.vllm.check_steps import Steps
 
-__all__ = ["ServedEngine", "count_replays", "graph_replays", "start"]
+__all__ = ["ServedEngine", "count_replays", "graph_replays", "served_kernels", "start"]
 
 TOP = 20
 """Values compared at each new token; what vLLM returns unless `max_logprobs` is raised."""
@@ -49,6 +49,13 @@ def count_replays(worker: Any = None) -> None:
 def graph_replays(worker: Any = None) -> int:
     """Replays counted in this process. worker: vLLM's, not used."""
     return _replays
+
+
+def served_kernels(worker: Any = None) -> tuple[str, ...]:
+    """The kernels that bidispatch bound for layers in this process. worker: vLLM's, not used."""
+    from bidispatch.integrations.vllm import ops
+
+    return ops.bound_names()
 
 
 def start(arguments: Mapping[str, Any]) -> ServedEngine:
@@ -116,6 +123,10 @@ class ServedEngine:
         if self._in_process:
             return function()
         return self.engine.model_executor.collective_rpc(function)[0]
+
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that bidispatch bound for layers, in the first worker."""
+        return tuple(self._each_worker(served_kernels))
 
     @property
     def config(self) -> Any:
@@ -201,6 +212,10 @@ class ServedEngine:
         if self._in_process:
             self.steps.replayed(graph_replays() - before)
         return outputs
+
+    def close(self) -> None:
+        """End the engine and its workers."""
+        self.engine.engine_core.shutdown()
 
     def count_graphs(self) -> None:
         """Fetch what other processes replayed; once, at the end."""

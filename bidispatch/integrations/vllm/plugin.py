@@ -75,8 +75,8 @@ def register() -> None:
 
 
 def _register_loader() -> None:
-    """A load format changes nothing until it is asked for, so that a vLLM without this seam is left alone."""
-    if importlib.util.find_spec("vllm") is None:
+    """Where vLLM called. A load format changes nothing until it is asked for: a vLLM without the seam is left alone."""
+    if "vllm" not in sys.modules:
         return
     from bidispatch.integrations.vllm import loader
 
