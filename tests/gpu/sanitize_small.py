@@ -106,7 +106,7 @@ def worst_error(plan: bid.Plan, problem: Problem, rows: int) -> float:
 
 
 def _tolerance(problem: Problem, out: torch.Tensor) -> float:
-    """Of an output. Products of fp8 weights quantise what lies between them, and an element may round to its neighbour."""
+    """Of an output. Products of fp8 weights quantise what lies between, where an element may round to its neighbour."""
     if out.dtype is torch.float8_e4m3fn:
         return QUANTISED
     inner = str(problem["weight_dtype"]) if "weight_dtype" in problem.dims else problem.dtype
