@@ -15,7 +15,7 @@ import torch
 
 import bidispatch
 from bidispatch.cli import main
-from bidispatch.errors import BackendError, UsageError
+from bidispatch.errors import BackendError, SelectionError, UsageError
 from bidispatch.integrations.vllm import adopt, compat, mode, ops, plugin, table
 from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
 from bidispatch.integrations.vllm.patches import Patches
@@ -200,14 +200,39 @@ def test_more_rows_than_bound_bind_again_with_the_same_bits(kernels) -> None:
 
 def test_compiled_graphs_are_marked_and_a_foreign_config_is_refused(kernels) -> None:
     config = SimpleNamespace(additional_config={"mine": 1})
-    adopt.mark_compiled_graphs(config)
+    # A language model inside another one is compiled by a copy of the configuration.
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model[0].vllm_config = inner = SimpleNamespace(additional_config={"mine": 1})
+    adopt.mark_compiled_graphs(config, model)
     before = config.additional_config
     assert before["mine"] == 1
     ops.register("proj", kernels.select("gemm", dtype="bfloat16", n=8, k=16), 4)
-    adopt.mark_compiled_graphs(config)
+    adopt.mark_compiled_graphs(config, model)
     assert config.additional_config["bidispatch"] != before["bidispatch"]
+    assert inner.additional_config == config.additional_config
     with pytest.raises(UsageError, match="additional_config"):
-        adopt.mark_compiled_graphs(SimpleNamespace(additional_config=object()))
+        adopt.mark_compiled_graphs(SimpleNamespace(additional_config=object()), model)
+
+
+def test_two_batches_at_a_time_are_refused() -> None:
+    adopt.require_one_batch_at_a_time(SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=False)))
+    with pytest.raises(SelectionError, match="--enable-dbo"):
+        adopt.require_one_batch_at_a_time(SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True)))
+
+
+def test_attention_of_an_encoder_is_a_row() -> None:
+    class MMEncoderAttention(torch.nn.Module):
+        """As vLLM's: it holds no weights and no cache."""
+
+    class WhisperEncoderAttention(MMEncoderAttention):
+        pass
+
+    host = SimpleNamespace(rows=[], classes={})
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    adopt.adopt(host, WhisperEncoderAttention(), config)
+    (row,) = host.rows
+    assert (row.kind, row.promised, row.refused) == ("attention", False, True)
+    assert "--mm-encoder-attn-backend" in row.reason
 
 
 def test_what_no_layer_shows_is_named() -> None:

@@ -134,6 +134,7 @@ def patch_layers(mode: Mode) -> None:
     from vllm.platforms import current_platform
 
     from bidispatch.integrations.vllm import (
+        adopt,
         backends,
         fp8_linear,
         int4_kernel,
@@ -172,6 +173,7 @@ def patch_layers(mode: Mode) -> None:
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
+        adopt.require_one_batch_at_a_time(self.vllm_config)
         originals["load_model"](self, load_dummy_weights=load_dummy_weights)
         _take_over(mode, self, classes)
 
@@ -208,7 +210,7 @@ def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
     made: Host = host.Host(kernels.serving_plan(device), StepLimits.of(config).max_tokens, classes)
     adopt.adopt(made, worker.get_model(), config)
     made.rows += adopt.around(config)
-    adopt.mark_compiled_graphs(config)
+    adopt.mark_compiled_graphs(config, worker.get_model())
     rows = table.merged(made.rows)
     if worker.rank == 0:
         text = "\n".join(table.lines(rows, made.plan.fingerprint() if made.plan.selections else "of nothing"))
