@@ -17,7 +17,7 @@ import bidispatch
 from bidispatch.cli import main
 from bidispatch.errors import BackendError, SelectionError, UsageError
 from bidispatch.integrations.vllm import adopt, compat, mode, ops, plugin, table
-from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
+from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
 
 QWEN3_MOE = {
@@ -212,6 +212,17 @@ def test_compiled_graphs_are_marked_and_a_foreign_config_is_refused(kernels) -> 
     assert inner.additional_config == config.additional_config
     with pytest.raises(UsageError, match="additional_config"):
         adopt.mark_compiled_graphs(SimpleNamespace(additional_config=object()), model)
+
+
+def test_workers_under_ray_get_the_variables() -> None:
+    name = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    environment = {"HOME": "/"}
+    share_variables(environment)
+    assert name not in environment
+    environment |= {"BIDISPATCH_VLLM": "strict", name: "MINE_, "}
+    share_variables(environment)
+    share_variables(environment)
+    assert environment[name] == "MINE_,BIDISPATCH_"
 
 
 def test_two_batches_at_a_time_are_refused() -> None:

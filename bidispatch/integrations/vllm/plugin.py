@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
 from bidispatch.integrations.vllm import compat
-from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
+from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def register() -> None:
     `DeviceError` for a platform that is not served.
     """
     mode = read_mode(os.environ)
+    share_variables(os.environ)
     _register_loader()
     if mode is Mode.OFF or active():
         return
