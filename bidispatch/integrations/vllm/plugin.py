@@ -167,6 +167,7 @@ def patch_layers(mode: Mode) -> None:
         "bias_router": moe.routing,
         "experts": moe.experts_apply,
         "experts_inputs": moe.unquantized_inputs,
+        "experts_workspaces": moe.no_workspaces,
         "fp8_experts_backends": moe.fp8_backends,
         "mla": mla_products.forward_impl,
     }
