@@ -177,6 +177,16 @@ def test_a_worker_takes_over_its_model_and_logs_one_table(patched, caplog) -> No
     assert hasattr(model.proj, host.SERVED)
 
 
+def test_what_kernels_hold_counts_as_the_models_memory(patched, monkeypatch) -> None:
+    worker = worker_of(Block())
+    worker.model_runner.model_memory_usage = 1000
+    held = iter([300, 350])
+    monkeypatch.setattr(plugin, "_allocated", lambda device: next(held))
+    with plugin._counted(worker):
+        pass
+    assert worker.model_runner.model_memory_usage == 1050
+
+
 def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:
     class Own(Worker):
         def load_model(self, *, load_dummy_weights: bool = False) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -23,7 +24,7 @@ from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_swit
 from bidispatch.integrations.vllm.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from bidispatch.integrations.vllm.host import Host
 
@@ -177,7 +178,8 @@ def patch_layers(mode: Mode) -> None:
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
         adopt.require_one_batch_at_a_time(self.vllm_config)
         originals["load_model"](self, load_dummy_weights=load_dummy_weights)
-        _take_over(mode, self, classes)
+        with _counted(self):
+            _take_over(mode, self, classes)
 
     originals = {name: getattr(holder, attribute) for name, (holder, attribute) in places.items()}
     try:
@@ -196,6 +198,23 @@ def patch_layers(mode: Mode) -> None:
     except BaseException:
         _in_worker.undo()
         raise
+
+
+@contextmanager
+def _counted(worker: Any) -> Iterator[None]:
+    """Add what stays allocated to the memory of the model: vLLM leaves room beside its cache for that, and for what a
+    run of the largest step adds, not for what is there before that run (v1/worker/gpu_worker.py).
+    """
+    before = _allocated(worker.device)
+    yield
+    if grown := _allocated(worker.device) - before:  # a runner on the processor counts none
+        worker.model_runner.model_memory_usage += grown
+
+
+def _allocated(device: Any) -> int:
+    import torch
+
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
 
 
 def _attention_refused(reason: str) -> None:
