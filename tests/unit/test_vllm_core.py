@@ -254,6 +254,22 @@ def test_what_no_layer_shows_is_named() -> None:
     assert len(table.refusals(rows)) == 4  # greedy tokens need no sampler
 
 
+@pytest.mark.parametrize(
+    ("endpoints", "sizes", "named"),
+    [([8192], [], False), (None, None, False), ([512, 8192], [], True), ([64], [1], True)],
+)
+def test_graphs_compiled_for_several_ranges_are_named(endpoints, sizes, named: bool) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        lora_config=None,
+        speculative_config=None,
+        compilation_config=SimpleNamespace(compile_ranges_endpoints=endpoints, compile_sizes=sizes),
+    )
+    rows = list(adopt.around(config))
+    assert ("compiled graphs" in [row.layer for row in rows]) is named
+    assert len(table.refusals(rows)) == named
+
+
 def test_rows_merge_by_place_and_keep_their_reasons() -> None:
     rows = [table.Row.uncovered(f"layers.{index}.ssm", "layer", "nobody serves it") for index in range(3)]
     (row,) = table.merged(rows)

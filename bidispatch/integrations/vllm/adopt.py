@@ -108,6 +108,14 @@ def around(vllm_config: Any) -> Iterator[Row]:
         yield Row.uncovered("lora", "adapter", "adapters (LoRA) are vLLM's kernels; run without --enable-lora")
     if vllm_config.speculative_config is not None:
         yield Row.uncovered("draft model", "engine", "the layers of a draft model are vLLM's; run without one")
+    compiled = getattr(vllm_config, "compilation_config", None)
+    if len(getattr(compiled, "compile_ranges_endpoints", None) or ()) > 1 or getattr(compiled, "compile_sizes", None):
+        yield Row.uncovered(
+            "compiled graphs",
+            "engine",
+            "what lies between layers is compiled once for each of several ranges of tokens, and may be fused and "
+            "rounded in another way in each; leave out compile_sizes, compile_ranges_endpoints and fuse_allreduce_rms",
+        )
     yield Row.uncovered(
         "sampler",
         "sampling",
