@@ -49,13 +49,14 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
         if hasattr(module, "w13_weight") or type(module).__name__ == "RoutedExperts":
             _try(host, name, "experts", "moe.experts", lambda n=name, m=module: moe.serve_experts(host, n, m))
             continue
-        _layer(host, name, module, tuple(aliases[id(module)]), sinks)
+        around = model.get_submodule(name.rpartition(".")[0])
+        _layer(host, name, module, around, tuple(aliases[id(module)]), sinks)
 
 
-def _layer(host: Host, name: str, module: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
-    """sinks: the tensors that attention layers take, which the module around them may hold."""
+def _layer(host: Host, name: str, module: Any, around: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
+    """around: what holds the module. sinks: the tensors that attention layers take, which that may hold."""
     known = _try(host, name, "linear", "gemm", lambda: linear.serve(host, name, module, aliases))
-    known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module))
+    known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module, around))
     if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module, sinks):
         return
     method = getattr(module, "quant_method", None)
