@@ -87,7 +87,7 @@ def test_heads_are_rows(served) -> None:
 def test_norms_of_heads_read_the_projection_where_it_lies(patched, kind) -> None:
     attention = torch.nn.Module()
     attention.q_norm, attention.k_norm = kind(64).to(BF16), kind(64).to(BF16)
-    attention.num_heads, attention.num_kv_heads = 4, 1
+    attention.num_heads, attention.num_kv_heads, attention.head_dim = 4, 1, 64
     model = torch.nn.Module()
     model.attn = attention
     for parameter in model.parameters():
@@ -106,6 +106,10 @@ def test_norms_of_heads_read_the_projection_where_it_lies(patched, kind) -> None
     assert torch.equal(out, rows_alone(attention.q_norm, heads)[0])
     few = attention.k_norm(heads[:, :1])
     assert torch.equal(few, attention.k_norm(heads[:, 0]).view(19, 1, 64))
+    attention.head_dim = 16  # a norm of all heads together
+    whole = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(whole, model, config_of())
+    assert "qk_norm" not in {row.op for row in whole.rows}
 
 
 def test_a_compiled_graph_holds_the_op_and_not_a_rung(served) -> None:

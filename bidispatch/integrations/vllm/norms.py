@@ -38,7 +38,7 @@ def serve(host: Host, name: str, layer: Any, around: Any = None) -> bool:
     texts = tuple(host.take(name, "norm", op, dtype, n=n, gemma=gemma) for op in ("rms_norm", "fused_add_rms_norm"))
     heads = getattr(around, _HEADS.get(name.rpartition(".")[2], ""), 0)
     text = ""
-    if isinstance(heads, int) and heads > 1:
+    if isinstance(heads, int) and heads > 1 and getattr(around, "head_dim", None) == n:  # else it is of all heads
         dims: dict[str, DimValue] = {"head_dim": n, "num_heads": heads - 1, "num_kv_heads": 1, "gemma": gemma}
         text = host.take(name, "norm", "qk_norm", dtype, **dims)
     setattr(layer, SERVED, (*texts, text, heads))
