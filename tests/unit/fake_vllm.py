@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import importlib.machinery
 import sys
 import types
 from abc import ABC, abstractmethod
@@ -163,6 +164,7 @@ def install() -> list[str]:
     for name, content in _CONTENT.items():
         module = types.ModuleType(name)
         module.__path__ = []
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # backends look for what a vLLM brings
         for thing in content:
             setattr(module, thing.__name__, thing)
         sys.modules[name] = module
