@@ -64,6 +64,21 @@ def test_a_kernel_of_each_op_runs_within_its_limits(op, dtype, dims, limits, mon
     assert kernel.calls
 
 
+@pytest.mark.parametrize(
+    ("op", "dims"),
+    [("attention", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}), ("attention.mla", {"num_heads": 4})],
+)
+@pytest.mark.parametrize(("most", "seqs"), [(8, [2, 5]), (3, [2, 3]), (2, [2]), (1, [1])])
+def test_attention_runs_with_few_sequences_and_with_more(op, dims, most, seqs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    limits = {"max_query_len": 70, "max_seqs": most, "max_seq_len": 512, "max_tokens": 70}
+    bound = bid.plan("cpu").select_problem(ops.get(op).problem("bfloat16", dims)).bind(**limits)
+    kernel = Recorded(bound)
+    warm(kernel)
+    tables = 2 if op == "attention.mla" else 3
+    assert [call[tables].shape[0] for call in kernel.calls] == seqs
+
+
 def test_without_room_a_server_starts_all_the_same(monkeypatch, caplog):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("no room")

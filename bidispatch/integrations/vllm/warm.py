@@ -6,6 +6,7 @@ vLLM's own warm-up runs the sizes that it captures and the largest; rungs betwee
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -19,7 +20,7 @@ __all__ = ["rows_to_run", "warm"]
 
 _log = logging.getLogger("vllm.bidispatch")
 
-_CACHED, _PROMPT = 300, 64
+_CACHED, _PROMPT, _OTHERS = 300, 64, 3
 _OTHER_SIZE = 2
 """Of what is no number of rows, such as the matrices of a bmm."""
 
@@ -33,7 +34,8 @@ def warm(kernel: BoundKernel) -> None:
     try:
         with torch.no_grad():
             if kernel.limits.max_seq_len:
-                kernel(*_steps(kernel))
+                for step in _steps(kernel):
+                    kernel(*step)
             else:
                 _run_rungs(kernel)
     except torch.cuda.OutOfMemoryError:
@@ -65,13 +67,18 @@ def _zeros(spec: TensorSpec, sizes: dict[str, int], place: str) -> torch.Tensor:
     return torch.zeros(output_shape(spec, sizes), dtype=spec.dtype, device=place)
 
 
-def _steps(kernel: BoundKernel) -> list[torch.Tensor | None]:
-    """A sequence that decodes, and where there is room a prompt."""
+def _steps(kernel: BoundKernel) -> Iterator[list[torch.Tensor | None]]:
+    """A sequence that decodes, and where there is room a prompt; then those among others, for which kernels may launch
+    what they do not for two.
+    """
     limits = kernel.limits
     prompt = min(_PROMPT, limits.max_query_len, limits.max_tokens - 1, limits.max_seq_len)
     lengths = [(1, min(_CACHED, limits.max_seq_len))]
     if limits.max_seqs > 1 and prompt > 0:
         lengths.append((prompt, prompt))
     batch = latent_batch if kernel.problem.op == "attention.mla" else paged_batch
-    queries, cached = ([each[i] for each in lengths] for i in (0, 1))
-    return batch(kernel.problem, queries, cached, device=kernel.device.torch_device)
+    tokens = sum(queries for queries, _ in lengths)
+    others = min(_OTHERS, limits.max_seqs - len(lengths), limits.max_tokens - tokens)
+    for step in (lengths, [*lengths, *[(1, 1)] * others])[: 2 if others > 0 else 1]:
+        queries, cached = ([each[i] for each in step] for i in (0, 1))
+        yield batch(kernel.problem, queries, cached, device=kernel.device.torch_device)
