@@ -19,6 +19,7 @@ from bidispatch.registry import Rung
 if TYPE_CHECKING:
     from bidispatch.records import Record
     from bidispatch.runtime.bound import BoundKernel
+    from bidispatch.runtime.scratch import Scratch
 
 __all__ = ["Selection", "rung_ranges", "verify_command"]
 
@@ -53,8 +54,18 @@ class Selection:
         head = f"{self.problem} on {self.device.name}: class {self.numerics}, level {self.level.label}"
         return "\n".join([head, *(f"  {decision}" for decision in self.decisions)])
 
-    def bind(self, *, max_tokens: int, max_seqs: int = 1, max_seq_len: int = 0, max_query_len: int = 0) -> BoundKernel:
+    def bind(
+        self,
+        *,
+        max_tokens: int,
+        max_seqs: int = 1,
+        max_seq_len: int = 0,
+        max_query_len: int = 0,
+        scratch: Scratch | None = None,
+    ) -> BoundKernel:
         """Import the kernels, allocate their workspaces for calls up to these sizes, and return one callable.
+
+        scratch: memory shared with kernels that never run at once with this one; without it all workspaces are its own.
 
         Raises `DeviceError` when planned for a device that is not here, `BackendError` when a kernel's library does
         not import.
@@ -65,7 +76,7 @@ class Selection:
         if self.evidence is None:
             _warn_unproved(self.problem)
         limits = Limits(max_tokens, max_seqs, max_seq_len, max_query_len or max_tokens)
-        return bind(self.problem, self.device, self.rungs, limits)
+        return bind(self.problem, self.device, self.rungs, limits, scratch)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""

@@ -17,6 +17,7 @@ from bidispatch.registry import Implementation, Rung
 from bidispatch.runtime import paging
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch.runtime.scratch import Scratch
 
 __all__ = ["bind", "load_attribute"]
 
@@ -27,8 +28,10 @@ def load_attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits) -> BoundKernel:
-    """Bind every rung for calls up to `limits`.
+def bind(
+    problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits, scratch: Scratch | None = None
+) -> BoundKernel:
+    """Bind every rung for calls up to `limits`. scratch: shared with kernels that never run at once with this one.
 
     Raises `DeviceError` when the plan was made for a device that is not here, `BackendError` when a kernel's
     library does not import, `ArgumentError` for limits that allow no call.
@@ -45,7 +48,7 @@ def bind(problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits
     kernels = []
     first = limits.min_tokens
     for rung in rungs:
-        context = BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits, first))
+        context = BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits, first), scratch)
         first = (rung.max_m or 0) + 1
         kernel = _load(rung.implementation, context)
         if paging.wanted(op):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bidispatch.device import Device
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.schema import Problem
+
+if TYPE_CHECKING:
+    from bidispatch.runtime.scratch import Scratch
 
 __all__ = ["BindContext", "Kernel", "Limits", "need_max_seq_len", "need_positive_scale"]
 
@@ -45,6 +48,8 @@ class BindContext:
     tile: Any
     """An instance of its `Tile`, or None."""
     limits: Limits
+    scratch: Scratch | None = None
+    """Where workspaces that keep nothing between calls may lie; None: each kernel has its own (`scratch.empties`)."""
 
 
 def need_max_seq_len(context: BindContext) -> None:

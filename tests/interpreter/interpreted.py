@@ -14,6 +14,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.registry import Implementation, Registry
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch.runtime.scratch import Scratch
 from bidispatch_backends.triton import register
 
 REGISTRY = Registry()
@@ -49,13 +50,19 @@ def tiles(problem: Problem, params: Any = None, name: str = "") -> list[Any]:
 
 
 def bind(
-    problem: Problem, *, params: Any = None, tile: Any = None, limits: Limits | None = None, name: str = ""
+    problem: Problem,
+    *,
+    params: Any = None,
+    tile: Any = None,
+    limits: Limits | None = None,
+    name: str = "",
+    scratch: Scratch | None = None,
 ) -> Kernel:
     """Bind on the CPU; by default with default params, the smallest tile and room for a test's batch."""
     found = implementation(problem, name)
     params = params or found.params()
     tile = tile or tiles(problem, params, name)[0]
-    context = BindContext(CPU, problem, params, tile, limits or Limits(1024, 16, 2048))
+    context = BindContext(CPU, problem, params, tile, limits or Limits(1024, 16, 2048), scratch)
     return load_attribute(found.load)(context)  # type: ignore[no-any-return]
 
 

@@ -15,6 +15,7 @@ from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.reference.mla import latent_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
+from bidispatch.runtime.scratch import Scratch
 from bidispatch_backends.triton.mla_params import MlaParams
 
 PARAMS = MlaParams(kv_split="48/64@96/80@224", block_n=16)
@@ -168,6 +169,20 @@ def test_decode_steps_bound_apart_are_not_walked_and_have_the_bits_of_a_mixed_ca
     steps = bind(problem, params=PARAMS, tile=tile, limits=Limits(16, 16, 512, 2))
     out = attend(steps, problem, batch)
     assert same_bits(out, attend(bind_path(problem, "walked"), problem, batch))
+
+
+def test_kernels_that_share_their_workspace_one_after_another_keep_their_bits() -> None:
+    problem = problem_of(SMALL)
+    batch, other = latent_batch(problem, [1, 2, 1], [130, 40, 7]), latent_batch(problem, [2, 1], [60, 300], seed=1)
+    (tile,) = tiles(problem, PARAMS)
+    tile = tile.model_copy(update={"decode_block_m": 16, "prefill_block_m": 16})
+    scratch = Scratch()
+    named = {"params": PARAMS, "tile": tile, "scratch": scratch}
+    mixed, steps = (bind(problem, limits=limits, **named) for limits in (LIMITS, Limits(16, 16, 512, 2)))
+    wanted = attend(bind_path(problem, "walked"), problem, batch)
+    for kernel, neighbour in ((mixed, steps), (steps, mixed)):
+        attend(neighbour, problem, other)
+        assert same_bits(attend(kernel, problem, batch), wanted)
 
 
 def test_more_query_tokens_than_the_limits_name_give_nan_and_leave_the_others() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -17,7 +18,8 @@ from bidispatch.errors import ArgumentError, DeviceError
 from bidispatch.registry import Rung
 from bidispatch.runtime.bind import _on_device, bind
 from bidispatch.runtime.bound import BoundKernel
-from bidispatch.runtime.context import Limits
+from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.runtime.scratch import Scratch, empties
 
 N, K = 6, 8
 HEADS = {"head_dim": 8, "num_heads": 4, "num_kv_heads": 2}
@@ -46,6 +48,31 @@ def weight(**options) -> torch.Tensor:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+# --- workspaces ----------------------------------------------------------------------------------------------------
+
+
+def test_scratch_is_shared_until_a_kernel_needs_more():
+    scratch = Scratch()
+    bases, states = scratch.take(((3, torch.int32), (5, torch.float32)), "cpu")
+    assert (bases.shape, bases.dtype, states.shape, states.dtype) == ((3,), torch.int32, (5,), torch.float32)
+    assert states.data_ptr() - bases.data_ptr() == 256
+    (again,) = scratch.take(((1000, torch.float32),), "cpu")
+    assert again.data_ptr() == bases.data_ptr()
+    (more,) = scratch.take(((1 << 23, torch.float32),), "cpu")
+    assert more.data_ptr() != bases.data_ptr()
+    (none,) = scratch.take(((0, torch.float32),), "cpu")
+    assert none.numel() == 0
+
+
+def test_a_kernel_without_scratch_has_a_workspace_of_its_own():
+    context = BindContext(CPU, ops.get("gemm").problem("float32", {"n": N, "k": K}), None, None, Limits(1))
+    one, other = (empties(context, (4, torch.float32))[0] for _ in range(2))
+    assert one.data_ptr() != other.data_ptr()
+    shared = replace(context, scratch=Scratch())
+    one, other = (empties(shared, (4, torch.float32))[0] for _ in range(2))
+    assert one.data_ptr() == other.data_ptr()
 
 
 # --- calls --------------------------------------------------------------------------------------------------------

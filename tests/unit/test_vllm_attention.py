@@ -344,6 +344,18 @@ def test_a_captured_step_has_lengths_of_its_queries(served, config):
     assert builder.build_for_cudagraph_capture(common).seq_lens.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_graph_for_steps_of_any_kind_holds_the_kernel_for_all(served, config, apart):
+    # cudagraph_mode=FULL: the second model runner of 0.25.1 captures one query a sequence, and replays it for prompts.
+    layer = attention_layer(served, config)
+    config.compilation_config.cudagraph_mode = SimpleNamespace(separate_routine=lambda: apart)
+    for kind in (served.metadata.StepMetadataBuilder, served.mla.LatentMetadataBuilder):
+        builder = builder_of(kind, config)
+        common = Server(layer, builder).batch({1: 1, 2: 1})
+        assert builder.build(0, common).decode_step
+        assert builder.build_for_cudagraph_capture(common).decode_step is apart
+
+
 def test_a_cache_of_an_unknown_shape_is_refused():
     with pytest.raises(ArgumentError, match="neither"):
         heads_of(torch.zeros(4, KV_HEADS, PAGE, WIDTH), WIDTH)

@@ -15,9 +15,9 @@ import torch
 
 import bidispatch
 from bidispatch.cli import main
-from bidispatch.errors import BackendError, UsageError
+from bidispatch.errors import BackendError, SelectionError, UsageError
 from bidispatch.integrations.vllm import adopt, compat, mode, ops, plugin, table
-from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
+from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
 
 QWEN3_MOE = {
@@ -200,14 +200,50 @@ def test_more_rows_than_bound_bind_again_with_the_same_bits(kernels) -> None:
 
 def test_compiled_graphs_are_marked_and_a_foreign_config_is_refused(kernels) -> None:
     config = SimpleNamespace(additional_config={"mine": 1})
-    adopt.mark_compiled_graphs(config)
+    # A language model inside another one is compiled by a copy of the configuration.
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model[0].vllm_config = inner = SimpleNamespace(additional_config={"mine": 1})
+    adopt.mark_compiled_graphs(config, model)
     before = config.additional_config
     assert before["mine"] == 1
     ops.register("proj", kernels.select("gemm", dtype="bfloat16", n=8, k=16), 4)
-    adopt.mark_compiled_graphs(config)
+    adopt.mark_compiled_graphs(config, model)
     assert config.additional_config["bidispatch"] != before["bidispatch"]
+    assert inner.additional_config == config.additional_config
     with pytest.raises(UsageError, match="additional_config"):
-        adopt.mark_compiled_graphs(SimpleNamespace(additional_config=object()))
+        adopt.mark_compiled_graphs(SimpleNamespace(additional_config=object()), model)
+
+
+def test_workers_under_ray_get_the_variables() -> None:
+    name = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    environment = {"HOME": "/"}
+    share_variables(environment)
+    assert name not in environment
+    environment |= {"BIDISPATCH_VLLM": "strict", name: "MINE_, "}
+    share_variables(environment)
+    share_variables(environment)
+    assert environment[name] == "MINE_,BIDISPATCH_"
+
+
+def test_two_batches_at_a_time_are_refused() -> None:
+    adopt.require_one_batch_at_a_time(SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=False)))
+    with pytest.raises(SelectionError, match="--enable-dbo"):
+        adopt.require_one_batch_at_a_time(SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True)))
+
+
+def test_attention_of_an_encoder_is_a_row() -> None:
+    class MMEncoderAttention(torch.nn.Module):
+        """As vLLM's: it holds no weights and no cache."""
+
+    class WhisperEncoderAttention(MMEncoderAttention):
+        pass
+
+    host = SimpleNamespace(rows=[], classes={})
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    adopt.adopt(host, WhisperEncoderAttention(), config)
+    (row,) = host.rows
+    assert (row.kind, row.promised, row.refused) == ("attention", False, True)
+    assert "--mm-encoder-attn-backend" in row.reason
 
 
 def test_what_no_layer_shows_is_named() -> None:
@@ -216,6 +252,22 @@ def test_what_no_layer_shows_is_named() -> None:
     rows = list(adopt.around(config))
     assert [row.layer for row in rows] == ["all_reduce", "parallel", "lora", "draft model", "sampler"]
     assert len(table.refusals(rows)) == 4  # greedy tokens need no sampler
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "sizes", "named"),
+    [([8192], [], False), (None, None, False), ([512, 8192], [], True), ([64], [1], True)],
+)
+def test_graphs_compiled_for_several_ranges_are_named(endpoints, sizes, named: bool) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        lora_config=None,
+        speculative_config=None,
+        compilation_config=SimpleNamespace(compile_ranges_endpoints=endpoints, compile_sizes=sizes),
+    )
+    rows = list(adopt.around(config))
+    assert ("compiled graphs" in [row.layer for row in rows]) is named
+    assert len(table.refusals(rows)) == named
 
 
 def test_rows_merge_by_place_and_keep_their_reasons() -> None:
@@ -354,3 +406,10 @@ def test_report_of_tensor_parallelism_names_collectives(tmp_path: Path, capsys: 
 
 def test_report_without_a_config_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vllm", "report", "--model", str(tmp_path), "--device", "sm90"]) == 2
+
+
+def test_a_report_for_a_machine_without_a_gpu_asks_for_a_device(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_MOE))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["vllm", "report", "--model", str(tmp_path)]) == 2
+    assert "--device sm90" in capsys.readouterr().err

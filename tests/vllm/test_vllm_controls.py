@@ -41,7 +41,7 @@ from bidispatch.integrations.vllm.kernels import serving_plan
 ROWS = 23
 """Four parts of a sum, where a row alone has two."""
 NO_ARITHMETIC = {
-    *("init_device", "load_model", "experts_inputs", "fp8_experts_backends"),
+    *("init_device", "load_model", "experts_inputs", "experts_workspaces", "fp8_experts_backends"),
     *("compressed", "fp8_kernel", "fp8_plain_kernel", "fp8_whole_kernel", "mixed_kernel", "mixed_base"),
 }
 """Seams that compute nothing."""

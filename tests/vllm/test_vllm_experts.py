@@ -182,3 +182,13 @@ def test_experts_that_are_not_served(patched, changes, reason: str) -> None:
     adopting.adopt(made, model, config_of())
     assert reason in made.rows[0].reason
     assert not hasattr(experts, host.SERVED)
+
+
+def test_served_experts_ask_vllm_for_no_workspace_but_the_result(patched) -> None:
+    model, layer, experts = experts_layer()
+    shapes = (7, 64, 48, 2, 4, 4, None, layer.activation)
+    first, second, out = experts.workspace_shapes(*shapes)
+    assert min(map(len, (first, second))) > 1
+    adopting.adopt(host.Host(serving_plan("cpu"), 64, classes()), model, config_of())
+    assert experts.workspace_shapes(*shapes) == ((1,), (1,), out)
+    assert out == (7, 48)

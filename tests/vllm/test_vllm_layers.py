@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.worker.gpu_worker import Worker
@@ -80,6 +81,35 @@ def test_norms_on_both_of_vllms_paths(served, name: str, path: str) -> None:
 def test_heads_are_rows(served) -> None:
     x = torch.randn(5, 4, 64).to(BF16)
     assert torch.equal(served.model.norm(x), served.model.norm(x.reshape(20, 64)).view(5, 4, 64))
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, GemmaRMSNorm])
+def test_norms_of_heads_read_the_projection_where_it_lies(patched, kind) -> None:
+    attention = torch.nn.Module()
+    attention.q_norm, attention.k_norm = kind(64).to(BF16), kind(64).to(BF16)
+    attention.num_heads, attention.num_kv_heads, attention.head_dim = 4, 1, 64
+    model = torch.nn.Module()
+    model.attn = attention
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data)
+        parameter.requires_grad_(False)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    assert [row.op for row in made.rows if row.layer == "attn.q_norm"] == ["rms_norm", "fused_add_rms_norm", "qk_norm"]
+    assert [row.op for row in made.rows if row.layer == "attn.k_norm"] == ["rms_norm", "fused_add_rms_norm"]
+    assert len({row.numerics for row in made.rows if row.op != "fused_add_rms_norm"}) == 1
+    heads = torch.randn(19, 6 * 64).to(BF16)[:, : 4 * 64].view(19, 4, 64)
+    out = attention.q_norm(heads)
+    assert out.is_contiguous()
+    rows = attention.q_norm(heads.reshape(-1, 64))
+    assert torch.equal(out, rows.view(19, 4, 64))
+    assert torch.equal(out, rows_alone(attention.q_norm, heads)[0])
+    few = attention.k_norm(heads[:, :1])
+    assert torch.equal(few, attention.k_norm(heads[:, 0]).view(19, 1, 64))
+    attention.head_dim = 16  # a norm of all heads together
+    whole = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(whole, model, config_of())
+    assert "qk_norm" not in {row.op for row in whole.rows}
 
 
 def test_a_compiled_graph_holds_the_op_and_not_a_rung(served) -> None:
@@ -175,6 +205,16 @@ def test_a_worker_takes_over_its_model_and_logs_one_table(patched, caplog) -> No
     assert "fingerprint cpu-sequence-" in tables[0]
     assert "bidispatch" in worker.vllm_config.additional_config
     assert hasattr(model.proj, host.SERVED)
+
+
+def test_what_kernels_hold_counts_as_the_models_memory(patched, monkeypatch) -> None:
+    worker = worker_of(Block())
+    worker.model_runner.model_memory_usage = 1000
+    held = iter([300, 350])
+    monkeypatch.setattr(plugin, "_allocated", lambda device: next(held))
+    with plugin._counted(worker):
+        pass
+    assert worker.model_runner.model_memory_usage == 1050
 
 
 def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:

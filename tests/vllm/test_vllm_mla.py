@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_layers import BF16, HEADS, NOPE, RANK, ROPE, classes, config_of, mla_layer, rows_alone, run_mla
 
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm import adopt as adopting
-from bidispatch.integrations.vllm import compat, host
+from bidispatch.integrations.vllm import compat, host, mla_products
 from bidispatch.integrations.vllm.kernels import serving_plan
 
 
@@ -58,6 +60,24 @@ def test_the_products_of_mla(patched) -> None:
     for scale in ("output_scale", "q_dcp_replicated"):
         with pytest.raises(SelectionError, match="quantised after attention"):
             run_mla(layer, q, **{scale: torch.ones(1)})
+
+
+def test_memory_is_measured_with_what_a_step_holds(patched) -> None:
+    class Allocated(TorchFunctionMode):
+        shapes: ClassVar[list[tuple[int, ...]]] = []
+
+        def __torch_function__(self, function, types, arguments=(), named=None):
+            result = function(*arguments, **(named or {}))
+            if getattr(function, "__name__", "") == "new_empty":
+                self.shapes.append(tuple(result.shape))
+            return result
+
+    model, layer = mla_layer()
+    adopting.adopt(host.Host(serving_plan("cpu"), 64, classes()), model, config_of())
+    forward = mla_products.forward_impl(lambda *_: "vLLM's")
+    with Allocated() as allocated:
+        assert forward(layer, torch.zeros(19, HEADS, NOPE + ROPE), None, None, None, None, None) == "vLLM's"
+    assert allocated.shapes == [(19, HEADS, 2 * RANK + ROPE)]
 
 
 @pytest.mark.parametrize(

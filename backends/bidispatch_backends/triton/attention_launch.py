@@ -12,6 +12,7 @@ import torch
 
 from bidispatch.device import Arch
 from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.runtime.scratch import empties
 from bidispatch_backends.triton.attention_kernels import fold_kernel
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
 from bidispatch_backends.triton.launch import (
@@ -132,12 +133,11 @@ class Parallel:
         on_gpu = context.device.arch.vendor != "cpu"
         self._programs = tile.decode_programs * (context.device.compute_units or _UNITS) if on_gpu else 4
 
-        def empty(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(count, dtype=dtype, device=context.device.torch_device)
-
         states = decode.capacity * heads if decode.most_queries else 0
-        self.bases = empty(limits.max_seqs if decode.most_queries else 0, torch.int32)
-        self.workspace = (self.bases, empty(states), empty(states), empty(states * width))
+        seqs = limits.max_seqs if decode.most_queries else 0
+        sizes = ((seqs, torch.int32), *((count, torch.float32) for count in (states, states, states * width)))
+        self.workspace = empties(context, *sizes)
+        self.bases = self.workspace[0]
 
     def max_kv(self, block_table: torch.Tensor) -> int:
         """KV positions that a sequence may have in a call."""

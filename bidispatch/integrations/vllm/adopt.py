@@ -16,10 +16,14 @@ from bidispatch.integrations.vllm import linear, mla_products, moe, norms, ops
 from bidispatch.integrations.vllm.host import Host, Unserved
 from bidispatch.integrations.vllm.table import Row
 
-__all__ = ["adopt", "around", "mark_compiled_graphs"]
+__all__ = ["adopt", "around", "mark_compiled_graphs", "require_one_batch_at_a_time"]
 
 _LOOKS_UP = frozenset({"VocabParallelEmbedding", "Embedding", "Conv1dEmbedding"})
 """Layers with weights in which no row is summed: each row is looked up."""
+
+_ATTENDS = frozenset({"MMEncoderAttention"})
+"""Attention that holds neither weights nor a cache."""
+_OF_ENCODERS = "attention of an encoder is vLLM's choice (--mm-encoder-attn-backend), and was not looked at"
 
 
 def adopt(host: Host, model: Any, vllm_config: Any) -> None:
@@ -36,19 +40,23 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
                 products = f"{name} (W_UK, W_UV)"
                 _try(host, products, "attention", "bmm", lambda n=name, m=module: mla_products.serve(host, n, m))
             continue
+        if any(kind.__name__ in _ATTENDS for kind in type(module).__mro__):
+            host.rows.append(Row.uncovered(name, "attention", _OF_ENCODERS, op="attention"))
+            continue
         router = vars(module).get("router")
         if router is not None and hasattr(router, "_compute_routing"):
             _try(host, name, "router", "moe.router", lambda n=name, r=router: moe.serve_router(host, n, r, dtype))
         if hasattr(module, "w13_weight") or type(module).__name__ == "RoutedExperts":
             _try(host, name, "experts", "moe.experts", lambda n=name, m=module: moe.serve_experts(host, n, m))
             continue
-        _layer(host, name, module, tuple(aliases[id(module)]), sinks)
+        around = model.get_submodule(name.rpartition(".")[0])
+        _layer(host, name, module, around, tuple(aliases[id(module)]), sinks)
 
 
-def _layer(host: Host, name: str, module: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
-    """sinks: the tensors that attention layers take, which the module around them may hold."""
+def _layer(host: Host, name: str, module: Any, around: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
+    """around: what holds the module. sinks: the tensors that attention layers take, which that may hold."""
     known = _try(host, name, "linear", "gemm", lambda: linear.serve(host, name, module, aliases))
-    known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module))
+    known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module, around))
     if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module, sinks):
         return
     method = getattr(module, "quant_method", None)
@@ -101,6 +109,14 @@ def around(vllm_config: Any) -> Iterator[Row]:
         yield Row.uncovered("lora", "adapter", "adapters (LoRA) are vLLM's kernels; run without --enable-lora")
     if vllm_config.speculative_config is not None:
         yield Row.uncovered("draft model", "engine", "the layers of a draft model are vLLM's; run without one")
+    compiled = getattr(vllm_config, "compilation_config", None)
+    if len(getattr(compiled, "compile_ranges_endpoints", None) or ()) > 1 or getattr(compiled, "compile_sizes", None):
+        yield Row.uncovered(
+            "compiled graphs",
+            "engine",
+            "what lies between layers is compiled once for each of several ranges of tokens, and may be fused and "
+            "rounded in another way in each; leave out compile_sizes, compile_ranges_endpoints and fuse_allreduce_rms",
+        )
     yield Row.uncovered(
         "sampler",
         "sampling",
@@ -110,16 +126,28 @@ def around(vllm_config: Any) -> Iterator[Row]:
     )
 
 
-def mark_compiled_graphs(vllm_config: Any) -> None:
+def require_one_batch_at_a_time(vllm_config: Any) -> None:
+    """Raise `SelectionError` where two threads would run a model's layers at once: layers share workspaces."""
+    if getattr(vllm_config.parallel_config, "use_ubatching", False):
+        raise SelectionError(
+            "two micro-batches at a time would share workspaces of bidispatch's kernels; leave --enable-dbo and "
+            "--ubatch-size off, or set BIDISPATCH_VLLM=off"
+        )
+
+
+def mark_compiled_graphs(vllm_config: Any, model: Any) -> None:
     """Make what is served here a part of what vLLM's compile cache goes by.
 
-    A graph of another coverage would hold vLLM's kernels where the table shows others. Raises `UsageError` where the
-    configuration has no room for it.
+    A graph of another coverage would hold vLLM's kernels where the table shows others. A language model inside another
+    model is compiled by a copy of the configuration (`VllmConfig.with_hf_config`), which the module holds. Raises
+    `UsageError` where a configuration has no room for it.
     """
-    given = vllm_config.additional_config
-    if not isinstance(given, dict):
-        raise UsageError(
-            f"additional_config is a {type(given).__name__}, which bidispatch cannot add to; give a mapping or none"
-        )
     digest = hashlib.sha256(json.dumps(ops.bound_names()).encode()).hexdigest()[:16]
-    vllm_config.additional_config = {**given, "bidispatch": digest}
+    held = [vars(module).get("vllm_config") for module in model.modules()]
+    for config in {id(each): each for each in (vllm_config, *held) if hasattr(each, "additional_config")}.values():
+        given = config.additional_config
+        if not isinstance(given, dict):
+            raise UsageError(
+                f"additional_config is a {type(given).__name__}, which bidispatch cannot add to; give a mapping or none"
+            )
+        config.additional_config = {**given, "bidispatch": digest}

@@ -126,6 +126,12 @@ SEAMS: tuple[Seam, ...] = (
         "self",
     ),
     Seam(
+        "experts_workspaces",
+        f"{_LAYERS}.fused_moe.experts.triton_moe",
+        "TritonExperts.workspace_shapes",
+        "self M N K topk global_num_experts local_num_experts expert_tokens_meta activation",
+    ),
+    Seam(
         "fp8_experts_backends",
         f"{_LAYERS}.fused_moe.oracle.fp8",
         "_get_priority_backends",

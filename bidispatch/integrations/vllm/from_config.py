@@ -113,7 +113,13 @@ def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -
         return
     width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
     if str(config.get("model_type", "")).startswith(_NORMED_HEADS):
-        yield "q_norm, k_norm", "norm", "rms_norm", dtype, {"n": width, "gemma": gemma}
+        kv_heads = max(1, int(config.get("num_key_value_heads") or heads) // ranks)
+        for layer, count in (("q_norm", mine), ("k_norm", kv_heads)):
+            by_head = {"head_dim": width, "num_heads": count - 1, "num_kv_heads": 1, "gemma": gemma}
+            if count > 1:
+                yield layer, "norm", "qk_norm", dtype, by_head
+            else:
+                yield layer, "norm", "rms_norm", dtype, {"n": width, "gemma": gemma}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     kinds = set(config.get("layer_types") or ()) or {"sliding_attention" if window else "full_attention"}
     for kind in sorted(kinds & {"full_attention", "sliding_attention"}):

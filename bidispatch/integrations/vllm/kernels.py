@@ -15,6 +15,7 @@ from bidispatch.planning.plan import Plan, plan
 from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.context import Limits
+from bidispatch.runtime.scratch import Scratch
 
 __all__ = ["LEVEL", "StepKernels", "select", "serving_plan", "warm_all"]
 
@@ -22,7 +23,10 @@ LEVEL = "sequence"
 """Neighbours decide where a prompt is cut and who is preempted, so `batch` would promise nothing in vLLM."""
 
 _bound: weakref.WeakValueDictionary[tuple[object, ...], BoundKernel] = weakref.WeakValueDictionary()
-"""Layers run one after the other, so equal ones share a kernel and its workspace."""
+"""Layers run one after the other, so equal ones share a kernel."""
+
+_scratch = Scratch()
+"""For the same reason all kernels of attention share their workspaces: prompts' and decode steps', of every layer."""
 
 
 @lru_cache(maxsize=16)
@@ -94,6 +98,7 @@ def _bind(selection: Selection, limits: Limits) -> BoundKernel:
             max_seqs=limits.max_seqs,
             max_seq_len=limits.max_seq_len,
             max_query_len=limits.max_query_len,
+            scratch=_scratch,
         )
     return kernel
 

@@ -52,7 +52,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
             )
         need_covered(vllm_config)
         self._limits = StepLimits.of(vllm_config)
-        layers = vllm_config.compilation_config.static_forward_context
+        self._compilation = vllm_config.compilation_config
+        layers = self._compilation.static_forward_context
         for name in layer_names:
             layers[name].impl.prepare(kv_cache_spec.block_size)
 
@@ -72,8 +73,16 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> StepMetadata:
-        """The step that is captured: lengths are its queries', so that capturing does not walk the longest context."""
+        """The step that is captured: lengths are its queries', so that capturing does not walk the longest context.
+
+        Where a graph serves steps of any kind, as with `cudagraph_mode=FULL`, the kernel for all steps is captured:
+        vLLM 0.25.1's second model runner captures one query a sequence and replays it for prompts
+        (v1/worker/gpu/input_batch.py, `make_dummy`).
+        """
         step = self.build(0, common_attn_metadata)
+        mode = getattr(self._compilation, "cudagraph_mode", None)  # vLLM may still change it when builders are made
+        if mode is not None and not mode.separate_routine():
+            step.decode_step = False
         step.seq_lens.fill_(step.max_query_len)
         return step
 

@@ -64,6 +64,8 @@ def forward_impl(original: Callable[..., Any]) -> Callable[..., Any]:
             arguments = (q, k_c_normed, k_pe, kv_cache, attn_metadata, output, *quantized)
             if texts is None:
                 return unserved(self, original, self, *arguments, **named)
+            # What a step of as many rows will hold, absorbed queries and latent results, so that it is counted.
+            q.new_empty((q.shape[0], self.num_heads, 2 * self.kv_lora_rank + self.qk_rope_head_dim))
             return original(self, *arguments, **named)
         given = [value for value in (*quantized, *named.values()) if value is not None]
         if given or output.dtype != q.dtype:

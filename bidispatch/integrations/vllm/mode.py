@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from bidispatch.errors import UsageError, did_you_mean
 
-__all__ = ["MODE_VARIABLE", "SWITCH", "Mode", "read_mode", "require_same_switch"]
+__all__ = ["MODE_VARIABLE", "SWITCH", "Mode", "read_mode", "require_same_switch", "share_variables"]
 
 SWITCH = "VLLM_BATCH_INVARIANT"
 MODE_VARIABLE = "BIDISPATCH_VLLM"
+
+_OURS = "BIDISPATCH_"
+_CARRIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 
 # Modules that keep the switch as it was when they were imported, in 0.25.1, 0.29.0 and 0.33.0.
 _FROZEN = {
@@ -65,3 +68,10 @@ def require_same_switch(modules: Mapping[str, object] = sys.modules) -> None:
             f"{SWITCH} was set after {', '.join(early)} had been imported, and that keeps the value it saw; "
             "set it in the environment before Python starts"
         )
+
+
+def share_variables(environment: MutableMapping[str, str]) -> None:
+    """Have vLLM hand our variables to workers under Ray, which get `VLLM_*` and few others (ray/ray_env.py)."""
+    given = [prefix.strip() for prefix in environment.get(_CARRIED, "").split(",") if prefix.strip()]
+    if _OURS not in given and any(name.startswith(_OURS) for name in environment):
+        environment[_CARRIED] = ",".join([*given, _OURS])

@@ -16,7 +16,15 @@ from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, u
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import DimValue
 
-__all__ = ["experts_apply", "fp8_backends", "routing", "serve_experts", "serve_router", "unquantized_inputs"]
+__all__ = [
+    "experts_apply",
+    "fp8_backends",
+    "no_workspaces",
+    "routing",
+    "serve_experts",
+    "serve_router",
+    "unquantized_inputs",
+]
 
 _ROUTERS = ("router", "grouped_router", "bias_router")
 
@@ -227,6 +235,16 @@ def unquantized_inputs(original: property) -> property:
         return hasattr(self, SERVED) or bool(asked(self))
 
     return property(served)
+
+
+def no_workspaces(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of `TritonExperts.workspace_shapes`: kernels here have their own, vLLM's hold the result."""
+
+    def served(self: Any, *arguments: Any, **named: Any) -> Any:
+        first, second, out = original(self, *arguments, **named)
+        return ((1,), (1,), out) if hasattr(self, SERVED) else (first, second, out)
+
+    return served
 
 
 def fp8_backends(original: Callable[..., Any]) -> Callable[..., Any]:

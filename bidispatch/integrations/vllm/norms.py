@@ -9,12 +9,20 @@ import torch
 
 from bidispatch.integrations.vllm import ops
 from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
+from bidispatch.ops.schema import DimValue
 
 __all__ = ["forward", "serve"]
 
 
-def serve(host: Host, name: str, layer: Any) -> bool:
-    """Give a norm its kernels; False where it is none. Raises `Unserved` with the reason."""
+_HEADS = {"q_norm": "num_heads", "k_norm": "num_kv_heads"}
+"""Norms of heads: what the module around them calls how many there are, on this rank."""
+
+
+def serve(host: Host, name: str, layer: Any, around: Any = None) -> bool:
+    """Give a norm its kernels; False where it is none. Raises `Unserved` with the reason.
+
+    around: the module that holds it, if any.
+    """
     bases = {"rms_norm": False, "gemma_norm": True}
     base = next((host.classes[key] for key in bases if isinstance(layer, host.classes[key])), None)
     if base is None:
@@ -28,7 +36,12 @@ def serve(host: Host, name: str, layer: Any) -> bool:
     dtype = name_of(layer.weight.dtype, "its weight")
     gemma = base is host.classes["gemma_norm"]
     texts = tuple(host.take(name, "norm", op, dtype, n=n, gemma=gemma) for op in ("rms_norm", "fused_add_rms_norm"))
-    setattr(layer, SERVED, texts)
+    heads = getattr(around, _HEADS.get(name.rpartition(".")[2], ""), 0)
+    text = ""
+    if isinstance(heads, int) and heads > 1 and getattr(around, "head_dim", None) == n:  # else it is of all heads
+        dims: dict[str, DimValue] = {"head_dim": n, "num_heads": heads - 1, "num_kv_heads": 1, "gemma": gemma}
+        text = host.take(name, "norm", "qk_norm", dtype, **dims)
+    setattr(layer, SERVED, (*texts, text, heads))
     return True
 
 
@@ -40,6 +53,8 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if texts is None:
             return unserved(self, original, self, x, residual)
         weight = self.weight.data
+        if residual is None and texts[2] and x.dim() == 3 and x.shape[1] == texts[3]:
+            return ops.head_norm(texts[2], x, weight, self.variance_epsilon)
         if residual is None:
             return ops.rms_norm(texts[0], x, weight, self.variance_epsilon)
         return ops.fused_add_rms_norm(texts[1], x, residual, weight, self.variance_epsilon)

@@ -26,6 +26,7 @@ __all__ = [
     "fp8_block_linear",
     "fp8_linear",
     "fused_add_rms_norm",
+    "head_norm",
     "int4_linear",
     "linear",
     "register",
@@ -186,6 +187,16 @@ def _norm_like(kernel: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -
     return x.new_empty(x.shape)
 
 
+def _head_norm(kernel: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    first = x.shape[1] - 1
+    halves = x[:, :first], x[:, first:]
+    _kernel(kernel, x.shape[0])(*halves, weight, weight, eps=eps, q_out=out[:, :first], k_out=out[:, first:])
+    return out
+
+
 def _added_norm(
     kernel: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,6 +301,11 @@ None): [..., n]."""
 
 rms_norm = _define("rms_norm", "(str kernel, Tensor x, Tensor weight, float eps) -> Tensor", _norm, _norm_like)
 """(kernel, x [..., n], weight [n], eps): [..., n]."""
+
+head_norm = _define("head_norm", "(str kernel, Tensor x, Tensor weight, float eps) -> Tensor", _head_norm, _norm_like)
+"""(kernel of `qk_norm`, x [tokens, heads, n] of any strides but the last, weight [n], eps): [tokens, heads, n].
+
+All heads but the last are its q, and the last is its k: a slice of a merged projection is not copied into rows."""
 
 fused_add_rms_norm = _define(
     "fused_add_rms_norm",

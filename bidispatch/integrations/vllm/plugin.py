@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
 from bidispatch.integrations.vllm import compat
-from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch
+from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from bidispatch.integrations.vllm.host import Host
 
@@ -48,6 +49,7 @@ def register() -> None:
     `DeviceError` for a platform that is not served.
     """
     mode = read_mode(os.environ)
+    share_variables(os.environ)
     _register_loader()
     if mode is Mode.OFF or active():
         return
@@ -134,6 +136,7 @@ def patch_layers(mode: Mode) -> None:
     from vllm.platforms import current_platform
 
     from bidispatch.integrations.vllm import (
+        adopt,
         backends,
         fp8_linear,
         int4_kernel,
@@ -165,6 +168,7 @@ def patch_layers(mode: Mode) -> None:
         "bias_router": moe.routing,
         "experts": moe.experts_apply,
         "experts_inputs": moe.unquantized_inputs,
+        "experts_workspaces": moe.no_workspaces,
         "fp8_experts_backends": moe.fp8_backends,
         "mla": mla_products.forward_impl,
     }
@@ -172,8 +176,10 @@ def patch_layers(mode: Mode) -> None:
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
+        adopt.require_one_batch_at_a_time(self.vllm_config)
         originals["load_model"](self, load_dummy_weights=load_dummy_weights)
-        _take_over(mode, self, classes)
+        with _counted(self):
+            _take_over(mode, self, classes)
 
     originals = {name: getattr(holder, attribute) for name, (holder, attribute) in places.items()}
     try:
@@ -194,6 +200,23 @@ def patch_layers(mode: Mode) -> None:
         raise
 
 
+@contextmanager
+def _counted(worker: Any) -> Iterator[None]:
+    """Add what stays allocated to the memory of the model: vLLM leaves room beside its cache for that, and for what a
+    run of the largest step adds, not for what is there before that run (v1/worker/gpu_worker.py).
+    """
+    before = _allocated(worker.device)
+    yield
+    if grown := _allocated(worker.device) - before:  # a runner on the processor counts none
+        worker.model_runner.model_memory_usage += grown
+
+
+def _allocated(device: Any) -> int:
+    import torch
+
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
 def _attention_refused(reason: str) -> None:
     """The layer then stands in the table with the backend it got."""
     _log.info("attention: %s", reason)
@@ -208,7 +231,7 @@ def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
     made: Host = host.Host(kernels.serving_plan(device), StepLimits.of(config).max_tokens, classes)
     adopt.adopt(made, worker.get_model(), config)
     made.rows += adopt.around(config)
-    adopt.mark_compiled_graphs(config)
+    adopt.mark_compiled_graphs(config, worker.get_model())
     rows = table.merged(made.rows)
     if worker.rank == 0:
         text = "\n".join(table.lines(rows, made.plan.fingerprint() if made.plan.selections else "of nothing"))
