@@ -198,6 +198,21 @@ def test_more_rows_than_bound_bind_again_with_the_same_bits(kernels) -> None:
     assert torch.equal(ops.linear(name, x, weight, None, torch.bfloat16)[:3], few)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_scales_of_rows_lie_as_deep_gemm_reads_them(kernels, rows: int) -> None:
+    quantize = ops.register("proj", kernels.select("quantize.fp8_group", dtype="bfloat16", k=256), 8)
+    dims = {"n": 128, "k": 256, "out_dtype": "bfloat16"}
+    product = ops.register("proj", kernels.select("gemm.fp8_block", dtype="float8_e4m3fn", **dims), 8)
+    kernel = ops._kernel(product, rows)
+    launch, seen = kernel.launch, []
+    kernel.launch = lambda *arguments: (seen.append(arguments[1]), launch(*arguments))
+    x, weight = torch.randn(rows, 256).bfloat16(), torch.randn(128, 256).to(torch.float8_e4m3fn)
+    out = ops.fp8_block_linear(quantize, product, x, weight, torch.rand(1, 2), None)
+    assert out.shape == (rows, 128)
+    (scales,) = seen
+    assert scales.stride() == (1, -(-rows // 4) * 4)
+
+
 def test_compiled_graphs_are_marked_and_a_foreign_config_is_refused(kernels) -> None:
     config = SimpleNamespace(additional_config={"mine": 1})
     # A language model inside another one is compiled by a copy of the configuration.

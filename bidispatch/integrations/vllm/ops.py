@@ -124,8 +124,11 @@ def _fp8(
     quantize: str, product: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     rows = _rows(x)
-    values, x_scales = _kernel(quantize, rows.shape[0])(rows)
-    out = _kernel(product, rows.shape[0])(values, x_scales, weight, scales)
+    m, groups = rows.shape[0], scales.shape[1]
+    # Scales of a group side by side, as DeepGEMM reads them: it would copy others, in a launch of its own.
+    side_by_side = torch.empty_strided((m, groups), (1, -(-m // 4) * 4), dtype=torch.float32, device=rows.device)
+    values, x_scales = _kernel(quantize, m)(rows, scales=side_by_side)
+    out = _kernel(product, m)(values, x_scales, weight, scales)
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
