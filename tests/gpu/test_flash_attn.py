@@ -21,7 +21,7 @@ from bidispatch.verify.sequences import check_sequences, sequence_limits
 from bidispatch.verify.subject import Subject
 from bidispatch_backends.flash_attn import discovery
 
-NAMES = ("fa2", "fa2_splits", "fa2_capacity_splits", "fa2_kv_split", "fa3", "fa3_kv_split")
+NAMES = ("fa2", "fa2_splits", "fa2_capacity_splits", "fa2_kv_split", "fa3", "fa3_kv_split", "fa3_triton_splits")
 DTYPES = ("bfloat16", "float16")
 CONTEXTS = (300, 1000, 2049, 5000)
 NO_WINDOW = (-1, -1)

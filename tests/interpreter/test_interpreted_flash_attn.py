@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import fake_flash_attn as fake
 
 from bidispatch import ops
-from bidispatch.errors import ArgumentError
+from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.reference.attention import attention, paged_batch
 from bidispatch.registry import Registry
@@ -31,7 +31,8 @@ REGISTRY = Registry()
 register(REGISTRY)
 LIMITS = Limits(64, 8, 1024)
 SPLITTING = ("fa2_splits", "fa2_capacity_splits", "fa2_kv_split", "fa3_kv_split")
-NAMES = ("fa2", "fa3", *SPLITTING)
+BESIDE = "fa3_triton_splits"
+NAMES = ("fa2", "fa3", *SPLITTING, BESIDE)
 PARAMS = {
     "fa2_splits": {"num_splits": 3},
     "fa2_capacity_splits": {"num_splits": 4, "kv_capacity": 1024},
@@ -69,7 +70,8 @@ def bind(name, problem, limits=LIMITS, tile=None, **params):
     found = REGISTRY.get(f"flash_attn.{name}")
     chosen = found.params(**{**PARAMS.get(name, {}), **params})
     if found.tile:
-        tile = found.tile(**(tile or {}))
+        ((_, shape),) = found.tiles(CPU, problem, chosen)
+        tile = shape.model_copy(update=tile or {})
     kernel = load_attribute(found.load)(BindContext(CPU, problem, chosen, tile, limits))
 
     def run(arguments):
@@ -153,7 +155,8 @@ def test_every_check_of_verify_holds_at_the_level_it_claims(name):
     problem = problem_of(name)
     found = REGISTRY.get(f"flash_attn.{name}")
     sizes = Sizes((1, 7, 33), 4, (1,), (1, 17, 100, 300), (1, 64), decodes=3, singles=2, max_seqs=8)
-    params, tile = found.params(**PARAMS.get(name, {})), found.tile() if found.tile else None
+    params = found.params(**PARAMS.get(name, {}))
+    ((_, tile),) = found.tiles(CPU, problem, params) if found.tile else ((None, None),)
     limits = sequence_limits(problem, sizes)
 
     def subject(limits):
@@ -210,6 +213,30 @@ def test_what_a_kernel_is_bound_for_moves_no_bit(name):
     result = alone(batch(problem, lone))
     assert {call.operator for call in fake.calls} <= {"fa2.kvcache", "fa3.batch"}
     assert same_bits(result, wanted[[0, 4, 5]])
+
+
+def test_lone_queries_beside_fa3_have_the_splits_of_their_class_and_the_library_is_not_asked_for_them():
+    problem = problem_of(BESIDE)
+    pieces = [(1, 700, 0), (3, 300, 1), (1, 40, 2), (1, 513, 3)]
+    wanted = bind(BESIDE, problem)(batch(problem, pieces))
+    assert [call.operator for call in fake.calls] == ["fa3.varlen"]
+    assert not same_bits(bind(BESIDE, problem, kv_split=512)(batch(problem, pieces)), wanted)
+    fake.calls.clear()
+    lone = [piece for piece in pieces if piece[0] == 1]
+    alone = bind(BESIDE, problem, Limits(3, 3, 1024, max_query_len=1))(batch(problem, lone))
+    assert fake.calls == []
+    assert same_bits(alone, wanted[[0, 4, 5]])
+    whole = bind("fa3", problem)(batch(problem, pieces))
+    assert same_bits(whole[1:4], wanted[1:4])
+    assert not same_bits(whole, wanted)
+
+
+def test_lone_queries_beside_fa3_all_fit_or_it_is_not_bound():
+    problem = problem_of(BESIDE, num_heads=32)
+    with pytest.raises(UsageError, match=r"64 lone queries of 1024 positions.*workspace_mb=1 holds"):
+        bind(BESIDE, problem, Limits(64, 64, 1024), tile={"workspace_mb": 1})
+    with pytest.raises(UsageError, match="decode_query_len=16"):
+        bind(BESIDE, problem, tile={"decode_query_len": 16})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ import importlib.machinery
 import sys
 import types
 from abc import ABC, abstractmethod
+from importlib.machinery import ModuleSpec
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -163,6 +164,8 @@ def install() -> list[str]:
     """Put the modules where `import vllm` finds them; return their names."""
     for name, content in _CONTENT.items():
         module = types.ModuleType(name)
+        # As a package that is there but has no files: what looks for vLLM's libraries asks for its spec.
+        module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # backends look for what a vLLM brings
         for thing in content:

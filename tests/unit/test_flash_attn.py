@@ -134,6 +134,7 @@ def test_records_are_tied_to_the_libraries_that_may_serve(name):
         "fa2": ("flash-attn", "vllm"),
         "fa2_kv_split": ("flash-attn", "vllm", "triton"),  # the merge's arithmetic is Triton's
         "fa3_kv_split": ("vllm", "triton"),
+        "fa3_triton_splits": ("vllm", "triton"),
         "fa2_capacity_splits": ("flash-attn",),
     }
     assert implementation.libraries == possible.get(name.partition(".")[2], ("vllm",))
@@ -231,8 +232,9 @@ def test_labels_are_free_of_heads_and_pages(heads, kv_heads, page_size):
 
 def bind(name, problem, limits, given=None):
     found = REGISTRY.get(f"flash_attn.{name}")
-    tile = found.tile() if found.tile else None
-    return load_attribute(found.load)(BindContext(CPU, problem, found.params(**(given or {})), tile, limits))
+    chosen = found.params(**(given or {}))
+    ((_, tile),) = found.tiles(CPU, problem, chosen) if found.tile else ((None, None),)
+    return load_attribute(found.load)(BindContext(CPU, problem, chosen, tile, limits))
 
 
 def test_limits_that_cannot_hold_are_refused_at_bind(host, monkeypatch):

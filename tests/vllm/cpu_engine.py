@@ -1,4 +1,4 @@
-"""A whole engine of vLLM on the processor, checked: `python cpu_engine.py RESULT`, in a process of its own.
+"""A whole vLLM engine on the processor, checked: `cpu_engine.py RESULT [--async] [--ours]`, in a process of its own.
 
 vLLM's wheel for CUDA has its CPU platform, scheduler and model runner, but none of its CPU kernels: those that a Qwen3
 needs are written here in torch, and attention is a loop over requests.
@@ -14,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.pop("VLLM_BATCH_INVARIANT", None)
+OURS = "--ours" in sys.argv
+os.environ["VLLM_BATCH_INVARIANT"] = str(int(OURS))
+os.environ.pop("BIDISPATCH_VLLM", None)
 os.environ.update(
     VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_V2_MODEL_RUNNER="0"
 )
@@ -120,6 +122,10 @@ class Attention(AttentionImpl):
 
 
 class Backend(AttentionBackend):
+    @classmethod
+    def supports_batch_invariance(cls):
+        return True
+
     @staticmethod
     def get_name():
         return "CUSTOM"
@@ -183,6 +189,25 @@ KERNELS = {
 }
 
 
+def serve_layers() -> None:
+    """Linear layers and norms by bidispatch: its plugin, but for the platform it asks for and attention, and without
+    what vLLM's own mode sets, which is CUDA's.
+    """
+    from vllm.v1.worker import gpu_worker
+
+    from bidispatch.integrations.vllm import backends, plugin
+
+    vars(plugin)["_require_platform"] = lambda: None
+    backends.install = lambda platform, uncovered: lambda: None
+    name = "init_batch_invariance"
+    for path in ("vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"):
+        if path in sys.modules:
+            setattr(sys.modules[path], name, lambda *args: None)
+    if hasattr(gpu_worker, name):
+        setattr(gpu_worker, name, lambda *args: None)
+    plugin.register()
+
+
 def main(to: Path) -> None:
     global planted
     sys.modules.setdefault(__name__, sys.modules["__main__"])
@@ -208,8 +233,11 @@ def main(to: Path) -> None:
         "new_tokens": 8,
         "seed": 0,
     }
+    if OURS:
+        serve_layers()
     engine = check_engine.start(check_child.engine_arguments(spec))
-    results = {"clean": check_child.check_served(engine, spec)}
+    kernels = check_child.require_arm(engine, "ours" if OURS else "stock")
+    results = {"kernels": kernels, "clean": check_child.check_served(engine, spec)}
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     from vllm_prices import Prices
 

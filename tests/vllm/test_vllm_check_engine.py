@@ -12,7 +12,7 @@ import pytest
 PROGRAM = Path(__file__).parent / "cpu_engine.py"
 
 
-@pytest.mark.parametrize("options", [[], ["--async"]])
+@pytest.mark.parametrize("options", [[], ["--async"], ["--ours"]])
 def test_a_whole_engine(tmp_path: Path, options: list[str]) -> None:
     to = tmp_path / "result.json"
     done = subprocess.run(
@@ -21,6 +21,7 @@ def test_a_whole_engine(tmp_path: Path, options: list[str]) -> None:
     assert to.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads(to.read_text())
     clean, planted = results["clean"], results["planted"]
+    assert any("lm_head" in name for name in results["kernels"]) == ("--ours" in options)
     assert [(price["phase"], price["batch"]) for price in results["prices"]] == [
         ("prefill", 1),
         ("decode", 1),

@@ -11,6 +11,7 @@ from bidispatch.registry import Implementation, Registry
 from bidispatch.requirements import Check, DimAtMost, DimIn, DimMultipleOf, Package, Requirement
 from bidispatch_backends.flash_attn import params
 from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, FA3, Libraries
+from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile
 
 __all__ = ["register"]
 
@@ -143,5 +144,22 @@ def register(registry: Registry) -> None:
             tiles=params.workspace_tiles,
             libraries=("vllm", "triton"),
             summary="vLLM's FA3; a lone query's KV in splits of one size, merged in ascending order; longer in one",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="flash_attn.fa3_triton_splits",
+            op="attention",
+            load="bidispatch_backends.flash_attn.attention:bind_fa3_triton_splits",
+            archs=("sm90",),
+            dtypes=_DTYPES,
+            requires=(*_FA3, DimIn("head_dim", (64, 128))),
+            numerics=params.fa3_triton_splits_numerics,
+            claims=Invariance.BATCH,
+            params=AttentionParams,
+            tile=AttentionTile,
+            tiles=params.lone_split_tiles,
+            libraries=("vllm", "triton"),
+            summary="vLLM's FA3, one split; lone queries by the parallel splits of triton.paged_attention",
         )
     )

@@ -18,6 +18,7 @@ from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, Libraries
 from bidispatch_backends.flash_attn.kernels import Launches, launches
 from bidispatch_backends.flash_attn.library import Fa2, Fa3, fa2_of, fa3
+from bidispatch_backends.triton.attention import bind_lone_queries
 from bidispatch_backends.triton.launch import ceil_div
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "bind_fa2_splits",
     "bind_fa3",
     "bind_fa3_kv_split",
+    "bind_fa3_triton_splits",
 ]
 
 _ONE_WARP_GROUP = 64
@@ -91,6 +93,14 @@ def bind_fa3_kv_split(context: BindContext) -> Kernel:
     return _Attention(context, fa3(), _sized(context))
 
 
+def bind_fa3_triton_splits(context: BindContext) -> Kernel:
+    """The same by FA3, lone queries by the parallel splits of `triton.paged_attention`.
+
+    Raises `UsageError` too where those of `max_seqs` lone queries exceed `workspace_mb`.
+    """
+    return bind_lone_queries(context, _Attention(context, fa3(), None, replaced=True))
+
+
 def _sized(context: BindContext) -> _Split:
     size = context.params.split_size
     return _Split(max(1, ceil_div(context.limits.max_seq_len, size)), size, 1)
@@ -112,7 +122,10 @@ def _fa2(context: BindContext, libraries: Libraries) -> Fa2:
 class _Attention:
     """A bound kernel and its workspaces."""
 
-    def __init__(self, context: BindContext, library: Fa2 | Fa3, split: _Split | None) -> None:
+    def __init__(
+        self, context: BindContext, library: Fa2 | Fa3, split: _Split | None, *, replaced: bool = False
+    ) -> None:
+        """replaced: whether someone else writes the rows of lone queries afterwards."""
         problem, limits = context.problem, context.limits
         need_max_seq_len(context)
         self._problem, self._library, self._split = problem, library, split
@@ -123,7 +136,7 @@ class _Attention:
         self._tile_bound = self._pinned(library)
         # With one row a sequence and splits, nothing is left for the one-split call.
         self._walks = split is None or self._longest_query > 1
-        self._launches = _launches(context, split)
+        self._launches = _launches(context, split, replaced=replaced)
         # What is made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self._used = self._integers(context, limits.max_seqs)
@@ -255,10 +268,10 @@ class _Attention:
         merge((count, heads), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
 
 
-def _launches(context: BindContext, split: _Split | None) -> Launches:
+def _launches(context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:
     problem, arch = context.problem, context.device.arch
     if split is None:
-        return launches(problem, arch)
+        return launches(problem, arch, replaced=replaced)
     return launches(problem, arch, split.entries, split.extent, copies_pages=split.own_table)
 
 

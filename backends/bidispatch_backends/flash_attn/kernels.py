@@ -217,10 +217,19 @@ class Launches:
         return _SEQS
 
 
-def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0, *, copies_pages: bool = True) -> Launches:
+def launches(
+    problem: Problem,
+    arch: Arch,
+    entries: int = 0,
+    extent: int = 0,
+    *,
+    copies_pages: bool = True,
+    replaced: bool = False,
+) -> Launches:
     """`entries` of `extent` KV positions for a lone query; 0 where it is served as every other.
 
-    copies_pages: whether its part of the block table is copied; else the library is shown the caller's.
+    copies_pages: whether its part of the block table is copied; else the library is shown the caller's. replaced:
+    whether someone else writes the rows of lone queries afterwards.
     """
     data, index, state = pointer(problem.dtype), pointer("int32"), pointer("float32")
     heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
@@ -232,7 +241,10 @@ def launches(problem: Problem, arch: Arch, entries: int = 0, extent: int = 0, *,
     # Without the fusion: a product and a sum are rounded apart, whatever a compiler's version prefers.
     one_warp, four_warps = (options(arch, warps, 1, fp_fusion=False) for warps in (1, 4))
     lengths = Launch(
-        lengths_kernel, {**ends, "used_ptr": index, **sizes}, {"ALONE": entries > 0, "BLOCK": _SEQS}, four_warps
+        lengths_kernel,
+        {**ends, "used_ptr": index, **sizes},
+        {"ALONE": entries > 0 or replaced, "BLOCK": _SEQS},
+        four_warps,
     )
     spoil = Launch(
         spoil_kernel,

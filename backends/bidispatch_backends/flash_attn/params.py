@@ -33,6 +33,7 @@ from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, FA3
+from bidispatch_backends.triton.attention_params import AttentionTile, attention_numerics, attention_tiles
 
 __all__ = [
     "CapacitySplitsParams",
@@ -48,6 +49,8 @@ __all__ = [
     "fa2_splits_numerics",
     "fa3_kv_split_numerics",
     "fa3_numerics",
+    "fa3_triton_splits_numerics",
+    "lone_split_tiles",
     "no_sinks",
     "no_window",
     "one_split_tiles",
@@ -60,6 +63,8 @@ __all__ = [
 
 _MOST_SPLITS = 128  # flash_api.cpp, set_params_splitkv
 _LARGEST_BLOCK = 256
+_LONE_WORKSPACE_MB = 1024
+"""Every lone query must have its splits in parallel: who served it else would depend on how many there are."""
 
 
 class OneSplitParams(Params):
@@ -180,6 +185,19 @@ def fa3_numerics(params: Any, problem: Problem) -> str:
 def fa3_kv_split_numerics(params: Any, problem: Problem) -> str:
     """`fa3_kv_split.<positions>.<library>`."""
     return f"fa3_kv_split.{params.split_size}.{FA3.installed(problem)}"
+
+
+def fa3_triton_splits_numerics(params: Any, problem: Problem) -> str:
+    """`fa3_triton_splits.<as of triton.paged_attention>.<library>`."""
+    return f"fa3_triton_splits.{attention_numerics(params, problem).partition('.')[2]}.{FA3.installed(problem)}"
+
+
+def lone_split_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, AttentionTile], ...]:
+    """`triton.paged_attention`'s, for one query token, with room for as many as a server has."""
+    return tuple(
+        (most, tile.model_copy(update={"decode_query_len": 1, "workspace_mb": _LONE_WORKSPACE_MB}))
+        for most, tile in attention_tiles(device, problem, params)
+    )
 
 
 def no_window(device: Device, problem: Problem) -> str | None:

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from bidispatch.device import Arch
+from bidispatch.errors import UsageError
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel, Limits, need_max_seq_len, need_positive_scale
 from bidispatch_backends.triton.attention_hopper import overlapped_walk_kernel
@@ -40,7 +41,7 @@ from bidispatch_backends.triton.launch import (
     power_of_two,
 )
 
-__all__ = ["bind_attention", "launches"]
+__all__ = ["bind_attention", "bind_lone_queries", "launches"]
 
 _EARLY_SEQS = 2
 """Sequences of a call whose fold is launched while the splits run, at most. It saves one 0.3 to 0.6 µs of 9 to 25; with
@@ -158,7 +159,27 @@ def launches(
     return (*walks, *parallel(False), *early)
 
 
-def bind_attention(context: BindContext) -> Kernel:
+def bind_lone_queries(context: BindContext, others: Kernel) -> Kernel:
+    """`bind_attention` with the sequences of more than one query token left to another kernel of the op.
+
+    others: takes the same arguments, and may write anything to the rows of lone queries. Raises `UsageError` where
+    the splits of `max_seqs` lone queries exceed the tile's `workspace_mb`: some would be left, by how many there are.
+    """
+    problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
+    need_max_seq_len(context)
+    decode = _decode_of(problem, params, tile, limits)
+    needed = params.splits_up_to(limits.max_seq_len) * min(limits.max_seqs, limits.max_tokens)
+    if decode.most_queries != 1 or decode.capacity < needed:
+        raise UsageError(
+            f"{problem}: {limits.max_seqs} lone queries of {limits.max_seq_len} positions have {needed} splits, "
+            f"workspace_mb={tile.workspace_mb} holds {decode.capacity} of one query token (decode_query_len="
+            f"{tile.decode_query_len}); raise workspace_mb, bind with a smaller max_seqs or max_seq_len, or choose "
+            "larger splits (kv_split)"
+        )
+    return bind_attention(context, others)
+
+
+def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel:
     """Bind for calls up to `context.limits`; holds the workspace of the parallel splits.
 
     Which launches a call makes follows from the limits and its numbers of tokens and sequences; which of them serves a
@@ -167,6 +188,8 @@ def bind_attention(context: BindContext) -> Kernel:
     apart from prompts. A sequence longer than `max_seq_len`, or than its block table holds, gives NaN, as one of more
     query tokens than `max_query_len` may: lengths are only known on the GPU. Raises `UsageError` when the limits name
     no `max_seq_len`.
+
+    others: a kernel of the op in the place of `walk_kernel`; it runs first, since it writes all rows.
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     need_max_seq_len(context)
@@ -205,6 +228,8 @@ def bind_attention(context: BindContext) -> Kernel:
 
         walk, walk_bases = walk_all, None
         left = parallel.leaves(tokens)
+        if left and others:
+            others(*inputs, sinks, alibi_slopes, k_scale, v_scale, scale, out)
         if decode.most_queries:
             split_now, fold_now = early if early and seqs <= _EARLY_SEQS else (split, fold)
             split_now(
@@ -235,7 +260,7 @@ def bind_attention(context: BindContext) -> Kernel:
                 *out_strides,
             )
             walk, walk_bases = walk_rest, parallel.bases
-        if left:
+        if left and not others:
             walk(
                 (tokens // walked.tokens + seqs, kv_heads * walked.head_blocks),
                 *inputs,
