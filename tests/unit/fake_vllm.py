@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import importlib.machinery
 import sys
 import types
 from abc import ABC, abstractmethod
@@ -167,7 +166,6 @@ def install() -> list[str]:
         # As a package that is there but has no files: what looks for vLLM's libraries asks for its spec.
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # backends look for what a vLLM brings
         for thing in content:
             setattr(module, thing.__name__, thing)
         sys.modules[name] = module
