@@ -151,8 +151,8 @@ class ProfileStore:
     def _of_layer(self, layer: int, arch: str) -> Iterator[_Parsed]:
         """A layer's files that are for an arch. A file for another arch may be half written and is not checked."""
         for path in self._files(layer):
-            if layer == _BUILTIN:
-                meant_for = path.stem  # a built-in profile is named after its arch
+            if layer == _BUILTIN and path.stem in ARCHS:
+                meant_for = path.stem
             else:
                 match = _mapping(_mapping(read_document(path, _shown(path)).data).get("match"))
                 meant_for = str(match.get("arch", path.stem))

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bidispatch.errors import UsageError
+from bidispatch.ops.quantize import FP8
 from bidispatch.ops.schema import DimValue
 from bidispatch.ops.shapes import Shape
+from bidispatch.tune.formats import format_of
 
-__all__ = ["expert_shapes", "model_shapes"]
+__all__ = ["EXPERT_COUNTS", "expert_shapes", "model_shapes", "routed_experts"]
+
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
+"""What families call the number of a layer's experts, over all ranks."""
 
 _VOCABULARY_MULTIPLE = 64
 """Serving engines pad the vocabulary to this before they shard it."""
@@ -37,14 +42,20 @@ def model_shapes(path: Path, tensor_parallel: int = 1) -> list[Shape]:
 
 def expert_shapes(path: Path, tensor_parallel: int = 1, expert_parallel: int = 1) -> list[Shape]:
     """The dims of `moe.experts` on one rank. With expert_parallel above 1 a rank has whole experts, as in vLLM's expert
-    parallelism, and tensor_parallel divides nothing here; else it divides the width of every expert.
+    parallelism, and tensor_parallel divides nothing here; else it divides the width of every expert. Their weights are
+    in fp8 where the config says so.
 
-    Raises `UsageError` as `model_shapes` does, and for a model without experts.
+    Raises `UsageError` as `model_shapes` does, for a model without experts, and for weights of another format.
     """
     if expert_parallel < 1:
         raise UsageError(f"an expert-parallel size is at least 1, not {expert_parallel}")
     reader = _reader(path, tensor_parallel)
     return [Shape((f"{reader.model} experts",), reader.experts(expert_parallel))]
+
+
+def routed_experts(path: Path) -> tuple[int, int]:
+    """The experts of a layer, over all ranks, and how many of them a token takes. Raises `UsageError` as above."""
+    return _reader(path, 1).routed_experts()
 
 
 def _reader(path: Path, tensor_parallel: int) -> _Reader:
@@ -105,28 +116,36 @@ class _Reader:
         yield "lm_head", {"n": self._share(vocabulary, "the padded vocab_size"), "k": hidden}
 
     def _experts_key(self) -> str | None:
-        counts = ("n_routed_experts", "num_local_experts", "num_experts")
-        return next((key for key in counts if self._config.get(key)), None)
+        return next((key for key in EXPERT_COUNTS if self._config.get(key)), None)
 
-    def experts(self, expert_parallel: int) -> Mapping[str, DimValue]:
-        """The dims of one rank's experts."""
+    def routed_experts(self) -> tuple[int, int]:
         key = self._experts_key()
         if key is None:
             raise UsageError(f"{self._file}: {self.model} has no experts; `tune gemm` takes its products")
-        everywhere = self._size(key)
+        return self._size(key), self._size("num_experts_per_tok")
+
+    def experts(self, expert_parallel: int) -> Mapping[str, DimValue]:
+        """The dims of one rank's experts."""
+        everywhere, top_k = self.routed_experts()
         if everywhere % expert_parallel:
-            raise UsageError(f"{self._file}: {key}={everywhere} is not divided by {expert_parallel} ranks of --ep")
+            raise UsageError(
+                f"{self._file}: {self._experts_key()}={everywhere} is not divided by {expert_parallel} ranks of --ep"
+            )
         width_key = "moe_intermediate_size" if self._config.get("moe_intermediate_size") else "intermediate_size"
         width = self._size(width_key)
         dims: dict[str, DimValue] = {
             "experts": everywhere // expert_parallel,
-            "top_k": self._size("num_experts_per_tok"),
+            "top_k": top_k,
             "hidden": self._size("hidden_size"),
             "intermediate": width if expert_parallel > 1 else self._share(width, width_key),
         }
         if expert_parallel > 1:
             dims |= {"expert_map": True, "global_experts": everywhere}
-        return {**dims, **self._activation()}
+        found = format_of(self._config)
+        if found.experts:
+            raise UsageError(f"{self._file}: {found.experts}; --shapes FILE takes any shapes")
+        of_fp8: dict[str, DimValue] = {"weight_dtype": FP8} if found.fp8_experts else {}
+        return {**dims, **self._activation(), **of_fp8}
 
     def _activation(self) -> Mapping[str, DimValue]:
         if self.model == "gpt_oss":

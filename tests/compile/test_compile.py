@@ -182,6 +182,16 @@ def test_every_selected_kernel_compiles_and_fits(arch: str, problem: Problem) ->
     assert shared_memory_faults(arch, found) == []
 
 
+@pytest.mark.parametrize("problem", [problem for problem in (*TILED, *ODD) if problem.op == "attention"], ids=str)
+def test_what_an_h200_has_of_its_own_compiles_and_fits(problem: Problem) -> None:
+    """Its profile, which names the device: launch shapes of attention."""
+    plan = bidispatch.plan(device=Device(ARCHS["sm90"], "NVIDIA H200", predicted=True))
+    assert plan.profile.name == "h200"
+    for rung in plan.select_problem(problem).rungs:
+        found = variants(rung.implementation.name, problem, rung.params, rung.tile, ARCHS["sm90"])
+        assert shared_memory_faults("sm90", {variant.key: variant for variant in found}) == []
+
+
 def test_a_tile_that_is_too_large_is_caught() -> None:
     """Negative control: 4 stages of 128x256x64 in bf16 take 192 KB, an sm86 block has 99."""
     problem = ops.get("gemm").problem("bfloat16", {"n": 4096, "k": 4096})

@@ -69,6 +69,20 @@ def every_kernel(problem: Problem, rows: int, kernel: str = "triton.moe") -> lis
     return [*(bind(problem, tile=tile, name=kernel) for tile in found), *few]
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_clamped"])
+@pytest.mark.parametrize("place", [X, 1], ids=["x", "w13"])
+def test_nan_reaches_the_rows_that_read_it_through_every_activation(activation: str, place: int) -> None:
+    """Of a row itself, or of an expert's weights. The clamps drop it where they are written as minimum and maximum."""
+    problem = experts(activation=activation)
+    arguments = draw_inputs(problem, 6)
+    arguments[place] = arguments[place].clone()
+    arguments[place][1] = float("nan")
+    exact = reference(problem, arguments)[0].isnan()
+    assert exact.any()
+    for kernel in every_kernel(problem, 6):
+        assert torch.equal(run(problem, arguments, kernel)[0].isnan(), exact)
+
+
 @pytest.mark.parametrize("dims", FEATURES, ids=str)
 def test_every_tile_is_near_the_reference_and_all_give_the_same_bits(dims: dict[str, Any]) -> None:
     problem = experts(**dims)

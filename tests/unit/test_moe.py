@@ -252,6 +252,31 @@ def test_the_experts_of_a_model(tmp_path, config, ranks, expert_ranks, expected)
     ops.get("moe.experts").problem("bf16", shape.dims)
 
 
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def test_experts_whose_weights_are_in_fp8_are_a_problem_of_fp8(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3_30B, "quantization_config": BLOCKS}))
+    (shape,) = expert_shapes(tmp_path)
+    assert shape.dims["weight_dtype"] == "float8_e4m3fn"
+    ops.get("moe.experts").problem("bf16", shape.dims)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "message"),
+    [
+        ({**BLOCKS, "weight_block_size": [64, 64]}, r"fp8 in blocks of \[64, 64\] are not served"),
+        ({"quant_method": "fp8"}, "experts with weights of fp8 without blocks are not served"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "experts with weights of awq are not served"),
+        ({"quant_method": "mxfp4"}, "weights of mxfp4 are not served; --shapes FILE"),
+    ],
+)
+def test_experts_in_another_format_are_refused_by_name(tmp_path, quantized, message):
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3_30B, "quantization_config": quantized}))
+    with pytest.raises(UsageError, match=message):
+        expert_shapes(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "ranks", "expert_ranks", "message"),
     [

@@ -450,6 +450,13 @@ def test_a_shipped_profile_lints_clean_and_is_named_after_its_file(path):
     assert match["arch"] == (content["extends"] if "device_name" in match else path.stem)
 
 
+@pytest.mark.parametrize(
+    ("device_name", "profile"), [("NVIDIA H200", "h200"), ("NVIDIA H200 NVL", "h200"), ("NVIDIA H100 PCIe", "sm90")]
+)
+def test_a_shipped_profile_that_names_a_device_is_chosen_there_alone(device_name, profile):
+    assert bid.plan(Device(ARCHS["sm90"], device_name)).profile.name == profile
+
+
 @pytest.mark.parametrize("name", ARCHS)
 def test_every_op_and_dtype_is_selected_or_refused_with_reasons_on_every_arch(name):
     plan = bid.plan(Device(ARCHS[name], name, predicted=name != "cpu"))

@@ -233,14 +233,14 @@ def _product(
 
 @triton.jit
 def gated_pair(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The activation, in fp32."""
+    """The activation, in fp32. NaN stays NaN in each, also where it is clamped."""
     if ACTIVATION == "silu":
         act = swish(gate, gate)
     elif ACTIVATION == "gelu":
         act = 0.5 * gate * (1.0 + tl.erf(gate * _INVERSE_SQRT_2))
     else:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1.0
         act = swish(gate, ALPHA * gate)
     return act * up
 

@@ -13,13 +13,12 @@ from typing import Any
 
 from bidispatch import ops
 from bidispatch.errors import SelectionError, UsageError
-from bidispatch.integrations.vllm.formats import Format, format_of
 from bidispatch.integrations.vllm.problems import attention_problem, latent_problem
 from bidispatch.integrations.vllm.table import Row
-from bidispatch.ops.quantize import FP8
 from bidispatch.ops.schema import DimValue, parse_dtype
 from bidispatch.planning.plan import Plan
-from bidispatch.tune.models import expert_shapes, model_shapes
+from bidispatch.tune.formats import Format, format_of
+from bidispatch.tune.models import EXPERT_COUNTS, expert_shapes, model_shapes, routed_experts
 
 __all__ = ["rows_of"]
 
@@ -139,20 +138,19 @@ def _attention(config: Mapping[str, Any], ranks: int, dtype: str, gemma: bool) -
 def _experts(
     config: Mapping[str, Any], plan: Plan, model: Path, ranks: int, dtype: str, found: Format
 ) -> Iterator[Row]:
-    if not any(config.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")):
+    if not any(config.get(key) for key in EXPERT_COUNTS):
         return
-    (shape,) = expert_shapes(model, ranks)
-    dims = dict(shape.dims)
     if found.experts:
         yield Row.uncovered("experts", "experts", found.experts, op="moe.experts")
     else:
-        of_fp8 = {"weight_dtype": FP8} if found.fp8_experts else {}
-        yield _row(plan, "experts", "experts", "moe.experts", dtype, {**dims, **of_fp8})
+        (shape,) = expert_shapes(model, ranks)
+        yield _row(plan, "experts", "experts", "moe.experts", dtype, shape.dims)
     scoring = str(config.get("scoring_func", "softmax"))
     biased = config.get("topk_method") == "noaux_tc"
+    experts, top_k = routed_experts(model)
     routing = {
-        "experts": dims.get("global_experts") or dims["experts"],
-        "top_k": dims["top_k"],
+        "experts": experts,
+        "top_k": top_k,
         "scoring": scoring,
         "renormalize": bool(config.get("norm_topk_prob", True)),
         "correction_bias": biased,

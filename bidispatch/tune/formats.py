@@ -1,4 +1,4 @@
-"""What the `quantization_config` of a model's config says of its linear layers and experts. Imports no vLLM.
+"""What the `quantization_config` of a model's config says of its linear layers and experts. Imports no torch.
 
 A config names layers that are left out by patterns; those are shown as quantised here, but for the output head.
 """
@@ -48,7 +48,7 @@ class Format:
             yield self.op, dtype, {"n": n, "k": k, **self.dims, **group}
 
 
-_NO_EXPERTS = "experts with weights of {} are not served in vLLM; those with fp8 in blocks of 128x128 are"
+_NO_EXPERTS = "experts with weights of {} are not served; those with fp8 in blocks of 128x128 are"
 _FP8_BLOCK = Format("gemm.fp8_block", quantize="quantize.fp8_group")
 
 
@@ -64,7 +64,7 @@ def format_of(config: Mapping[str, Any]) -> Format:
         return _int4(quantized, method)
     if method == "compressed-tensors":
         return _compressed(quantized)
-    return _unserved(f"weights of {method} are not served in vLLM yet")
+    return _unserved(f"weights of {method} are not served")
 
 
 def _unserved(reason: str) -> Format:
@@ -80,21 +80,21 @@ def _fp8(quantized: Mapping[str, Any]) -> Format:
     blocks = quantized.get("weight_block_size")
     if blocks is None:
         return _fp8_whole("tensor" if quantized.get("activation_scheme") == "static" else "token", "tensor")
-    return _FP8_BLOCK if blocks == _BLOCK else _unserved(f"weights of fp8 in blocks of {blocks} are not served in vLLM")
+    return _FP8_BLOCK if blocks == _BLOCK else _unserved(f"weights of fp8 in blocks of {blocks} are not served")
 
 
 def _packed(bits: int, group: int | None, zero_points: bool, of: str) -> Format:
     if bits != 4:
-        return _unserved(f"weights of {of} with {bits} bits are not served in vLLM; 4 are")
+        return _unserved(f"weights of {of} with {bits} bits are not served; 4 are")
     dims: dict[str, DimValue] = {"group_size": int(group or -1), "zero_points": zero_points}
     return Format("gemm.int4", dims, experts=_NO_EXPERTS.format(of))
 
 
 def _int4(quantized: Mapping[str, Any], method: str) -> Format:
     if quantized.get("desc_act"):
-        return _unserved("weights of gptq with desc_act=true are not served in vLLM: groups lie apart in K")
+        return _unserved("weights of gptq with desc_act=true are not served: groups lie apart in K")
     if method == "gptq" and not quantized.get("sym", True):
-        return _unserved("weights of gptq with zero points are not served in vLLM, nor read by it")
+        return _unserved("weights of gptq with zero points are not served, nor read by it")
     bits = int(quantized.get("bits", quantized.get("w_bit", 4)))
     group = quantized.get("group_size", quantized.get("q_group_size"))
     return _packed(bits, group, method == "awq" and bool(quantized.get("zero_point", True)), method)
@@ -108,7 +108,7 @@ def _compressed(quantized: Mapping[str, Any]) -> Format:
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     if weights.get("type") == "int" and inputs is None:
         if weights.get("actorder") in ("group", True):
-            return _unserved("weights of compressed-tensors in activation order are not served in vLLM")
+            return _unserved("weights of compressed-tensors in activation order are not served")
         return _packed(
             int(bits or 0), weights.get("group_size"), not weights.get("symmetric", True), "compressed-tensors"
         )
@@ -119,4 +119,4 @@ def _compressed(quantized: Mapping[str, Any]) -> Format:
         if strategy in ("tensor", "channel") and inputs.get("strategy") in ("token", "tensor"):
             return _fp8_whole(scaling, strategy)
     kinds = f"{weights.get('type')}{bits} a {strategy}, rows {'as they are' if not inputs else inputs.get('type')}"
-    return _unserved(f"weights of compressed-tensors in {kinds} are not served in vLLM yet")
+    return _unserved(f"weights of compressed-tensors in {kinds} are not served")
