@@ -550,6 +550,26 @@ def test_sequences_full_of_nan_do_not_reach_their_neighbours(registry: Registry)
     comparisons.check(70)
 
 
+@pytest.mark.parametrize("past", ["table", "limits"])
+def test_a_length_past_the_block_table_or_the_limits_is_nan_and_leaves_the_others(
+    registry: Registry, past: str
+) -> None:
+    problem = attention_of(ATTENTION["everything"])
+    kernel = bind(registry, problem)
+    batch = batch_of(problem, [3, 4, 1], [130, 40, 50])
+    wanted = attend(kernel, problem, batch)
+    table = batch[3].shape[1] * problem.size("page_size")
+    if past == "limits":
+        batch[3] = batch[3].repeat(1, -(-1025 // table))
+    batch[4][1] = 1025 if past == "limits" else table + 1
+    got = attend(kernel, problem, batch)
+    comparisons = Comparisons()
+    assert bool(got[3:7].isnan().all())
+    comparisons.rows(got[:3], wanted[:3])
+    comparisons.rows(got[7:], wanted[7:])
+    comparisons.check(4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*ATTENTION, "all-positions"])
 def test_attention_is_near_the_reference(registry: Registry, case: str, dtype: str) -> None:

@@ -56,6 +56,7 @@ class _PagedAttention:
         self._values = workspace(self._kv_heads, self._tile, pad_to(PRODUCT_COLUMNS, self._head_dim))
         self._decay = workspace(pad_to(_VECTOR, most_heads * self._rows))
         self._columns = torch.arange(self._tile, device="cpu")
+        self._max_seq_len = context.limits.max_seq_len
 
     def __call__(
         self,
@@ -74,9 +75,13 @@ class _PagedAttention:
     ) -> None:
         per_head = (sinks, alibi_slopes, k_scale, v_scale)
         starts = query_start_loc.tolist()
+        in_table = block_table.shape[1] * self._page_size
+        longest = min(self._max_seq_len or in_table, in_table)
         for index, kv_len in enumerate(seq_lens.tolist()):
             rows = slice(starts[index], starts[index + 1])
-            if rows.start < rows.stop:
+            if kv_len > longest:  # as on a GPU, where a kernel cannot raise
+                out[rows] = float("nan")
+            elif rows.start < rows.stop:
                 out[rows] = self._sequence(q[rows], k_cache, v_cache, block_table[index], kv_len, per_head, scale)
 
     def _sequence(
