@@ -20,7 +20,7 @@ from bidispatch.verify import Check, verify_plan, verify_selection
 from bidispatch.verify.cases import problems_for, sizes_for
 from bidispatch.verify.compare import bits
 from bidispatch.verify.rungs import check_ladder
-from bidispatch.verify.sequences import Piece, SequencePool
+from bidispatch.verify.sequence_pool import Piece, SequencePool
 from bidispatch.verify.stock import stock_subject
 
 SMALL_ATTENTION = {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2, "page_size": 16}
