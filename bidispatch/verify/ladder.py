@@ -121,7 +121,8 @@ class _Findings:
         if cuda_graph and level >= Invariance.BATCH:
             self._graphs(selection, subject, sizes, level, rebind)
         plain = stock_subject(selection.problem, device) if stock else None
-        self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows, plain))
+        rounding = max(rung.implementation.own_rounding(selection.problem) for rung in selection.rungs)
+        self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows, plain, rounding))
         if select is not None:
             self._rungs(selection, sizes)
             if can_be_merged(selection.problem):

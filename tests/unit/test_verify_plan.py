@@ -270,6 +270,17 @@ def test_a_product_further_off_than_stock_is_a_fault_though_within_the_limit_of_
     assert "stock torch" in result.faults[0]
 
 
+def test_a_class_is_allowed_what_it_rounds_of_its_own():
+    whole = bid.plan("cpu").select_problem(ops.get("gemm").problem("bfloat16", {"n": 5, "k": 32}))
+    (rung,) = whole.rungs
+    rounding = replace(rung.implementation, own_rounding=lambda problem: 1.2e-2)
+    limits = [
+        verify_selection(replace(whole, rungs=(replace(rung, implementation=known),)), stock=False).accuracy[0].limit
+        for known in (rung.implementation, rounding)
+    ]
+    assert limits == [5e-3, pytest.approx(1.3e-2)]
+
+
 def test_merged_weights_of_another_class_are_not_compared():
     plan = bid.plan("cpu")
     problem = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
