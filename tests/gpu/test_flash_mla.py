@@ -1,4 +1,4 @@
-"""flash_mla.decode on bits: no row follows its neighbours, in graphs neither, and what the library's schedule does to them.
+"""flash_mla.decode on bits: no row follows its neighbours, in graphs neither, and what the library's schedule does.
 
 Skips where vLLM's `_flashmla_C` is not installed, or the GPU is no Hopper.
 """
