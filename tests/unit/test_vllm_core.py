@@ -247,6 +247,10 @@ def test_two_batches_at_a_time_are_refused() -> None:
         adopt.require_one_batch_at_a_time(SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True)))
 
 
+OTHERS = defaultdict(lambda: type("Other", (), {}))
+"""vLLM's classes where a model has none of them."""
+
+
 def test_attention_of_an_encoder_is_a_row() -> None:
     class MMEncoderAttention(torch.nn.Module):
         """As vLLM's: it holds no weights and no cache."""
@@ -254,7 +258,7 @@ def test_attention_of_an_encoder_is_a_row() -> None:
     class WhisperEncoderAttention(MMEncoderAttention):
         pass
 
-    host = SimpleNamespace(rows=[], classes={})
+    host = SimpleNamespace(rows=[], classes=OTHERS)
     config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
     adopt.adopt(host, WhisperEncoderAttention(), config)
     (row,) = host.rows
@@ -276,7 +280,7 @@ def test_what_no_layer_shows_is_named() -> None:
 def test_norms_that_vllm_fuses_itself_are_named() -> None:
     wrapper = torch.nn.Module()
     wrapper.fuse_qkv_rmsnorm = True
-    host = SimpleNamespace(rows=[], classes=defaultdict(lambda: type("Other", (), {})))
+    host = SimpleNamespace(rows=[], classes=OTHERS)
     adopt.adopt(host, torch.nn.ModuleDict({"mla": wrapper}), SimpleNamespace(model_config=SimpleNamespace(dtype="")))
     (row,) = host.rows
     assert (row.layer, row.kind, row.promised) == ("mla (norms of q and KV)", "norm", False)

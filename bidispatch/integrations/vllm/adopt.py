@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from bidispatch.errors import SelectionError, UsageError
@@ -29,9 +29,7 @@ _OF_ENCODERS = "attention of an encoder is vLLM's choice (--mm-encoder-attn-back
 def adopt(host: Host, model: Any, vllm_config: Any) -> None:
     """Give every layer of a model its kernels, and add its rows to the host's."""
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
+    heads = linear.output_heads(model, host.classes)
     sinks = {id(getattr(m.impl, "sinks", None)) for m in model.modules() if _is_attention(m)}
     for name, module in model.named_modules():
         if _is_attention(module):
@@ -55,12 +53,13 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
             _try(host, name, "experts", "moe.experts", lambda n=name, m=module: moe.serve_experts(host, n, m))
             continue
         around = model.get_submodule(name.rpartition(".")[0])
-        _layer(host, name, module, around, tuple(aliases[id(module)]), sinks)
+        _layer(host, name, module, around, heads, sinks)
 
 
-def _layer(host: Host, name: str, module: Any, around: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
+def _layer(host: Host, name: str, module: Any, around: Any, heads: Mapping[int, str], sinks: Collection[int]) -> None:
     """around: what holds the module. sinks: the tensors that attention layers take, which that may hold."""
-    known = _try(host, name, "linear", "gemm", lambda: linear.serve(host, name, module, aliases))
+    kind = "lm_head" if id(module) in heads else "linear"
+    known = _try(host, name, kind, "gemm", lambda: linear.serve(host, name, module, heads))
     known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module, around))
     if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module, sinks):
         return

@@ -152,7 +152,7 @@ def patch_layers(mode: Mode) -> None:
     kernels = {name: getattr(*places[name]) for name in ("fp8_plain_kernel", "fp8_whole_kernel")}
     wrappers: dict[str, Callable[[Any], Any]] = {
         "linear": linear.apply,
-        "head": linear.apply,
+        "head": linear.head_apply,
         "gate": linear.gate_forward,
         "rms_norm": norms.forward,
         "rms_norm_native": norms.forward,
@@ -172,7 +172,8 @@ def patch_layers(mode: Mode) -> None:
         "fp8_experts_backends": moe.fp8_backends,
         "mla": mla_products.forward_impl,
     }
-    looked_at = {"compressed": places["compressed"][0], **kernels}
+    kinds = ("embedding", "parallel_head", "logits")
+    looked_at = {"compressed": places["compressed"][0], **kernels, **{name: getattr(*places[name]) for name in kinds}}
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
