@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from bidispatch.errors import SelectionError, UsageError
-from bidispatch.integrations.vllm import linear, mla_products, moe, norms, ops
+from bidispatch.integrations.vllm import left, linear, mla_products, moe, norms, ops
 from bidispatch.integrations.vllm.host import Host, Unserved
 from bidispatch.integrations.vllm.table import Row
 
@@ -93,7 +93,7 @@ def _attention(name: str, module: Any) -> Row:
     if type(module.impl).__module__.startswith("bidispatch.") and selection is not None:
         return Row.of(name, "attention", selection)
     backend = module.get_attn_backend().get_name()
-    reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
+    reason = left.reason_of(module) or "its own code names the backend, and nobody asked the registry"
     return Row.uncovered(name, "attention", reason, op="attention", by=backend)
 
 

@@ -140,6 +140,7 @@ SEAMS: tuple[Seam, ...] = (
         "_get_priority_backends",
         "moe_config weight_key activation_key",
     ),
+    Seam("attention", f"{_LAYERS}.attention.attention", "Attention"),
     Seam(
         "mla",
         f"{_LAYERS}.attention.mla_attention",

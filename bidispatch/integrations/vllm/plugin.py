@@ -95,8 +95,9 @@ def undo() -> None:
     _in_worker.undo()
     _at_start.undo()
     if "bidispatch.integrations.vllm.ops" in sys.modules:
-        from bidispatch.integrations.vllm import host, ops
+        from bidispatch.integrations.vllm import host, left, ops
 
+        left.forget()
         host.refuse_unserved(False)
         ops.forget()
 
@@ -133,6 +134,7 @@ def patch_layers(mode: Mode) -> None:
     """Import vLLM's layers and replace their methods, all or none; a second call does nothing."""
     if len(_in_worker):
         return
+    from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
 
     from bidispatch.integrations.vllm import (
@@ -141,6 +143,7 @@ def patch_layers(mode: Mode) -> None:
         fp8_linear,
         int4_kernel,
         int4_linear,
+        left,
         linear,
         mla_products,
         moe,
@@ -172,12 +175,13 @@ def patch_layers(mode: Mode) -> None:
         "fp8_experts_backends": moe.fp8_backends,
         "mla": mla_products.forward_impl,
     }
-    kinds = ("embedding", "parallel_head", "logits")
+    kinds = ("embedding", "parallel_head", "logits", "attention")
     looked_at = {"compressed": places["compressed"][0], **kernels, **{name: getattr(*places[name]) for name in kinds}}
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
         adopt.require_one_batch_at_a_time(self.vllm_config)
+        left.begin(self.vllm_config)
         originals["load_model"](self, load_dummy_weights=load_dummy_weights)
         with _counted(self):
             _take_over(mode, self, classes)
@@ -195,7 +199,9 @@ def patch_layers(mode: Mode) -> None:
             chosen = int4_kernel.kernel(module.choose_mp_linear_kernel)
             _in_worker.replace(module, "choose_mp_linear_kernel", chosen)
         _in_worker.replace(*places["load_model"], load_model)
-        _in_worker.on_undo(backends.install(type(current_platform), uncovered=_attention_refused))
+        for kind in (classes["attention"], classes["mla"]):
+            _in_worker.replace(kind, "__init__", left.built(kind.__init__, get_current_vllm_config))
+        _in_worker.on_undo(backends.install(type(current_platform), uncovered=left.refused))
     except BaseException:
         _in_worker.undo()
         raise
@@ -216,11 +222,6 @@ def _allocated(device: Any) -> int:
     import torch
 
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
-
-
-def _attention_refused(reason: str) -> None:
-    """The layer then stands in the table with the backend it got."""
-    _log.info("attention: %s", reason)
 
 
 def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
