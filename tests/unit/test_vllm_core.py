@@ -277,6 +277,32 @@ def test_what_no_layer_shows_is_named() -> None:
     assert len(table.refusals(rows)) == 5  # greedy tokens need no sampler
 
 
+def rows_around(speculative):
+    parallel = SimpleNamespace(tensor_parallel_size=1)
+    return list(
+        adopt.around(SimpleNamespace(parallel_config=parallel, lora_config=None, speculative_config=speculative))
+    )
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+def test_drafts_without_a_model_are_no_row(method: str) -> None:
+    (sampler,) = rows_around(SimpleNamespace(method=method, rejection_sample_method="standard"))
+    assert (sampler.layer, sampler.refused) == ("sampler", False)
+    assert "follows the drafts" in sampler.reason
+
+
+def test_a_draft_model_says_what_it_changes_and_what_not() -> None:
+    draft, sampler = rows_around(SimpleNamespace(method="eagle3", rejection_sample_method="standard"))
+    assert (draft.layer, draft.refused, sampler.layer) == ("draft model", True, "sampler")
+    assert "eagle3" in draft.reason
+    assert "greedy tokens do not change" in draft.reason
+
+
+def test_drafts_that_are_taken_by_chance_are_refused() -> None:
+    drafts, _ = rows_around(SimpleNamespace(method="ngram", rejection_sample_method="synthetic"))
+    assert (drafts.layer, drafts.refused) == ("drafts", True)
+
+
 def test_norms_that_vllm_fuses_itself_are_named() -> None:
     wrapper = torch.nn.Module()
     wrapper.fuse_qkv_rmsnorm = True

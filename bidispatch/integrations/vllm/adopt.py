@@ -26,6 +26,11 @@ _ATTENDS = frozenset({"MMEncoderAttention"})
 _OF_ENCODERS = "attention of an encoder is vLLM's choice (--mm-encoder-attn-backend), and was not looked at"
 
 
+SAMPLER = "sampling, logprobs and prompt_logprobs are vLLM's, in its own batch-invariant mode"
+_NO_DRAFT_MODEL = frozenset({"ngram", "ngram_gpu", "suffix"})
+"""Methods of speculative decoding that draft from tokens that are there (vllm/config/speculative.py)."""
+
+
 def adopt(host: Host, model: Any, vllm_config: Any) -> None:
     """Give every layer of a model its kernels, and add its rows to the host's."""
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
@@ -119,7 +124,7 @@ def around(vllm_config: Any) -> Iterator[Row]:
             "--enable-sleep-mode",
         )
     if vllm_config.speculative_config is not None:
-        yield Row.uncovered("draft model", "engine", "the layers of a draft model are vLLM's; run without one")
+        yield from _drafts(vllm_config.speculative_config)
     compiled = getattr(vllm_config, "compilation_config", None)
     if len(getattr(compiled, "compile_ranges_endpoints", None) or ()) > 1 or getattr(compiled, "compile_sizes", None):
         yield Row.uncovered(
@@ -128,13 +133,26 @@ def around(vllm_config: Any) -> Iterator[Row]:
             "what lies between layers is compiled once for each of several ranges of tokens, and may be fused and "
             "rounded in another way in each; leave out compile_sizes, compile_ranges_endpoints and fuse_allreduce_rms",
         )
+    drawn = "" if vllm_config.speculative_config is None else "; what is drawn for a token follows the drafts before it"
     yield Row.uncovered(
-        "sampler",
-        "sampling",
-        "sampling, logprobs and prompt_logprobs are vLLM's, in its own batch-invariant mode; greedy tokens follow the "
-        "logits alone",
-        refused=False,
+        "sampler", "sampling", f"{SAMPLER}; greedy tokens follow the logits alone{drawn}", refused=False
     )
+
+
+def _drafts(speculative: Any) -> Iterator[Row]:
+    """What speculative decoding leaves open. Logits of drafts that are verified are those of decode steps."""
+    method = str(getattr(speculative, "method", ""))
+    if getattr(speculative, "rejection_sample_method", "standard") == "synthetic":
+        why = "rejection_sample_method=synthetic takes drafts by chance, whatever the logits say; use standard"
+        yield Row.uncovered("drafts", "engine", why)
+    if method not in _NO_DRAFT_MODEL:
+        yield Row.uncovered(
+            "draft model",
+            "engine",
+            f"the layers that draft ({method}) are vLLM's, and what they draft may follow the batch: greedy tokens do "
+            "not change, since a draft is taken only where it is the most likely token of logits that are served; "
+            "sampled ones can, since drafts decide what is drawn; use ngram or suffix, or no drafts",
+        )
 
 
 def require_one_batch_at_a_time(vllm_config: Any) -> None:
