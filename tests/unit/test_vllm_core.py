@@ -356,6 +356,22 @@ def test_report_of_a_predicted_gpu(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["layer"] for row in document["layers"] if not row["promised"]] == ["sampler"]
 
 
+def test_report_names_the_profiles_files_and_what_they_change(tmp_path, capsys, monkeypatch) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "schema_version: 1\nname: mine\nextends: sm90\nmatch: {arch: sm90}\ndisable:\n  cublaslt.pinned: not on mine\n"
+    )
+    monkeypatch.setenv("BIDISPATCH_IMPL", "rms_norm=triton.rms_norm")
+    _, document = report(tmp_path, capsys, QWEN3_MOE, "--device", "sm90", "--profile", str(file))
+    found = document["profile"]
+    assert (found["name"], found["files"][-1]) == ("mine", str(file))
+    assert found["disable"] == [{"implementation": "cublaslt.pinned", "reason": "not on mine", "source": f"{file}:6"}]
+    main(["vllm", "report", "--model", str(tmp_path), "--device", "sm90", "--profile", str(file)])
+    text = capsys.readouterr().out
+    assert f"disable cublaslt.pinned: not on mine ({file}:6)" in text
+    assert "BIDISPATCH_IMPL=rms_norm=triton.rms_norm" in text
+
+
 def test_report_of_a_gpu_whose_workers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = report(tmp_path, capsys, QWEN3_MOE, "--device", "gfx942")
     assert code == 1

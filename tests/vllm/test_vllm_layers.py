@@ -282,6 +282,49 @@ def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:
         plugin.require_patched_worker(object.__new__(Own))
 
 
+def worker_that_takes_a_device(monkeypatch, arch):
+    """A worker whose device is another arch's GPU, as `WorkerWrapperBase.init_device` sees it."""
+
+    def detected(name):
+        raise DeviceError(f"this machine's GPU is {arch}, which no profile knows")
+
+    monkeypatch.setattr(plugin, "_named", detected)
+    worker = object.__new__(Worker)
+    worker.device = torch.device("cuda:0")
+    return SimpleNamespace(worker=worker)
+
+
+def test_a_gpu_that_nothing_is_planned_for_stops_before_a_model_is_built(cuda_platform, monkeypatch) -> None:
+    seam = next(seam for seam in compat.SEAMS if seam.name == "init_device")
+    holder, name = compat.resolve(seam)
+    monkeypatch.setattr(holder, name, lambda self: None)
+    before = originals()
+    plugin.register()
+    try:
+        with pytest.raises(DeviceError, match=r"on cuda:0: .*sm75.*BIDISPATCH_VLLM=off"):
+            getattr(holder, name)(worker_that_takes_a_device(monkeypatch, "sm75"))
+        assert originals() == before
+    finally:
+        plugin.undo()
+
+
+def test_the_log_names_the_profiles_files_and_what_they_change(patched, caplog, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "schema_version: 1\nname: mine\nextends: cpu\nmatch: {arch: cpu}\nprefer: [torch_cpu.gemm]\n"
+        "disable:\n  torch_cpu.moe: slow here\n"
+    )
+    monkeypatch.setenv("BIDISPATCH_PROFILE", str(file))
+    serving_plan.cache_clear()
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    with caplog.at_level("INFO", logger="vllm.bidispatch"):
+        plugin._take_over(Mode.ON, worker_of(Block()), classes())
+    (text,) = [message for message in caplog.messages if "kernels of this model" in message]
+    assert f"profile mine: hw_profiles/_base.yaml, hw_profiles/cpu.yaml, {file}" in text
+    assert f"prefer torch_cpu.gemm ({file}:5)" in text
+    assert f"disable torch_cpu.moe: slow here ({file}:7)" in text
+
+
 def test_strict_names_layer_op_and_reason(patched) -> None:
     model, _, _ = experts_layer(activation=MoEActivation.RELU2)
     with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation relu2") as error:

@@ -18,7 +18,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bidispatch.errors import BackendError, DeviceError, SelectionError
+from bidispatch.errors import BackendError, BidispatchError, DeviceError, SelectionError, UsageError
 from bidispatch.integrations.vllm import compat
 from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from bidispatch.integrations.vllm.host import Host
 
-__all__ = ["active", "patch_layers", "register", "require_patched_worker", "undo"]
+__all__ = ["active", "patch_layers", "register", "require_patched_worker", "require_plan", "undo"]
 
 _log = logging.getLogger("vllm.bidispatch")
 """Below vLLM's own logger, whose level and handlers are what the user sees."""
@@ -70,7 +70,12 @@ def register() -> None:
     def init_device(self: Any) -> Any:
         patch_layers(mode)
         result = original(self)
-        require_patched_worker(self.worker)
+        try:
+            require_patched_worker(self.worker)
+            require_plan(self.worker.device)
+        except BidispatchError:
+            undo()
+            raise
         return result
 
     _at_start.replace(holder, name, init_device)
@@ -128,6 +133,23 @@ def require_patched_worker(worker: Any) -> None:
             f"the worker {kind.__module__}.{kind.__name__} loads models in a way of its own, so its layers cannot be "
             "taken over; leave out --worker-cls and --worker-extension-cls, or set BIDISPATCH_VLLM=off"
         )
+
+
+def require_plan(device: Any) -> None:
+    """Raise `DeviceError` for a device that nothing can be planned for: before a model is built, not inside of it."""
+    from bidispatch.integrations.vllm.kernels import serving_plan
+
+    try:
+        serving_plan(_named(device))
+    except (DeviceError, SelectionError, UsageError) as error:
+        raise DeviceError(
+            f"no layer can be served on {device}: {error}; in vLLM, BIDISPATCH_VLLM=off runs its own batch-invariant "
+            "mode there, and BIDISPATCH_PROFILE names a profile of yours"
+        ) from error
+
+
+def _named(device: Any) -> str:
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
 def patch_layers(mode: Mode) -> None:
@@ -229,14 +251,15 @@ def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
     from bidispatch.integrations.vllm.limits import StepLimits
 
     config = worker.vllm_config
-    device = "cpu" if worker.device.type == "cpu" else f"cuda:{worker.device.index or 0}"
-    made: Host = host.Host(kernels.serving_plan(device), StepLimits.of(config).max_tokens, classes)
+    plan = kernels.serving_plan(_named(worker.device))
+    made: Host = host.Host(plan, StepLimits.of(config).max_tokens, classes)
     adopt.adopt(made, worker.get_model(), config)
     made.rows += adopt.around(config)
     adopt.mark_compiled_graphs(config, worker.get_model())
     rows = table.merged(made.rows)
     if worker.rank == 0:
-        text = "\n".join(table.lines(rows, made.plan.fingerprint() if made.plan.selections else "of nothing"))
+        fingerprint = made.plan.fingerprint() if made.plan.selections else "of nothing"
+        text = "\n".join([*table.profile_lines(made.plan.profile), *table.lines(rows, fingerprint)])
         _log.info("kernels of this model (bidispatch, %s):\n%s", mode.value, text)
     refused = table.refusals(rows)
     if refused and mode is Mode.STRICT:
