@@ -17,7 +17,7 @@ import torch
 import bidispatch
 from bidispatch.cli import main
 from bidispatch.errors import BackendError, SelectionError, UsageError
-from bidispatch.integrations.vllm import adopt, compat, mode, ops, plugin, table
+from bidispatch.integrations.vllm import adopt, compat, from_config, mode, ops, plugin, table
 from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
 
@@ -398,7 +398,18 @@ def compressed(weights, inputs=None, *others):
         ({"quantization_config": {"quant_method": "awq", "group_size": 128}, "hidden_size": 2000}, "qkv", "k=2000"),
         ({"quantization_config": compressed({"type": "int", "num_bits": 4, "actorder": "group"})}, "qkv", "order"),
         ({"quantization_config": compressed({"type": "int", "num_bits": 8}, {"type": "int"})}, "qkv", "int8"),
-        ({"mamba_d_state": 16}, "Mamba", "not served here"),
+        ({"mamba_d_state": 16}, "Mamba", "leave VLLM_BATCH_INVARIANT out"),
+        ({"linear_num_value_heads": 32}, "linear attention (GDN)", "leave VLLM_BATCH_INVARIANT out"),
+        ({"index_topk": 2048}, "sparse attention", "no backend of vLLM's claims it"),
+        ({"layer_norm_eps": 1e-5}, "norms", "LayerNorm"),
+        ({"vision_config": {"depth": 32}}, "vision encoder", "--mm-encoder-attn-backend"),
+        ({"model_type": "gemma3"}, "full_attention layers", '{"is_mm_prefix_lm": false}'),
+        (
+            {"model_type": "gemma4", "use_bidirectional_attention": "vision"},
+            "full_attention layers",
+            "--limit-mm-per-prompt",
+        ),
+        ({"model_type": "glm4_moe"}, "router (vLLM up to 0.30)", "torch's own Linear"),
     ],
 )
 def test_report_names_what_is_not_covered(
@@ -408,6 +419,46 @@ def test_report_names_what_is_not_covered(
     assert code == 1
     rows = [row for row in document["layers"] if row["layer"] == layer and not row["promised"]]
     assert reason in rows[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer", "rows"),
+    [
+        ({}, "router (vLLM up to 0.30)", 1),
+        ({}, "router (vLLM 0.31 and later)", 1),
+        ({"model_type": "deepseek_v3"}, "router", 1),
+        ({"tie_word_embeddings": True}, "lm_head (the embedding)", 1),
+        ({"model_type": "gemma2", "sliding_window": 4096}, "full_attention layers", 1),
+        ({"model_type": "gemma2", "sliding_window": 4096}, "sliding_attention layers", 1),
+        ({"model_type": "mistral", "sliding_window": 4096}, "full_attention layers", 0),
+        ({"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6}, "norms", 2),
+        ({"model_type": "gemma3", "is_mm_prefix_lm": False}, "full_attention layers", 1),
+    ],
+)
+def test_report_promises_what_a_server_serves(tmp_path, capsys, changes: dict, layer: str, rows: int) -> None:
+    _, document = report(tmp_path, capsys, QWEN3_MOE | changes, "--device", "sm90")
+    assert [row["promised"] for row in document["layers"] if row["layer"] == layer and row["op"] != "moe.router"] == [
+        True
+    ] * rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "products"),
+    [
+        ({}, set()),
+        ({"model_type": "qwen2_moe"}, {"qkv"}),
+        ({"model_type": "llama", "attention_bias": True, "mlp_bias": True}, {"qkv", "o", "gate_up", "down"}),
+        ({"model_type": "qwen3", "attention_bias": True}, {"qkv"}),
+        ({"model_type": "gpt_oss", "attention_bias": True}, {"qkv", "o", "router"}),
+    ],
+)
+def test_report_asks_for_products_with_their_biases(changes: dict, products: set[str], tmp_path) -> None:
+    config = QWEN3_MOE | changes
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"mlp_only_layers": [0]}))
+    asked = from_config._layers(config, file, 1, "bfloat16", from_config.Format())
+    biased = {layer.partition(" (")[0] for layer, _, _, _, dims in asked if dims.get("bias")}
+    assert biased == products
 
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}

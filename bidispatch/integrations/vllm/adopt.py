@@ -14,6 +14,7 @@ from typing import Any
 from bidispatch.errors import SelectionError, UsageError
 from bidispatch.integrations.vllm import left, linear, mla_products, moe, norms, ops
 from bidispatch.integrations.vllm.host import Host, Unserved
+from bidispatch.integrations.vllm.reasons import ENCODER, SAMPLER, STATE
 from bidispatch.integrations.vllm.table import Row
 
 __all__ = ["adopt", "around", "mark_compiled_graphs", "require_one_batch_at_a_time"]
@@ -23,10 +24,10 @@ _LOOKS_UP = frozenset({"VocabParallelEmbedding", "Embedding", "Conv1dEmbedding"}
 
 _ATTENDS = frozenset({"MMEncoderAttention"})
 """Attention that holds neither weights nor a cache."""
-_OF_ENCODERS = "attention of an encoder is vLLM's choice (--mm-encoder-attn-backend), and was not looked at"
+_KEEPS_A_STATE = frozenset({"MambaBase"})
+"""Mamba, GDN, short convolutions and linear attention: what vLLM keeps a state for."""
 
 
-SAMPLER = "sampling, logprobs and prompt_logprobs are vLLM's, in its own batch-invariant mode"
 _NO_DRAFT_MODEL = frozenset({"ngram", "ngram_gpu", "suffix"})
 """Methods of speculative decoding that draft from tokens that are there (vllm/config/speculative.py)."""
 
@@ -44,7 +45,10 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
                 _try(host, products, "attention", "bmm", lambda n=name, m=module: mla_products.serve(host, n, m))
             continue
         if any(kind.__name__ in _ATTENDS for kind in type(module).__mro__):
-            host.rows.append(Row.uncovered(name, "attention", _OF_ENCODERS, op="attention"))
+            host.rows.append(Row.uncovered(name, "attention", ENCODER, op="attention"))
+            continue
+        if any(kind.__name__ in _KEEPS_A_STATE for kind in type(module).__mro__):
+            host.rows.append(Row.uncovered(name, "layer", f"{type(module).__name__}: {STATE}"))
             continue
         if getattr(module, "fuse_qkv_rmsnorm", False):  # vLLM 0.33, layers/mla.py: then its norms are not called
             why = (
@@ -134,9 +138,7 @@ def around(vllm_config: Any) -> Iterator[Row]:
             "rounded in another way in each; leave out compile_sizes, compile_ranges_endpoints and fuse_allreduce_rms",
         )
     drawn = "" if vllm_config.speculative_config is None else "; what is drawn for a token follows the drafts before it"
-    yield Row.uncovered(
-        "sampler", "sampling", f"{SAMPLER}; greedy tokens follow the logits alone{drawn}", refused=False
-    )
+    yield Row.uncovered("sampler", "sampling", f"{SAMPLER}{drawn}", refused=False)
 
 
 def _drafts(speculative: Any) -> Iterator[Row]:

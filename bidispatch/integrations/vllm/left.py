@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bidispatch.errors import SelectionError, UsageError
+from bidispatch.integrations.vllm.reasons import SEES_LATER
 
 __all__ = ["ADVICE", "begin", "built", "forget", "reason_of", "refused", "sees_later_positions", "vllms_own"]
 
@@ -21,11 +22,6 @@ ADVICE = "BIDISPATCH_VLLM=off runs vLLM's own attention"
 
 _MM_PREFIX = "partial multimodal token full attention not supported"
 """What vLLM's `validate_configuration` says (v1/attention/backend.py, 0.25.1 to 0.33.0)."""
-_TEXT_ALONE = (
-    "tokens of an image see later ones in this model, which is not served; for text alone "
-    """--limit-mm-per-prompt '{"image": 0}' (and 0 of each other kind) with """
-    """--hf-overrides '{"is_mm_prefix_lm": false}' makes it causal"""
-)
 
 
 @dataclass
@@ -97,7 +93,7 @@ def _kind(of: Any, latent: bool) -> tuple[int, bool, str]:
 
 
 def _helped(reason: str) -> str:
-    return f"{reason}: {_TEXT_ALONE}" if _MM_PREFIX in reason else reason
+    return f"{reason}: {SEES_LATER}" if _MM_PREFIX in reason else reason
 
 
 def built(original: Callable[..., None], config_of: Callable[[], Any]) -> Callable[..., None]:
