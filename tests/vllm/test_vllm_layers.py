@@ -15,7 +15,9 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.v1.attention import selector
 from vllm.v1.worker.gpu_worker import Worker
 from vllm_layers import BF16, Block, classes, config_of, experts_layer, rows_alone
 
@@ -141,6 +143,25 @@ def test_weights_that_nothing_knows_are_named(patched) -> None:
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
     assert "Mixer with weights" in made.rows[0].reason
+
+
+def test_a_layer_that_keeps_a_state_says_what_to_do(patched) -> None:
+    class Mixer(torch.nn.Module, MambaBase):
+        get_state_shape = get_state_dtype = mamba_type = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.A = torch.nn.Parameter(torch.ones(4))
+
+    model = torch.nn.Module()
+    model.mixer = Mixer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    (row,) = made.rows
+    assert row.reason.startswith("Mixer: ")
+    assert "leave VLLM_BATCH_INVARIANT out" in row.reason
+    # What it quotes is what vLLM says.
+    assert "batch_invariant mode is not supported for" in inspect.getsource(selector)
 
 
 def test_strict_runs_no_layer_that_was_given_nothing(patched) -> None:
