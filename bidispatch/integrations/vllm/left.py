@@ -89,7 +89,7 @@ def reason_of(layer: Any) -> str:
 def _kind(of: Any, latent: bool) -> tuple[int, bool, str]:
     """What a layer and what the selector knew of it have in common."""
     attn_type = getattr(of, "attn_type", "decoder")  # a member of an enum, or its value
-    return of.head_size, latent, str(getattr(attn_type, "value", attn_type))
+    return getattr(of, "head_size", 0), latent, str(getattr(attn_type, "value", attn_type))
 
 
 def _helped(reason: str) -> str:
