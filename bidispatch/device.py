@@ -252,6 +252,6 @@ def _known_arch(name: str) -> Arch:
     if name not in ARCHS:
         raise DeviceError(
             f"this machine's GPU is {name}, which no profile knows; known: {', '.join(ARCHS)}. "
-            "`--device cpu` plans for the processor"
+            "bidispatch's own commands take `--device cpu`"
         )
     return ARCHS[name]

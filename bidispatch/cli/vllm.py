@@ -52,10 +52,13 @@ def report(
     rows = rows_of(made, model, tensor_parallel=tensor_parallel, dtype=dtype)
     fingerprint = made.fingerprint()
     if as_json:
-        render.json_document({"fingerprint": fingerprint, "layers": [row.as_json() for row in rows]})
+        layers = [row.as_json() for row in rows]
+        render.json_document(
+            {"profile": table.profile_json(made.profile), "fingerprint": fingerprint, "layers": layers}
+        )
     else:
-        render.line(f"device {made.device.name}, profile {made.profile.name}, level {made.require.label}")
-        for text in table.lines(rows, fingerprint):
+        render.line(f"device {made.device.name}, level {made.require.label}")
+        for text in [*table.profile_lines(made.profile), *table.lines(rows, fingerprint)]:
             render.line(text)
     return failures.FINDING if table.refusals(rows) else 0
 

@@ -17,7 +17,7 @@ import torch
 import bidispatch
 from bidispatch.cli import main
 from bidispatch.errors import BackendError, SelectionError, UsageError
-from bidispatch.integrations.vllm import adopt, compat, mode, ops, plugin, table
+from bidispatch.integrations.vllm import adopt, compat, from_config, mode, ops, plugin, table
 from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
 
@@ -247,6 +247,10 @@ def test_two_batches_at_a_time_are_refused() -> None:
         adopt.require_one_batch_at_a_time(SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True)))
 
 
+OTHERS = defaultdict(lambda: type("Other", (), {}))
+"""vLLM's classes where a model has none of them."""
+
+
 def test_attention_of_an_encoder_is_a_row() -> None:
     class MMEncoderAttention(torch.nn.Module):
         """As vLLM's: it holds no weights and no cache."""
@@ -254,7 +258,7 @@ def test_attention_of_an_encoder_is_a_row() -> None:
     class WhisperEncoderAttention(MMEncoderAttention):
         pass
 
-    host = SimpleNamespace(rows=[], classes={})
+    host = SimpleNamespace(rows=[], classes=OTHERS)
     config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
     adopt.adopt(host, WhisperEncoderAttention(), config)
     (row,) = host.rows
@@ -273,10 +277,36 @@ def test_what_no_layer_shows_is_named() -> None:
     assert len(table.refusals(rows)) == 5  # greedy tokens need no sampler
 
 
+def rows_around(speculative):
+    parallel = SimpleNamespace(tensor_parallel_size=1)
+    return list(
+        adopt.around(SimpleNamespace(parallel_config=parallel, lora_config=None, speculative_config=speculative))
+    )
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+def test_drafts_without_a_model_are_no_row(method: str) -> None:
+    (sampler,) = rows_around(SimpleNamespace(method=method, rejection_sample_method="standard"))
+    assert (sampler.layer, sampler.refused) == ("sampler", False)
+    assert "follows the drafts" in sampler.reason
+
+
+def test_a_draft_model_says_what_it_changes_and_what_not() -> None:
+    draft, sampler = rows_around(SimpleNamespace(method="eagle3", rejection_sample_method="standard"))
+    assert (draft.layer, draft.refused, sampler.layer) == ("draft model", True, "sampler")
+    assert "eagle3" in draft.reason
+    assert "greedy tokens do not change" in draft.reason
+
+
+def test_drafts_that_are_taken_by_chance_are_refused() -> None:
+    drafts, _ = rows_around(SimpleNamespace(method="ngram", rejection_sample_method="synthetic"))
+    assert (drafts.layer, drafts.refused) == ("drafts", True)
+
+
 def test_norms_that_vllm_fuses_itself_are_named() -> None:
     wrapper = torch.nn.Module()
     wrapper.fuse_qkv_rmsnorm = True
-    host = SimpleNamespace(rows=[], classes=defaultdict(lambda: type("Other", (), {})))
+    host = SimpleNamespace(rows=[], classes=OTHERS)
     adopt.adopt(host, torch.nn.ModuleDict({"mla": wrapper}), SimpleNamespace(model_config=SimpleNamespace(dtype="")))
     (row,) = host.rows
     assert (row.layer, row.kind, row.promised) == ("mla (norms of q and KV)", "norm", False)
@@ -326,6 +356,22 @@ def test_report_of_a_predicted_gpu(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["layer"] for row in document["layers"] if not row["promised"]] == ["sampler"]
 
 
+def test_report_names_the_profiles_files_and_what_they_change(tmp_path, capsys, monkeypatch) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "schema_version: 1\nname: mine\nextends: sm90\nmatch: {arch: sm90}\ndisable:\n  cublaslt.pinned: not on mine\n"
+    )
+    monkeypatch.setenv("BIDISPATCH_IMPL", "rms_norm=triton.rms_norm")
+    _, document = report(tmp_path, capsys, QWEN3_MOE, "--device", "sm90", "--profile", str(file))
+    found = document["profile"]
+    assert (found["name"], found["files"][-1]) == ("mine", str(file))
+    assert found["disable"] == [{"implementation": "cublaslt.pinned", "reason": "not on mine", "source": f"{file}:6"}]
+    main(["vllm", "report", "--model", str(tmp_path), "--device", "sm90", "--profile", str(file)])
+    text = capsys.readouterr().out
+    assert f"disable cublaslt.pinned: not on mine ({file}:6)" in text
+    assert "BIDISPATCH_IMPL=rms_norm=triton.rms_norm" in text
+
+
 def test_report_of_a_gpu_whose_workers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = report(tmp_path, capsys, QWEN3_MOE, "--device", "gfx942")
     assert code == 1
@@ -352,7 +398,18 @@ def compressed(weights, inputs=None, *others):
         ({"quantization_config": {"quant_method": "awq", "group_size": 128}, "hidden_size": 2000}, "qkv", "k=2000"),
         ({"quantization_config": compressed({"type": "int", "num_bits": 4, "actorder": "group"})}, "qkv", "order"),
         ({"quantization_config": compressed({"type": "int", "num_bits": 8}, {"type": "int"})}, "qkv", "int8"),
-        ({"mamba_d_state": 16}, "Mamba", "not served here"),
+        ({"mamba_d_state": 16}, "Mamba", "leave VLLM_BATCH_INVARIANT out"),
+        ({"linear_num_value_heads": 32}, "linear attention (GDN)", "leave VLLM_BATCH_INVARIANT out"),
+        ({"index_topk": 2048}, "sparse attention", "no backend of vLLM's claims it"),
+        ({"layer_norm_eps": 1e-5}, "norms", "LayerNorm"),
+        ({"vision_config": {"depth": 32}}, "vision encoder", "--mm-encoder-attn-backend"),
+        ({"model_type": "gemma3"}, "full_attention layers", '{"is_mm_prefix_lm": false}'),
+        (
+            {"model_type": "gemma4", "use_bidirectional_attention": "vision"},
+            "full_attention layers",
+            "--limit-mm-per-prompt",
+        ),
+        ({"model_type": "glm4_moe"}, "router (vLLM up to 0.30)", "torch's own Linear"),
     ],
 )
 def test_report_names_what_is_not_covered(
@@ -362,6 +419,46 @@ def test_report_names_what_is_not_covered(
     assert code == 1
     rows = [row for row in document["layers"] if row["layer"] == layer and not row["promised"]]
     assert reason in rows[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer", "rows"),
+    [
+        ({}, "router (vLLM up to 0.30)", 1),
+        ({}, "router (vLLM 0.31 and later)", 1),
+        ({"model_type": "deepseek_v3"}, "router", 1),
+        ({"tie_word_embeddings": True}, "lm_head (the embedding)", 1),
+        ({"model_type": "gemma2", "sliding_window": 4096}, "full_attention layers", 1),
+        ({"model_type": "gemma2", "sliding_window": 4096}, "sliding_attention layers", 1),
+        ({"model_type": "mistral", "sliding_window": 4096}, "full_attention layers", 0),
+        ({"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6}, "norms", 2),
+        ({"model_type": "gemma3", "is_mm_prefix_lm": False}, "full_attention layers", 1),
+    ],
+)
+def test_report_promises_what_a_server_serves(tmp_path, capsys, changes: dict, layer: str, rows: int) -> None:
+    _, document = report(tmp_path, capsys, QWEN3_MOE | changes, "--device", "sm90")
+    assert [row["promised"] for row in document["layers"] if row["layer"] == layer and row["op"] != "moe.router"] == [
+        True
+    ] * rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "products"),
+    [
+        ({}, set()),
+        ({"model_type": "qwen2_moe"}, {"qkv"}),
+        ({"model_type": "llama", "attention_bias": True, "mlp_bias": True}, {"qkv", "o", "gate_up", "down"}),
+        ({"model_type": "qwen3", "attention_bias": True}, {"qkv"}),
+        ({"model_type": "gpt_oss", "attention_bias": True}, {"qkv", "o", "router"}),
+    ],
+)
+def test_report_asks_for_products_with_their_biases(changes: dict, products: set[str], tmp_path) -> None:
+    config = QWEN3_MOE | changes
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"mlp_only_layers": [0]}))
+    asked = from_config._layers(config, file, 1, "bfloat16", from_config.Format())
+    biased = {layer.partition(" (")[0] for layer, _, _, _, dims in asked if dims.get("bias")}
+    assert biased == products
 
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}

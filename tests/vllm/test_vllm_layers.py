@@ -14,7 +14,10 @@ import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.v1.attention import selector
 from vllm.v1.worker.gpu_worker import Worker
 from vllm_layers import BF16, Block, classes, config_of, experts_layer, rows_alone
 
@@ -142,6 +145,25 @@ def test_weights_that_nothing_knows_are_named(patched) -> None:
     assert "Mixer with weights" in made.rows[0].reason
 
 
+def test_a_layer_that_keeps_a_state_says_what_to_do(patched) -> None:
+    class Mixer(torch.nn.Module, MambaBase):
+        get_state_shape = get_state_dtype = mamba_type = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.A = torch.nn.Parameter(torch.ones(4))
+
+    model = torch.nn.Module()
+    model.mixer = Mixer()
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    (row,) = made.rows
+    assert row.reason.startswith("Mixer: ")
+    assert "leave VLLM_BATCH_INVARIANT out" in row.reason
+    # What it quotes is what vLLM says.
+    assert "batch_invariant mode is not supported for" in inspect.getsource(selector)
+
+
 def test_strict_runs_no_layer_that_was_given_nothing(patched) -> None:
     layer = ReplicatedLinear(8, 8, params_dtype=BF16, disable_tp=True)
     host.refuse_unserved(True)
@@ -165,21 +187,75 @@ def test_a_layer_with_a_forward_of_its_own_is_not_promised(patched) -> None:
     assert not hasattr(model.fused, host.SERVED)
 
 
-def test_the_head_is_served_under_either_name_and_an_embedding_is_left(patched) -> None:
+def heads_of(model, **processor):
+    """The rows of a model that makes logits, which are its head's."""
+    model.logits_processor = LogitsProcessor(128)
+    for name, value in processor.items():
+        setattr(model.logits_processor, name, value)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data)
+    made = host.Host(serving_plan("cpu"), 64, classes())
+    adopting.adopt(made, model, config_of())
+    return made.rows
+
+
+def need_a_served_head(rows, name, head) -> None:
+    assert [(row.layer, row.kind, row.op, row.reason) for row in rows] == [(name, "lm_head", "gemm", "")]
+    x = torch.randn(18, 16).to(BF16)
+    out = head.quant_method.apply(head, x)
+    torch.testing.assert_close(out.float(), x.float() @ head.weight.float().T, atol=0.1, rtol=0.02)
+    assert torch.equal(out, rows_alone(lambda row: head.quant_method.apply(head, row), x)[0])
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_out", "output", "output_layer", "proj_out", "of_its_own"])
+def test_a_head_is_served_whatever_it_is_called(patched, name: str) -> None:
+    model = torch.nn.Module()
+    model.embed_tokens = VocabParallelEmbedding(128, 16, params_dtype=BF16)
+    head = ParallelLMHead(128, 16, params_dtype=BF16)
+    setattr(model, name, head)
+    need_a_served_head(heads_of(model), name, head)
+    assert not hasattr(model.embed_tokens, host.SERVED)
+
+
+def test_an_embedding_is_the_head_under_its_second_name(patched) -> None:
+    model = torch.nn.Module()
+    model.embed_tokens = VocabParallelEmbedding(128, 16, params_dtype=BF16)
+    model.lm_head = model.embed_tokens
+    need_a_served_head(heads_of(model), "embed_tokens", model.lm_head)
+
+
+def test_an_embedding_is_the_head_where_a_model_has_no_other(patched) -> None:
+    """Gemma, Command-R: `self.logits_processor(self.model.embed_tokens, hidden_states)`."""
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.embed_tokens = VocabParallelEmbedding(128, 16, params_dtype=BF16)
+    model.model.embed_tokens_per_layer = VocabParallelEmbedding(128, 16, params_dtype=BF16)  # Gemma-3n
+    need_a_served_head(heads_of(model), "model.embed_tokens", model.model.embed_tokens)
+    assert not hasattr(model.model.embed_tokens_per_layer, host.SERVED)
+
+
+def test_a_model_that_makes_no_logits_has_no_head(patched) -> None:
     model = torch.nn.Module()
     model.embed_tokens = VocabParallelEmbedding(128, 16, params_dtype=BF16)
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
     assert made.rows == []
-    model.lm_head = model.embed_tokens  # tied
-    torch.nn.init.normal_(model.lm_head.weight.data)
-    adopting.adopt(made, model, config_of())
-    assert [(row.kind, row.op, row.reason) for row in made.rows] == [("lm_head", "gemm", "")]
-    x = torch.randn(18, 16).to(BF16)
-    apply = model.lm_head.quant_method.apply
-    out = apply(model.lm_head, x)
-    torch.testing.assert_close(out.float(), x.float() @ model.lm_head.weight.float().T, atol=0.1, rtol=0.02)
-    assert torch.equal(out, rows_alone(lambda row: apply(model.lm_head, row), x)[0])
+
+
+def test_a_head_that_vllm_goes_past_is_not_promised(patched) -> None:
+    model = torch.nn.Module()
+    model.lm_head = ParallelLMHead(128, 16, params_dtype=BF16)
+    (row,) = heads_of(model, head_dtype=torch.float32)  # 0.29 and later, by --hf-overrides
+    assert (row.kind, row.promised) == ("lm_head", False)
+    assert "head_dtype" in row.reason
+
+
+def test_a_head_that_was_not_found_says_so(patched, caplog) -> None:
+    head = ParallelLMHead(128, 16, params_dtype=BF16)
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    for _ in range(2):
+        head.quant_method.apply(head, torch.ones(1, 16, dtype=BF16))
+    assert [record.getMessage().count("NOT PROMISED") for record in caplog.records] == [1]
 
 
 def worker_of(model):
@@ -227,6 +303,49 @@ def test_a_worker_with_a_way_of_its_own_is_refused(patched) -> None:
         plugin.require_patched_worker(object.__new__(Own))
 
 
+def worker_that_takes_a_device(monkeypatch, arch):
+    """A worker whose device is another arch's GPU, as `WorkerWrapperBase.init_device` sees it."""
+
+    def detected(name):
+        raise DeviceError(f"this machine's GPU is {arch}, which no profile knows")
+
+    monkeypatch.setattr(plugin, "_named", detected)
+    worker = object.__new__(Worker)
+    worker.device = torch.device("cuda:0")
+    return SimpleNamespace(worker=worker)
+
+
+def test_a_gpu_that_nothing_is_planned_for_stops_before_a_model_is_built(cuda_platform, monkeypatch) -> None:
+    seam = next(seam for seam in compat.SEAMS if seam.name == "init_device")
+    holder, name = compat.resolve(seam)
+    monkeypatch.setattr(holder, name, lambda self: None)
+    before = originals()
+    plugin.register()
+    try:
+        with pytest.raises(DeviceError, match=r"on cuda:0: .*sm75.*BIDISPATCH_VLLM=off"):
+            getattr(holder, name)(worker_that_takes_a_device(monkeypatch, "sm75"))
+        assert originals() == before
+    finally:
+        plugin.undo()
+
+
+def test_the_log_names_the_profiles_files_and_what_they_change(patched, caplog, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "schema_version: 1\nname: mine\nextends: cpu\nmatch: {arch: cpu}\nprefer: [torch_cpu.gemm]\n"
+        "disable:\n  torch_cpu.moe: slow here\n"
+    )
+    monkeypatch.setenv("BIDISPATCH_PROFILE", str(file))
+    serving_plan.cache_clear()
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    with caplog.at_level("INFO", logger="vllm.bidispatch"):
+        plugin._take_over(Mode.ON, worker_of(Block()), classes())
+    (text,) = [message for message in caplog.messages if "kernels of this model" in message]
+    assert f"profile mine: hw_profiles/_base.yaml, hw_profiles/cpu.yaml, {file}" in text
+    assert f"prefer torch_cpu.gemm ({file}:5)" in text
+    assert f"disable torch_cpu.moe: slow here ({file}:7)" in text
+
+
 def test_strict_names_layer_op_and_reason(patched) -> None:
     model, _, _ = experts_layer(activation=MoEActivation.RELU2)
     with pytest.raises(SelectionError, match=r"experts experts \(moe\.experts\): activation relu2") as error:
@@ -250,6 +369,7 @@ def test_patches_apply_once_and_undo(cuda_platform, monkeypatch) -> None:
     changed = {name for name, value in originals().items() if value is not before[name]}
     # Names that other modules bound are patched there; some classes are only looked at.
     looked_at = {"fp8_kernel", "fp8_plain_kernel", "fp8_whole_kernel", "compressed", "mixed_kernel", "mixed_base"}
+    looked_at |= {"embedding", "parallel_head", "logits", "attention"}
     assert changed == set(before) - looked_at - {"init_device"}
     plugin.undo()
     assert originals() == before

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from bidispatch.errors import SelectionError, UsageError
-from bidispatch.integrations.vllm import linear, mla_products, moe, norms, ops
+from bidispatch.integrations.vllm import left, linear, mla_products, moe, norms, ops
 from bidispatch.integrations.vllm.host import Host, Unserved
+from bidispatch.integrations.vllm.reasons import ENCODER, SAMPLER, STATE
 from bidispatch.integrations.vllm.table import Row
 
 __all__ = ["adopt", "around", "mark_compiled_graphs", "require_one_batch_at_a_time"]
@@ -23,15 +24,18 @@ _LOOKS_UP = frozenset({"VocabParallelEmbedding", "Embedding", "Conv1dEmbedding"}
 
 _ATTENDS = frozenset({"MMEncoderAttention"})
 """Attention that holds neither weights nor a cache."""
-_OF_ENCODERS = "attention of an encoder is vLLM's choice (--mm-encoder-attn-backend), and was not looked at"
+_KEEPS_A_STATE = frozenset({"MambaBase"})
+"""Mamba, GDN, short convolutions and linear attention: what vLLM keeps a state for."""
+
+
+_NO_DRAFT_MODEL = frozenset({"ngram", "ngram_gpu", "suffix"})
+"""Methods of speculative decoding that draft from tokens that are there (vllm/config/speculative.py)."""
 
 
 def adopt(host: Host, model: Any, vllm_config: Any) -> None:
     """Give every layer of a model its kernels, and add its rows to the host's."""
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
+    heads = linear.output_heads(model, host.classes)
     sinks = {id(getattr(m.impl, "sinks", None)) for m in model.modules() if _is_attention(m)}
     for name, module in model.named_modules():
         if _is_attention(module):
@@ -41,7 +45,10 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
                 _try(host, products, "attention", "bmm", lambda n=name, m=module: mla_products.serve(host, n, m))
             continue
         if any(kind.__name__ in _ATTENDS for kind in type(module).__mro__):
-            host.rows.append(Row.uncovered(name, "attention", _OF_ENCODERS, op="attention"))
+            host.rows.append(Row.uncovered(name, "attention", ENCODER, op="attention"))
+            continue
+        if any(kind.__name__ in _KEEPS_A_STATE for kind in type(module).__mro__):
+            host.rows.append(Row.uncovered(name, "layer", f"{type(module).__name__}: {STATE}"))
             continue
         if getattr(module, "fuse_qkv_rmsnorm", False):  # vLLM 0.33, layers/mla.py: then its norms are not called
             why = (
@@ -55,12 +62,13 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
             _try(host, name, "experts", "moe.experts", lambda n=name, m=module: moe.serve_experts(host, n, m))
             continue
         around = model.get_submodule(name.rpartition(".")[0])
-        _layer(host, name, module, around, tuple(aliases[id(module)]), sinks)
+        _layer(host, name, module, around, heads, sinks)
 
 
-def _layer(host: Host, name: str, module: Any, around: Any, aliases: tuple[str, ...], sinks: Collection[int]) -> None:
+def _layer(host: Host, name: str, module: Any, around: Any, heads: Mapping[int, str], sinks: Collection[int]) -> None:
     """around: what holds the module. sinks: the tensors that attention layers take, which that may hold."""
-    known = _try(host, name, "linear", "gemm", lambda: linear.serve(host, name, module, aliases))
+    kind = "lm_head" if id(module) in heads else "linear"
+    known = _try(host, name, kind, "gemm", lambda: linear.serve(host, name, module, heads))
     known = known or _try(host, name, "norm", "rms_norm", lambda: norms.serve(host, name, module, around))
     if known or type(module).__name__ in _LOOKS_UP or not _holds_weights(module, sinks):
         return
@@ -94,7 +102,7 @@ def _attention(name: str, module: Any) -> Row:
     if type(module.impl).__module__.startswith("bidispatch.") and selection is not None:
         return Row.of(name, "attention", selection)
     backend = module.get_attn_backend().get_name()
-    reason = f"backend {backend} is not the registry's; --attention-backend CUSTOM is"
+    reason = left.reason_of(module) or "its own code names the backend, and nobody asked the registry"
     return Row.uncovered(name, "attention", reason, op="attention", by=backend)
 
 
@@ -120,7 +128,7 @@ def around(vllm_config: Any) -> Iterator[Row]:
             "--enable-sleep-mode",
         )
     if vllm_config.speculative_config is not None:
-        yield Row.uncovered("draft model", "engine", "the layers of a draft model are vLLM's; run without one")
+        yield from _drafts(vllm_config.speculative_config)
     compiled = getattr(vllm_config, "compilation_config", None)
     if len(getattr(compiled, "compile_ranges_endpoints", None) or ()) > 1 or getattr(compiled, "compile_sizes", None):
         yield Row.uncovered(
@@ -129,13 +137,24 @@ def around(vllm_config: Any) -> Iterator[Row]:
             "what lies between layers is compiled once for each of several ranges of tokens, and may be fused and "
             "rounded in another way in each; leave out compile_sizes, compile_ranges_endpoints and fuse_allreduce_rms",
         )
-    yield Row.uncovered(
-        "sampler",
-        "sampling",
-        "sampling, logprobs and prompt_logprobs are vLLM's, in its own batch-invariant mode; greedy tokens follow the "
-        "logits alone",
-        refused=False,
-    )
+    drawn = "" if vllm_config.speculative_config is None else "; what is drawn for a token follows the drafts before it"
+    yield Row.uncovered("sampler", "sampling", f"{SAMPLER}{drawn}", refused=False)
+
+
+def _drafts(speculative: Any) -> Iterator[Row]:
+    """What speculative decoding leaves open. Logits of drafts that are verified are those of decode steps."""
+    method = str(getattr(speculative, "method", ""))
+    if getattr(speculative, "rejection_sample_method", "standard") == "synthetic":
+        why = "rejection_sample_method=synthetic takes drafts by chance, whatever the logits say; use standard"
+        yield Row.uncovered("drafts", "engine", why)
+    if method not in _NO_DRAFT_MODEL:
+        yield Row.uncovered(
+            "draft model",
+            "engine",
+            f"the layers that draft ({method}) are vLLM's, and what they draft may follow the batch: greedy tokens do "
+            "not change, since a draft is taken only where it is the most likely token of logits that are served; "
+            "sampled ones can, since drafts decide what is drawn; use ngram or suffix, or no drafts",
+        )
 
 
 def require_one_batch_at_a_time(vllm_config: Any) -> None:

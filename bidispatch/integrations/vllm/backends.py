@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bidispatch.errors import BackendError, SelectionError, UsageError
+from bidispatch.integrations.vllm import left
 
 __all__ = ["choose", "install"]
 
@@ -51,11 +52,11 @@ def choose(name: str | None, *, use_mla: bool) -> str:
     )
 
 
-def install(platform: Any, *, uncovered: Callable[[str], None] | None = None) -> Callable[[], None]:
+def install(platform: Any, *, uncovered: Callable[[Any, str], None] | None = None) -> Callable[[], None]:
     """Make a platform class, vLLM's CUDA or ROCm one, give layers bidispatch's backends; return what undoes it.
 
-    uncovered: told of each layer with no named backend that is not served, which then keeps vLLM's own choice; the
-    caller shows it as not promised. Without it such a layer is an error.
+    uncovered: told of each layer with no named backend that is not served, by its `AttentionSelectorConfig` and the
+    reason; it then keeps vLLM's own choice, and the caller shows it as not promised. Without it that is an error.
     Raises `BackendError`, having changed nothing, where vLLM is not as it was read; `UsageError` when installed twice.
     """
     from vllm.v1.attention import selector
@@ -90,18 +91,20 @@ def install(platform: Any, *, uncovered: Callable[[str], None] | None = None) ->
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
         named = None if selected_backend is None else str(selected_backend.name)
+        if why := left.vllms_own():
+            return _vllms(original, cls, attn_selector_config, num_heads, why)
         path = choose(named, use_mla=attn_selector_config.use_mla)
-        against = _load(path).validate_configuration(
-            device_capability=cls.get_device_capability(), **attn_selector_config._asdict()
-        )
+        asked = attn_selector_config._asdict()
+        if "use_mm_prefix" in asked and left.sees_later_positions(attn_selector_config.attn_type):
+            asked["use_mm_prefix"] = True
+        against = _load(path).validate_configuration(device_capability=cls.get_device_capability(), **asked)
         if not against:
             return path
-        reason = f"attention backend {named or 'CUSTOM'}: {'; '.join(against)} ({attn_selector_config!r})"
+        reason = f"attention backend {named or 'CUSTOM'}: {'; '.join(against)}"
         if named is not None or uncovered is None:
-            raise SelectionError(f"nothing invariant serves a layer: {reason}")
-        uncovered(reason)
-        chosen: str = original.__func__(cls, selected_backend, attn_selector_config, num_heads)
-        return chosen
+            raise SelectionError(f"nothing invariant serves a layer: {reason} ({attn_selector_config!r})")
+        uncovered(attn_selector_config, reason)
+        return _vllms(original, cls, attn_selector_config, num_heads, reason)
 
     get_attn_backend_cls.of_bidispatch = True  # type: ignore[attr-defined]
     register_backend(AttentionBackendEnum.CUSTOM, _ATTENTION)
@@ -117,6 +120,17 @@ def install(platform: Any, *, uncovered: Callable[[str], None] | None = None) ->
         forget()
 
     return undo
+
+
+def _vllms(original: Any, platform: Any, config: Any, num_heads: int | None, reason: str) -> str:
+    """What vLLM takes by itself where nobody named a backend. Raises `SelectionError` where that is nothing."""
+    try:
+        return str(original.__func__(platform, None, config, num_heads))
+    except ValueError as error:
+        raise SelectionError(
+            f"attention that is not served here ({reason}), and for which vLLM has nothing in its own batch-invariant "
+            f"mode: {error}"
+        ) from error
 
 
 def _load(path: str) -> Any:

@@ -52,6 +52,9 @@ SEAMS: tuple[Seam, ...] = (
     Seam("load_model", "vllm.v1.worker.gpu_worker", "Worker.load_model", "self load_dummy_weights"),
     Seam("linear", f"{_LAYERS}.linear", "UnquantizedLinearMethod.apply", "self layer x bias"),
     Seam("head", f"{_LAYERS}.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply", "self layer x bias"),
+    Seam("embedding", f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    Seam("parallel_head", f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
+    Seam("logits", f"{_LAYERS}.logits_processor", "LogitsProcessor"),
     # Before 0.33 it takes kernels by the number of tokens in vLLM's mode too (v0.25.1 and 0.29.0, its `forward`).
     Seam("gate", f"{_LAYERS}.fused_moe.router.gate_linear", "GateLinear.forward", "self x"),
     Seam("rms_norm", f"{_LAYERS}.layernorm", "RMSNorm.forward_cuda", "self x residual"),
@@ -137,6 +140,7 @@ SEAMS: tuple[Seam, ...] = (
         "_get_priority_backends",
         "moe_config weight_key activation_key",
     ),
+    Seam("attention", f"{_LAYERS}.attention.attention", "Attention"),
     Seam(
         "mla",
         f"{_LAYERS}.attention.mla_attention",

@@ -12,6 +12,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
 
 from bidispatch.errors import SelectionError
+from bidispatch.integrations.vllm.left import ADVICE
 from bidispatch.integrations.vllm.limits import StepLimits, need_covered
 
 __all__ = ["StepMetadata", "StepMetadataBuilder"]
@@ -48,7 +49,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):  # type: igno
             # vLLM derives builders for chunked local attention, cross attention and others, which change the batch.
             raise SelectionError(
                 f"{', '.join(layer_names)}: {type(self).__name__} changes the batch that attention sees, "
-                "and bidispatch has not covered it"
+                f"and bidispatch has not covered it; {ADVICE}"
             )
         need_covered(vllm_config)
         self._limits = StepLimits.of(vllm_config)

@@ -18,7 +18,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bidispatch.errors import BackendError, DeviceError, SelectionError
+from bidispatch.errors import BackendError, BidispatchError, DeviceError, SelectionError, UsageError
 from bidispatch.integrations.vllm import compat
 from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
 from bidispatch.integrations.vllm.patches import Patches
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from bidispatch.integrations.vllm.host import Host
 
-__all__ = ["active", "patch_layers", "register", "require_patched_worker", "undo"]
+__all__ = ["active", "patch_layers", "register", "require_patched_worker", "require_plan", "undo"]
 
 _log = logging.getLogger("vllm.bidispatch")
 """Below vLLM's own logger, whose level and handlers are what the user sees."""
@@ -70,7 +70,12 @@ def register() -> None:
     def init_device(self: Any) -> Any:
         patch_layers(mode)
         result = original(self)
-        require_patched_worker(self.worker)
+        try:
+            require_patched_worker(self.worker)
+            require_plan(self.worker.device)
+        except BidispatchError:
+            undo()
+            raise
         return result
 
     _at_start.replace(holder, name, init_device)
@@ -95,8 +100,9 @@ def undo() -> None:
     _in_worker.undo()
     _at_start.undo()
     if "bidispatch.integrations.vllm.ops" in sys.modules:
-        from bidispatch.integrations.vllm import host, ops
+        from bidispatch.integrations.vllm import host, left, ops
 
+        left.forget()
         host.refuse_unserved(False)
         ops.forget()
 
@@ -129,10 +135,28 @@ def require_patched_worker(worker: Any) -> None:
         )
 
 
+def require_plan(device: Any) -> None:
+    """Raise `DeviceError` for a device that nothing can be planned for: before a model is built, not inside of it."""
+    from bidispatch.integrations.vllm.kernels import serving_plan
+
+    try:
+        serving_plan(_named(device))
+    except (DeviceError, SelectionError, UsageError) as error:
+        raise DeviceError(
+            f"no layer can be served on {device}: {error}; in vLLM, BIDISPATCH_VLLM=off runs its own batch-invariant "
+            "mode there, and BIDISPATCH_PROFILE names a profile of yours"
+        ) from error
+
+
+def _named(device: Any) -> str:
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
 def patch_layers(mode: Mode) -> None:
     """Import vLLM's layers and replace their methods, all or none; a second call does nothing."""
     if len(_in_worker):
         return
+    from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
 
     from bidispatch.integrations.vllm import (
@@ -141,6 +165,7 @@ def patch_layers(mode: Mode) -> None:
         fp8_linear,
         int4_kernel,
         int4_linear,
+        left,
         linear,
         mla_products,
         moe,
@@ -152,7 +177,7 @@ def patch_layers(mode: Mode) -> None:
     kernels = {name: getattr(*places[name]) for name in ("fp8_plain_kernel", "fp8_whole_kernel")}
     wrappers: dict[str, Callable[[Any], Any]] = {
         "linear": linear.apply,
-        "head": linear.apply,
+        "head": linear.head_apply,
         "gate": linear.gate_forward,
         "rms_norm": norms.forward,
         "rms_norm_native": norms.forward,
@@ -172,11 +197,13 @@ def patch_layers(mode: Mode) -> None:
         "fp8_experts_backends": moe.fp8_backends,
         "mla": mla_products.forward_impl,
     }
-    looked_at = {"compressed": places["compressed"][0], **kernels}
+    kinds = ("embedding", "parallel_head", "logits", "attention")
+    looked_at = {"compressed": places["compressed"][0], **kernels, **{name: getattr(*places[name]) for name in kinds}}
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
         adopt.require_one_batch_at_a_time(self.vllm_config)
+        left.begin(self.vllm_config)
         originals["load_model"](self, load_dummy_weights=load_dummy_weights)
         with _counted(self):
             _take_over(mode, self, classes)
@@ -194,7 +221,9 @@ def patch_layers(mode: Mode) -> None:
             chosen = int4_kernel.kernel(module.choose_mp_linear_kernel)
             _in_worker.replace(module, "choose_mp_linear_kernel", chosen)
         _in_worker.replace(*places["load_model"], load_model)
-        _in_worker.on_undo(backends.install(type(current_platform), uncovered=_attention_refused))
+        for kind in (classes["attention"], classes["mla"]):
+            _in_worker.replace(kind, "__init__", left.built(kind.__init__, get_current_vllm_config))
+        _in_worker.on_undo(backends.install(type(current_platform), uncovered=left.refused))
     except BaseException:
         _in_worker.undo()
         raise
@@ -217,24 +246,20 @@ def _allocated(device: Any) -> int:
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
 
 
-def _attention_refused(reason: str) -> None:
-    """The layer then stands in the table with the backend it got."""
-    _log.info("attention: %s", reason)
-
-
 def _take_over(mode: Mode, worker: Any, classes: dict[str, Any]) -> None:
     from bidispatch.integrations.vllm import adopt, host, kernels, ops, table
     from bidispatch.integrations.vllm.limits import StepLimits
 
     config = worker.vllm_config
-    device = "cpu" if worker.device.type == "cpu" else f"cuda:{worker.device.index or 0}"
-    made: Host = host.Host(kernels.serving_plan(device), StepLimits.of(config).max_tokens, classes)
+    plan = kernels.serving_plan(_named(worker.device))
+    made: Host = host.Host(plan, StepLimits.of(config).max_tokens, classes)
     adopt.adopt(made, worker.get_model(), config)
     made.rows += adopt.around(config)
     adopt.mark_compiled_graphs(config, worker.get_model())
     rows = table.merged(made.rows)
     if worker.rank == 0:
-        text = "\n".join(table.lines(rows, made.plan.fingerprint() if made.plan.selections else "of nothing"))
+        fingerprint = made.plan.fingerprint() if made.plan.selections else "of nothing"
+        text = "\n".join([*table.profile_lines(made.plan.profile), *table.lines(rows, fingerprint)])
         _log.info("kernels of this model (bidispatch, %s):\n%s", mode.value, text)
     refused = table.refusals(rows)
     if refused and mode is Mode.STRICT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ from typing import Any
 
 from bidispatch.ops.schema import DTYPES
 from bidispatch.planning.decisions import CHOSEN
+from bidispatch.planning.overrides import IMPL_VARIABLE
 from bidispatch.planning.selection import Selection
+from bidispatch.profiles.profile import Profile
 
-__all__ = ["NOT_PROMISED", "Row", "lines", "merged", "refusals"]
+__all__ = ["NOT_PROMISED", "Row", "lines", "merged", "profile_json", "profile_lines", "refusals"]
 
 NOT_PROMISED = "NOT PROMISED"
 
@@ -88,6 +91,34 @@ def refusals(rows: Iterable[Row]) -> list[str]:
         for row in rows
         if not row.promised and row.refused
     ]
+
+
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """What a plan follows beside its rules, as plain data: files, and what is preferred and disabled where."""
+    return {
+        "name": profile.name,
+        "files": list(profile.chain),
+        "note": profile.note,
+        "prefer": [{"implementation": name, "source": str(source)} for name, source in profile.prefer],
+        "disable": [
+            {"implementation": name, "reason": reason, "source": str(source)}
+            for name, (reason, source) in profile.disable.items()
+        ],
+        "forced": os.environ.get(IMPL_VARIABLE, ""),
+    }
+
+
+def profile_lines(profile: Profile) -> list[str]:
+    """The same for the log, above the table."""
+    found = profile_json(profile)
+    text = [f"profile {found['name']}: {', '.join(found['files'])}"]
+    if found["note"]:
+        text.append(f"  {found['note']}")
+    text += [f"  prefer {each['implementation']} ({each['source']})" for each in found["prefer"]]
+    text += [f"  disable {each['implementation']}: {each['reason']} ({each['source']})" for each in found["disable"]]
+    if found["forced"]:
+        text.append(f"  {IMPL_VARIABLE}={found['forced']}")
+    return text
 
 
 def lines(rows: Sequence[Row], fingerprint: str) -> list[str]:
