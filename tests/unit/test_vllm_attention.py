@@ -649,6 +649,11 @@ def test_caches_of_others_and_lengths_only_the_gpu_knows_are_not_claimed(served)
         assert not backend.supports_device_cpu_query_lens_mismatch()
 
 
+def test_pages_are_no_smaller_than_those_of_vllms_own_backends(served):
+    (size,) = served.attention.BidispatchBackend.get_supported_kernel_block_sizes()
+    assert size.base == 16
+
+
 def test_an_uncovered_layer_keeps_vllms_choice_only_where_somebody_is_told(served):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

@@ -20,7 +20,11 @@ OURS = bool(OPTIONS.get("ours"))
 os.environ["VLLM_BATCH_INVARIANT"] = str(int(OURS))
 os.environ.pop("BIDISPATCH_VLLM", None)
 os.environ.update(
-    VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_V2_MODEL_RUNNER="0"
+    VLLM_PLUGINS="",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_USE_V2_MODEL_RUNNER="0",
+    NUMBA_NUM_THREADS="1",  # else the n-gram drafter's threads wait for each other, and take most of the time
 )
 
 import cpu_kernels
@@ -175,8 +179,8 @@ def serve_layers() -> None:
 
 
 def watch_attention() -> dict[str, int]:
-    """Steps of a layer by what serves it, and those of several queries a sequence that the kernel for decode steps had.
-    The fault is planted here.
+    """Steps of a layer by its problem and by what serves it; `drafts` are those of several queries a sequence that the
+    kernel for decode steps had. The fault is planted here.
     """
     from bidispatch.integrations.vllm.attention import BidispatchImpl
 
@@ -187,7 +191,7 @@ def watch_attention() -> dict[str, int]:
         result = original(self, layer, query, key, value, kv_cache, metadata, output, *others, **named)
         if metadata is None:
             return result
-        names = list(self.kernels.selection.implementations)
+        names = [str(self.kernels.selection.problem), *self.kernels.selection.implementations]
         if metadata.decode_step and metadata.max_query_len > 1:
             names.append("drafts")
         for name in names:
