@@ -285,6 +285,14 @@ def test_without_vllm_or_with_sizes_that_prove_nothing_no_engine_is_started(tmp_
     assert "at least 2 prompts" in capsys.readouterr().err
 
 
+def test_an_engine_that_cannot_be_watched_is_not_started(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr("bidispatch.integrations.vllm.check.check", lambda *given, **named: pytest.fail("started"))
+    assert main(["vllm", "check", "--model", str(tmp_path)]) not in (0, 1)
+    assert "vllm.v1.core.block_pool is not there" in capsys.readouterr().err
+
+
 def test_what_a_process_says_is_what_the_other_reads(capfd: pytest.CaptureFixture[str]) -> None:
     program = "from bidispatch.integrations.vllm.check_child import say; say('half way')"
     said: list[str] = []

@@ -174,6 +174,9 @@ def patch_layers(mode: Mode) -> None:
     }
     looked_at = {"compressed": places["compressed"][0], **kernels}
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
+    for name in ("fp8_kernel_linear", "fp8_kernel_compressed", "fp8_kernel_online"):
+        wrappers[name] = lambda original: fp8_linear.kernel(original, *kernels.values())
+    wrappers |= dict.fromkeys(("mixed_kernel_gptq", "mixed_kernel_compressed"), int4_kernel.kernel)
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
         adopt.require_one_batch_at_a_time(self.vllm_config)
@@ -185,14 +188,6 @@ def patch_layers(mode: Mode) -> None:
     try:
         for name, wrapper in wrappers.items():
             _in_worker.replace(*places[name], wrapper(originals[name]))
-        for name in ("fp8_linear", "compressed_fp8", "online_tensor"):
-            module = importlib.import_module(seams[name].module)
-            chosen = fp8_linear.kernel(module.init_fp8_linear_kernel, *kernels.values())
-            _in_worker.replace(module, "init_fp8_linear_kernel", chosen)
-        for name in ("gptq", "compressed_int4"):
-            module = importlib.import_module(seams[name].module)
-            chosen = int4_kernel.kernel(module.choose_mp_linear_kernel)
-            _in_worker.replace(module, "choose_mp_linear_kernel", chosen)
         _in_worker.replace(*places["load_model"], load_model)
         _in_worker.on_undo(backends.install(type(current_platform), uncovered=_attention_refused))
     except BaseException:
