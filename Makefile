@@ -18,6 +18,8 @@ VLLM_READY := .venv-vllm/.ready
 # The newest vLLM that is known, whose seams are compared by signature: its Python files, unpacked.
 VLLM_NEWEST ?= 0.33.0
 VLLM_SOURCES := .venv-vllm/sources/$(VLLM_NEWEST)
+VLLM_PYTEST := OMP_NUM_THREADS=1 BIDISPATCH_VLLM_SOURCES=$(CURDIR)/$(VLLM_SOURCES)/vllm \
+  .venv-vllm/bin/python -m pytest --quiet -W default
 VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 .PHONY: setup demo test test-core test-vllm lint types unit interpreter compile test-gpu schema bench clean
@@ -48,9 +50,8 @@ test-core: lint types unit interpreter compile
 
 # vLLM's own layers on the processor, with their methods replaced. `pip` must give a CPU build of torch, as for setup.
 test-vllm: $(VLLM_READY) $(VLLM_SOURCES)/.ready
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet -W default tests/vllm
-	OMP_NUM_THREADS=1 BIDISPATCH_VLLM_SOURCES=$(CURDIR)/$(VLLM_SOURCES)/vllm .venv-vllm/bin/python -m pytest --quiet \
-	  -W default tests/unit/test_vllm_attention.py tests/unit/test_vllm_core.py
+	$(VLLM_PYTEST) tests/vllm
+	$(VLLM_PYTEST) tests/unit/test_vllm_attention.py tests/unit/test_vllm_core.py
 
 $(VLLM_READY): pyproject.toml .ci/vllm.txt
 	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm || { rm -rf .venv-vllm; exit 3; }

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from bidispatch.errors import BackendError, DeviceError, SelectionError
 from bidispatch.integrations.vllm import compat
-from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
+from bidispatch.integrations.vllm.mode import (
+    Mode,
+    read_mode,
+    require_same_mode,
+    require_same_switch,
+    share_variables,
+)
 from bidispatch.integrations.vllm.patches import Patches
 
 if TYPE_CHECKING:
@@ -35,6 +41,8 @@ _log = logging.getLogger("vllm.bidispatch")
 
 _at_start = Patches()
 _in_worker = Patches()
+_prepared_for: list[Mode] = []
+"""The mode that this process was prepared for, once it is."""
 
 
 def active() -> bool:
@@ -45,14 +53,20 @@ def active() -> bool:
 def register() -> None:
     """Prepare this process, as the environment asks; a second call does nothing.
 
-    Raises `UsageError` for variables that contradict each other, `BackendError` for a vLLM that is not known here,
-    `DeviceError` for a platform that is not served.
+    Raises `UsageError` for variables that contradict each other or what they were at the first call, `BackendError` for
+    a vLLM that is not known here, `DeviceError` for a platform that is not served.
     """
     mode = read_mode(os.environ)
+    if _prepared_for:
+        require_same_mode(_prepared_for[0], os.environ)
     share_variables(os.environ)
     _register_loader()
-    if mode is Mode.OFF or active():
-        return
+    if mode is not Mode.OFF and not active():
+        _hook_worker(mode)
+    _prepared_for[:] = [mode]
+
+
+def _hook_worker(mode: Mode) -> None:
     require_same_switch()
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
@@ -68,6 +82,7 @@ def register() -> None:
     original = getattr(holder, name)
 
     def init_device(self: Any) -> Any:
+        require_same_mode(mode, os.environ)
         patch_layers(mode)
         result = original(self)
         require_patched_worker(self.worker)
@@ -94,6 +109,7 @@ def undo() -> None:
     """Put back all that was patched in this process. Layers of a model that is loaded keep their kernels."""
     _in_worker.undo()
     _at_start.undo()
+    _prepared_for.clear()
     if "bidispatch.integrations.vllm.ops" in sys.modules:
         from bidispatch.integrations.vllm import host, ops
 
