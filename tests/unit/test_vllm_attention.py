@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import bidispatch
+from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, BackendError, SelectionError, UsageError
 from bidispatch.integrations.vllm import compat
 from bidispatch.integrations.vllm import kernels as kernels_module
@@ -655,6 +656,13 @@ def test_caches_of_others_and_lengths_only_the_gpu_knows_are_not_claimed(served)
         assert backend.supports_batch_invariance()
         assert not backend.supports_kv_connector()
         assert not backend.supports_device_cpu_query_lens_mismatch()
+
+
+def test_an_fp8_cache_on_an_mi300_is_refused_by_its_layer(served, config, monkeypatch):
+    plan = bidispatch.plan(Device(ARCHS["gfx942"], "AMD Instinct MI300X"), require="sequence")
+    monkeypatch.setattr(served.attention, "plan_of", lambda _: plan)
+    with pytest.raises(SelectionError, match="on AMD Instinct MI300X is float8_e4m3fnuz"):
+        attention_layer(served, config, kv_cache_dtype="fp8")
 
 
 def test_pages_are_no_smaller_than_those_of_vllms_own_backends(served):
