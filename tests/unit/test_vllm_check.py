@@ -57,6 +57,29 @@ def test_one_bit_is_found(plant, where: str) -> None:
     assert totals(rounds).first
 
 
+def test_every_size_of_a_batch_is_served_in_two_orders() -> None:
+    engine = fake_engine.FakeEngine()
+    rounds: dict[str, list[tuple]] = {}
+    groups: list[tuple] = []
+    original = engine.serve
+
+    def serve(prompts, *given, **named):
+        groups.append(tuple(prompts))
+        return original(prompts, *given, **named)
+
+    def say(text: str) -> None:
+        rounds[text.split(":")[0]] = list(groups)
+        groups.clear()
+
+    engine.serve = serve
+    check_rounds.run(engine, WORK, most=16, say=say)
+    for size in (2, 4, 8, 16):
+        first, second = rounds[f"batches of {size}"], rounds[f"batches of {size}, in another order"]
+        assert sorted(sum(first, ())) == sorted(sum(second, ())) == sorted(WORK.prompts)
+        assert {len(group) for group in (*first, *second)} == {size}
+        assert first != second
+
+
 def test_one_bit_under_a_cut_prompt_is_found() -> None:
     engine = fake_engine.FakeEngine(
         plant=lambda request, batch: len(request.prompt) > 300 and not request.tokens and engine.limit < 100
