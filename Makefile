@@ -15,6 +15,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto
 # The vLLM that tests/vllm runs against, in an environment of its own: it pins what the other one does not have.
 VLLM ?= vllm==0.29.0
 VLLM_READY := .venv-vllm/.ready
+# The newest vLLM that is known, whose seams are compared by signature: its Python files, unpacked.
+VLLM_NEWEST ?= 0.33.0
+VLLM_SOURCES := .venv-vllm/sources/$(VLLM_NEWEST)
+VLLM_PYTEST := OMP_NUM_THREADS=1 BIDISPATCH_VLLM_SOURCES=$(CURDIR)/$(VLLM_SOURCES)/vllm \
+  .venv-vllm/bin/python -m pytest --quiet -W default
 VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 .PHONY: setup demo test test-core test-vllm lint types unit interpreter compile test-gpu schema bench clean
@@ -44,15 +49,20 @@ test: test-core test-vllm
 test-core: lint types unit interpreter compile
 
 # vLLM's own layers on the processor, with their methods replaced. `pip` must give a CPU build of torch, as for setup.
-test-vllm: $(VLLM_READY)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet -W default tests/vllm
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet -W default tests/unit/test_vllm_attention.py
+test-vllm: $(VLLM_READY) $(VLLM_SOURCES)/.ready
+	$(VLLM_PYTEST) tests/vllm
+	$(VLLM_PYTEST) tests/unit/test_vllm_attention.py tests/unit/test_vllm_core.py::test_seams_of_an_unpacked_wheel
 
 $(VLLM_READY): pyproject.toml .ci/vllm.txt
 	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm || { rm -rf .venv-vllm; exit 3; }
 	@$(VLLM_PIP) $(CPU_TORCH)
 	@$(VLLM_PIP) --no-deps --requirement .ci/vllm.txt $(VLLM)
 	@$(VLLM_PIP) --no-deps --editable .
+	@touch $@
+
+# Not made again with .venv-vllm: it needs no more of that than a pip.
+$(VLLM_SOURCES)/.ready: .ci/vllm_sources.py | $(VLLM_READY)
+	@.venv-vllm/bin/python .ci/vllm_sources.py $(VLLM_NEWEST) $(VLLM_SOURCES) $(PIP_ARGS)
 	@touch $@
 
 lint: setup

@@ -58,6 +58,11 @@ class MLAAttentionImpl(ABC, Generic[T]):
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer): ...
 
 
+class MultipleOf:
+    def __init__(self, base):
+        self.base = base
+
+
 class AttentionBackend(ABC):
     @staticmethod
     @abstractmethod
@@ -146,6 +151,7 @@ _CONTENT = {
     "vllm.v1": (),
     "vllm.v1.attention": (),
     "vllm.v1.attention.backend": (
+        MultipleOf,
         AttentionBackend,
         AttentionCGSupport,
         AttentionImpl,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,9 @@ import pytest
 import torch
 
 import bidispatch
+from bidispatch.device import ARCHS, Device
 from bidispatch.errors import ArgumentError, BackendError, SelectionError, UsageError
+from bidispatch.integrations.vllm import compat
 from bidispatch.integrations.vllm import kernels as kernels_module
 from bidispatch.integrations.vllm.backends import _PARAMETERS, choose, install
 from bidispatch.integrations.vllm.cache import heads_of
@@ -29,7 +33,12 @@ from bidispatch_backends.flash_attn import discovery
 
 PAGE, HEADS, KV_HEADS, WIDTH, MODEL_LEN = 16, 4, 2, 32, 96
 RANK, ROPE = 32, 16
-REAL = importlib.util.find_spec("vllm") is not None
+FOUND = importlib.util.find_spec("vllm")
+REAL = FOUND is not None
+SOURCES = [Path(each) for each in os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":") if each]
+"""Folders `vllm`: the installed one's and those of unpacked wheels."""
+if FOUND is not None and FOUND.origin:
+    SOURCES.insert(0, Path(FOUND.origin).parent)
 
 
 @pytest.fixture(scope="module")
@@ -649,6 +658,18 @@ def test_caches_of_others_and_lengths_only_the_gpu_knows_are_not_claimed(served)
         assert not backend.supports_device_cpu_query_lens_mismatch()
 
 
+def test_an_fp8_cache_on_an_mi300_is_refused_by_its_layer(served, config, monkeypatch):
+    plan = bidispatch.plan(Device(ARCHS["gfx942"], "AMD Instinct MI300X"), require="sequence")
+    monkeypatch.setattr(served.attention, "plan_of", lambda _: plan)
+    with pytest.raises(SelectionError, match="on AMD Instinct MI300X is float8_e4m3fnuz"):
+        attention_layer(served, config, kv_cache_dtype="fp8")
+
+
+def test_pages_are_no_smaller_than_those_of_vllms_own_backends(served):
+    (size,) = served.attention.BidispatchBackend.get_supported_kernel_block_sizes()
+    assert size.base == 16
+
+
 def test_an_uncovered_layer_keeps_vllms_choice_only_where_somebody_is_told(served):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -680,21 +701,23 @@ def test_a_platform_that_is_not_as_it_was_read_is_refused_unchanged(served):
     assert vars(moved)["get_attn_backend_cls"] is before
 
 
-@pytest.mark.skipif(not REAL, reason="compares signatures with an installed vLLM's")
-def test_signatures_are_those_of_the_installed_vllm(served):
-    import inspect
-
-    from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, MLAAttentionImpl
-
-    for ours, theirs, name in (
-        (served.attention.BidispatchImpl, AttentionImpl, "forward"),
-        (served.mla.BidispatchMLAImpl, MLAAttentionImpl, "forward_mqa"),
-        (served.metadata.StepMetadataBuilder, AttentionMetadataBuilder, "build"),
-        (served.metadata.StepMetadataBuilder, AttentionMetadataBuilder, "build_for_cudagraph_capture"),
+def test_methods_take_what_vllm_passes(served):
+    """By `compat`, whose signatures are compared with vLLM's sources."""
+    seams = {seam.name: seam for seam in compat.READ}
+    for ours, name in (
+        (served.attention.BidispatchImpl.forward, "attention_forward"),
+        (served.mla.BidispatchMLAImpl.forward_mqa, "mla_forward"),
+        (served.metadata.StepMetadataBuilder.build, "attention_build"),
+        (served.metadata.StepMetadataBuilder.build_for_cudagraph_capture, "attention_capture"),
     ):
-        assert list(inspect.signature(getattr(ours, name)).parameters) == list(
-            inspect.signature(getattr(theirs, name)).parameters
-        )
+        assert list(inspect.signature(ours).parameters) == seams[name].parameters.split()
+    for ours, name in (
+        (served.attention.BidispatchImpl, "attention_layer"),
+        (served.metadata.StepMetadataBuilder, "attention_builder"),
+    ):
+        taken = seams[name].parameters.split()
+        assert list(inspect.signature(ours.__init__).parameters)[: len(taken)] == taken
+    assert seams["attention_choice"].parameters.split() == ["cls", *_PARAMETERS]
     assert kernels_module.LEVEL == "sequence"
 
 
@@ -742,14 +765,23 @@ def test_the_layer_of_the_installed_vllm_sends_every_row_through_the_absorbed_fo
     assert torch.equal(out, projected)
 
 
-@pytest.mark.skipif(not REAL, reason="reads an installed vLLM's platforms")
+@pytest.mark.parametrize("folder", SOURCES, ids=str)
 @pytest.mark.parametrize("name", ["cuda", "rocm"])
-def test_the_platforms_of_the_installed_vllm_have_the_seam(name):
+def test_the_platforms_of_vllm_have_the_seam(folder, name):
     """Read, not imported: they want a driver."""
-    [folder] = importlib.util.find_spec("vllm").submodule_search_locations
-    tree = ast.parse((Path(folder) / "platforms" / f"{name}.py").read_text())
+    tree = ast.parse((folder / "platforms" / f"{name}.py").read_text())
     [method] = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "get_attn_backend_cls"
     ]
     assert [argument.arg for argument in method.args.args] == ["cls", *_PARAMETERS]
     assert "classmethod" in {ast.unparse(decorator) for decorator in method.decorator_list}
+
+
+@pytest.mark.parametrize("folder", SOURCES, ids=str)
+def test_the_choice_of_a_backend_is_cached_by_vllm(folder):
+    """`install` empties that cache."""
+    tree = ast.parse((folder / "v1" / "attention" / "selector.py").read_text())
+    [cached] = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_cached_get_attn_backend"
+    ]
+    assert "cache" in {ast.unparse(decorator) for decorator in cached.decorator_list}

@@ -57,6 +57,29 @@ def test_one_bit_is_found(plant, where: str) -> None:
     assert totals(rounds).first
 
 
+def test_every_size_of_a_batch_is_served_in_two_orders() -> None:
+    engine = fake_engine.FakeEngine()
+    rounds: dict[str, list[tuple]] = {}
+    groups: list[tuple] = []
+    original = engine.serve
+
+    def serve(prompts, *given, **named):
+        groups.append(tuple(prompts))
+        return original(prompts, *given, **named)
+
+    def say(text: str) -> None:
+        rounds[text.split(":")[0]] = list(groups)
+        groups.clear()
+
+    engine.serve = serve
+    check_rounds.run(engine, WORK, most=16, say=say)
+    for size in (2, 4, 8, 16):
+        first, second = rounds[f"batches of {size}"], rounds[f"batches of {size}, in another order"]
+        assert sorted(sum(first, ())) == sorted(sum(second, ())) == sorted(WORK.prompts)
+        assert {len(group) for group in (*first, *second)} == {size}
+        assert first != second
+
+
 def test_one_bit_under_a_cut_prompt_is_found() -> None:
     engine = fake_engine.FakeEngine(
         plant=lambda request, batch: len(request.prompt) > 300 and not request.tokens and engine.limit < 100
@@ -283,6 +306,14 @@ def test_without_vllm_or_with_sizes_that_prove_nothing_no_engine_is_started(tmp_
     assert "vllm is not installed in this environment" in capsys.readouterr().err
     assert main([*words, "--prompts", "0"]) == 2
     assert "at least 2 prompts" in capsys.readouterr().err
+
+
+def test_an_engine_that_cannot_be_watched_is_not_started(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr("bidispatch.integrations.vllm.check.check", lambda *given, **named: pytest.fail("started"))
+    assert main(["vllm", "check", "--model", str(tmp_path)]) not in (0, 1)
+    assert "vllm.v1.core.block_pool is not there" in capsys.readouterr().err
 
 
 def test_what_a_process_says_is_what_the_other_reads(capfd: pytest.CaptureFixture[str]) -> None:

@@ -75,17 +75,25 @@ def test_a_switch_that_came_too_late_is_refused() -> None:
         require_same_switch({name: SimpleNamespace(is_batch_invariant=False)})
 
 
-ALL_SEAMS = (*compat.SEAMS, *compat.UNIMPORTED)
+ALL_SEAMS = (*compat.SEAMS, *compat.UNIMPORTED, *compat.READ)
+
+
+def line_of(seam: compat.Seam) -> str:
+    name = seam.path.rpartition(".")[2]
+    if seam.kind is compat.Kind.SET:
+        return f"def set_{name}(self): self.{name} = 1"
+    if seam.kind is compat.Kind.BOUND:
+        return f"{name} = 1" if "." in seam.path else f"from elsewhere import {name}"
+    arguments = ", ".join(seam.parameters.split())
+    return f"def {name}({arguments}): pass" if arguments else f"class {name}: pass"
 
 
 def sources(root: Path, seams=ALL_SEAMS) -> Path:
     """A vLLM of nothing but its seams."""
     texts: dict[str, dict[str, list[str]]] = {}
     for seam in seams:
-        owner, _, name = seam.path.rpartition(".")
-        arguments = ", ".join(seam.parameters.split())
-        line = f"class {name}: pass" if not seam.parameters else f"def {name}({arguments}): pass"
-        texts.setdefault(seam.module, {}).setdefault(owner, []).append(line)
+        owner = seam.path.rpartition(".")[0]
+        texts.setdefault(seam.module, {}).setdefault(owner, []).append(line_of(seam))
     for module, owners in texts.items():
         file = root.joinpath(*module.split(".")).with_suffix(".py")
         if any(other.startswith(f"{module}.") for other in texts):
@@ -116,6 +124,22 @@ def test_every_missing_seam_is_named(tmp_path: Path, seam: compat.Seam) -> None:
         compat.check("0.33.0", root)
 
 
+@pytest.mark.parametrize("seam", compat.ENGINE, ids=lambda seam: seam.name)
+def test_every_missing_seam_of_the_check_is_named(tmp_path: Path, seam: compat.Seam) -> None:
+    assert compat.faults(sources(tmp_path / "whole", compat.ENGINE), compat.ENGINE) == []
+    root = sources(tmp_path, [each for each in compat.ENGINE if each is not seam])
+    (fault,) = compat.faults(root, compat.ENGINE)
+    assert seam.module in fault
+    assert fault.endswith("is not there")
+
+
+def test_a_name_that_is_bound_by_a_condition_is_not_taken_for_granted(tmp_path: Path) -> None:
+    seam = next(seam for seam in compat.SEAMS if seam.name == "fp8_kernel_linear")
+    file = sources(tmp_path, [seam]).joinpath(*seam.module.split(".")[1:]).with_suffix(".py")
+    file.write_text(f"if elsewhere:\n    from elsewhere import {seam.path}\n")
+    assert compat.faults(tmp_path / "vllm", [seam]) == [f"{seam.where} is not there"]
+
+
 def test_another_signature_is_named(tmp_path: Path) -> None:
     seam = next(seam for seam in compat.SEAMS if seam.name == "linear")
     other = replace(seam, parameters="self layer x bias scale")
@@ -136,7 +160,8 @@ def test_seams_of_an_unpacked_wheel() -> None:
     folders = [Path(each) for each in os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":") if each]
     if not folders:
         pytest.skip("BIDISPATCH_VLLM_SOURCES names no unpacked wheel")
-    assert {str(folder): compat.faults(folder) for folder in folders} == {str(folder): [] for folder in folders}
+    seams = (*ALL_SEAMS, *compat.ENGINE)
+    assert {str(folder): compat.faults(folder, seams) for folder in folders} == {str(folder): [] for folder in folders}
 
 
 def test_the_plugin_module_imports_neither_torch_nor_vllm() -> None:

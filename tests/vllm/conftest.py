@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import vllm.platforms
+from fake_platforms import CudaPlatform
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
-from vllm.platforms.interface import Platform, PlatformEnum
 
 from bidispatch.integrations.vllm import compat, plugin
 from bidispatch.integrations.vllm.kernels import serving_plan
@@ -24,20 +24,6 @@ from bidispatch.integrations.vllm.mode import Mode
 # While the platform is still the processor's: some of these load CUDA's libraries on a GPU's.
 for seam in compat.SEAMS:
     compat.resolve(seam)
-
-
-class CudaPlatform(Platform):
-    """What vLLM's CUDA platform shows of itself; its own module needs the driver's library to be imported."""
-
-    _enum = PlatformEnum.CUDA
-    device_name = device_type = "cuda"
-
-    @classmethod
-    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
-        return "vllm.own.Backend"
-
-
-CudaPlatform.__module__ = "vllm.platforms.cuda"
 
 
 @pytest.fixture

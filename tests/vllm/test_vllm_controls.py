@@ -44,6 +44,7 @@ NO_ARITHMETIC = {
     *("init_device", "load_model", "experts_inputs", "experts_workspaces", "fp8_experts_backends"),
     *("embedding", "parallel_head", "logits", "attention"),
     *("compressed", "fp8_kernel", "fp8_plain_kernel", "fp8_whole_kernel", "mixed_kernel", "mixed_base"),
+    *(seam.name for seam in compat.SEAMS if seam.kind is compat.Kind.BOUND),
 }
 """Seams that compute nothing."""
 

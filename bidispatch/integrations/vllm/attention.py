@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
 
 from bidispatch.errors import ArgumentError, SelectionError
 from bidispatch.integrations.vllm.cache import heads_of, write_heads
@@ -202,6 +202,15 @@ class BidispatchBackend(AttentionBackend):  # type: ignore[misc]
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         """No: which kernel serves a step is decided from the lengths that the host knows."""
         return False
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Page sizes, as vLLM's own backends have them: before 0.33 a layer with a window gets the smallest
+        (`_largest_kernel_block_within`), which would be pages of one position.
+
+        kv_cache_spec: what 0.33 passes; it changes nothing.
+        """
+        return [MultipleOf(16)]
 
     @staticmethod
     def get_kv_cache_shape(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bidispatch.errors import UsageError, did_you_mean
+from bidispatch.errors import BackendError, UsageError, did_you_mean
+from bidispatch.integrations.vllm import compat
 from bidispatch.integrations.vllm.check_arms import ARMS, OURS, STOCK, arguments_for, child_command, run_arm
 from bidispatch.integrations.vllm.check_rounds import need_sizes
 from bidispatch.integrations.vllm.check_steps import HAPPENINGS, Counters
@@ -64,9 +65,15 @@ class CheckOptions:
 
 
 def need_vllm() -> None:
-    """Raise `UsageError` where there is no vLLM to check."""
-    if importlib.util.find_spec("vllm") is None:
+    """Raise `UsageError` where there is no vLLM to check, `BackendError` for one whose engine cannot be watched."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
         raise UsageError("vllm is not installed in this environment; `pip install vllm`, then check again")
+    wrong = compat.faults(Path(found.origin).parent, compat.ENGINE)
+    if wrong:
+        raise BackendError(
+            f"the engine of this vLLM is not as it was read, so what it did cannot be seen: {'; '.join(wrong)}"
+        )
 
 
 def spec_of(options: CheckOptions, arm: str) -> dict[str, Any]:

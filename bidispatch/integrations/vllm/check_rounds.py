@@ -186,8 +186,12 @@ def run(server: Server, work: Workload, *, most: int, say: Callable[[str], None]
     shuffle(mixed)
     check.reference()
     check.group("alone again", [[index] for index in mixed[:8]])
+    other = list(everything)
+    shuffle_other = random.Random(work.seed + 2).shuffle  # noqa: S311 - orders, not secrets
     for size in (size for size in BATCHES if size <= most):
-        check.group(f"batches of {size}", [mixed[at : at + size] for at in range(0, len(mixed), size)])
+        check.group(f"batches of {size}", _groups(mixed, size))
+        shuffle_other(other)
+        check.group(f"batches of {size}, in another order", _groups(other, size))
     most = min(most, len(work))
     check.group(f"{most} at once, longest last", _groups(everything, most))
     check.group(f"{most} at once, longest first", _groups(everything[::-1], most))

@@ -1,13 +1,14 @@
-"""Every private seam of vLLM that is patched here, by version, and the check that they are there.
+"""Every private seam of vLLM that is used here, by version, and the check that they are there.
 
 Signatures are read in vLLM's source files, so that a check imports nothing of it: it runs in the front process, where
 CUDA must stay untouched, before any model is built, and on a wheel that is only unpacked. Read in 0.25.1, 0.29.0 and
-0.33.0. (Attention's seams are in `backends`.)
+0.33.0.
 """
 
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 
 from bidispatch.errors import BackendError
 
-__all__ = ["SEAMS", "SUPPORTED", "UNIMPORTED", "Seam", "check", "faults", "resolve"]
+__all__ = ["ENGINE", "READ", "SEAMS", "SUPPORTED", "UNIMPORTED", "Kind", "Seam", "check", "faults", "resolve"]
 
 SUPPORTED = ("0.25", "0.34")
 """The first version, and the first one after the last."""
@@ -28,9 +29,20 @@ _COMPRESSED = f"{_LAYERS}.quantization.compressed_tensors"
 _ROUTING = "self hidden_states router_logits indices_type input_ids"
 
 
+class Kind(enum.Enum):
+    """How a seam is there."""
+
+    DEFINED = "defined"
+    """A class, or a function or method with these parameters."""
+    BOUND = "bound"
+    """A name bound in a module or in a class: imported, assigned or defined there."""
+    SET = "set"
+    """An attribute that a class's methods set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A function of vLLM, or a method of one of its classes, and the parameters it has."""
+    """A function of vLLM, a method of one of its classes and the parameters it has, or a name."""
 
     name: str
     module: str
@@ -40,6 +52,7 @@ class Seam:
     """By name, in order, keyword-only ones last; a class has none."""
     later: str = ""
     """Parameters that later versions have behind those; what is patched passes them on, or refuses a value."""
+    kind: Kind = Kind.DEFINED
 
     @property
     def where(self) -> str:
@@ -85,7 +98,6 @@ SEAMS: tuple[Seam, ...] = (
         "CompressedTensorsWNA16.apply_weights",
         "self layer x bias",
     ),
-    # Modules bind it by name: what is patched is the name in those of `gptq` and `compressed_int4`.
     Seam(
         "mixed_kernel",
         "vllm.model_executor.kernels.linear",
@@ -93,7 +105,6 @@ SEAMS: tuple[Seam, ...] = (
         "config compute_capability",
     ),
     Seam("mixed_base", "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel", "MPLinearKernel"),
-    # Modules bind it by name: what is patched is the name in those of the fp8 methods.
     Seam(
         "fp8_kernel",
         "vllm.model_executor.kernels.linear",
@@ -149,7 +160,24 @@ SEAMS: tuple[Seam, ...] = (
         "quant_scale_ue8m0 quant_col_major quant_tma_aligned",
         later="q_dcp_replicated",  # 0.29.0
     ),
+    # Modules bind these two by name, so that is where they are replaced.
+    *(
+        Seam(f"fp8_kernel_{scheme}", module, "init_fp8_linear_kernel", kind=Kind.BOUND)
+        for scheme, module in (
+            ("linear", f"{_LAYERS}.quantization.fp8"),
+            ("compressed", f"{_COMPRESSED}.schemes.compressed_tensors_w8a8_fp8"),
+            ("online", f"{_LAYERS}.quantization.online.fp8"),
+        )
+    ),
+    *(
+        Seam(f"mixed_kernel_{scheme}", module, "choose_mp_linear_kernel", kind=Kind.BOUND)
+        for scheme, module in (
+            ("gptq", f"{_LAYERS}.quantization.auto_gptq"),
+            ("compressed", f"{_COMPRESSED}.schemes.compressed_tensors_wNa16"),
+        )
+    ),
 )
+"""What a worker imports and replaces, and the classes that it looks at."""
 
 UNIMPORTED: tuple[Seam, ...] = (
     Seam(
@@ -161,6 +189,126 @@ UNIMPORTED: tuple[Seam, ...] = (
 )
 """Layers of a model's own, which only its models import: known by their names, and read in the sources like the rest.
 The one here takes a kernel for few tokens where its `_use_min_latency_gemm` is set, else what it inherits."""
+
+_ATTENTION = "vllm.v1.attention"
+_BACKENDS = f"{_ATTENTION}.backends.registry"
+_LOADERS = "vllm.model_executor.model_loader"
+
+READ: tuple[Seam, ...] = (
+    # Attention (`backends`, `attention`, `mla`, `metadata`, `cache`).
+    Seam(
+        "attention_choice",
+        "vllm.platforms.cuda",
+        "CudaPlatformBase.get_attn_backend_cls",
+        "cls selected_backend attn_selector_config num_heads",
+    ),
+    Seam("attention_chosen", f"{_ATTENTION}.selector", "_cached_get_attn_backend", kind=Kind.BOUND),
+    Seam("attention_custom", _BACKENDS, "AttentionBackendEnum.CUSTOM", kind=Kind.BOUND),
+    Seam("attention_overridden", _BACKENDS, "AttentionBackendEnum.is_overridden", "self"),
+    Seam("attention_clear", _BACKENDS, "AttentionBackendEnum.clear_override", "self"),
+    Seam("attention_register", _BACKENDS, "register_backend", "backend class_path is_mamba"),
+    Seam("attention_load", "vllm.utils.import_utils", "resolve_obj_by_qualname", kind=Kind.BOUND),
+    Seam("attention_backend", f"{_ATTENTION}.backend", "AttentionBackend.validate_configuration", kind=Kind.BOUND),
+    Seam("attention_pages", f"{_ATTENTION}.backend", "MultipleOf"),
+    Seam(
+        "attention_layer",
+        f"{_ATTENTION}.backend",
+        "AttentionImpl.__init__",
+        "self num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap "
+        "attn_type kv_sharing_target_layer_name",
+    ),
+    Seam(
+        "attention_forward",
+        f"{_ATTENTION}.backend",
+        "AttentionImpl.forward",
+        "self layer query key value kv_cache attn_metadata output output_scale output_block_scale",
+    ),
+    Seam(
+        "mla_forward",
+        f"{_ATTENTION}.backend",
+        "MLAAttentionImpl.forward_mqa",
+        "self q kv_c_and_k_pe_cache attn_metadata layer",
+    ),
+    Seam(
+        "attention_builder",
+        f"{_ATTENTION}.backend",
+        "AttentionMetadataBuilder.__init__",
+        "self kv_cache_spec layer_names vllm_config device",
+    ),
+    Seam(
+        "attention_build",
+        f"{_ATTENTION}.backend",
+        "AttentionMetadataBuilder.build",
+        "self common_prefix_len common_attn_metadata fast_build",
+    ),
+    Seam(
+        "attention_capture",
+        f"{_ATTENTION}.backend",
+        "AttentionMetadataBuilder.build_for_cudagraph_capture",
+        "self common_attn_metadata",
+    ),
+    Seam(
+        "cache_write",
+        "vllm._custom_ops",
+        "reshape_and_cache_flash",
+        "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale",
+    ),
+    # The random weights' load format (`loader`).
+    Seam("load_formats", _LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER", kind=Kind.BOUND),
+    Seam("loader_register", _LOADERS, "register_model_loader", "load_format"),
+    Seam("loader", _LOADERS, "BaseModelLoader", kind=Kind.BOUND),
+    Seam("loader_init", f"{_LOADERS}.base_loader", "BaseModelLoader.__init__", "self load_config"),
+    Seam("loader_download", f"{_LOADERS}.base_loader", "BaseModelLoader.download_model", "self model_config"),
+    Seam("loader_weights", f"{_LOADERS}.base_loader", "BaseModelLoader.load_weights", "self model model_config"),
+    # What stays allocated is added to it (`plugin`): of both model runners.
+    *(
+        Seam(f"memory_{runner}", module, "GPUModelRunner.model_memory_usage", kind=Kind.SET)
+        for runner, module in ((1, "vllm.v1.worker.gpu_model_runner"), (2, "vllm.v1.worker.gpu.model_runner"))
+    ),
+)
+"""What is called, read or derived from elsewhere in this package."""
+
+_LLM_ENGINE = "vllm.v1.engine.llm_engine"
+_SCHEDULER = "vllm.v1.core.sched"
+_POOL = "vllm.v1.core.block_pool"
+
+ENGINE: tuple[Seam, ...] = (
+    Seam("arguments", "vllm.engine.arg_utils", "EngineArgs"),
+    Seam(
+        "engine",
+        _LLM_ENGINE,
+        "LLMEngine.from_engine_args",
+        "cls engine_args usage_context stat_loggers enable_multiprocessing",
+    ),
+    Seam("engine_add", _LLM_ENGINE, "LLMEngine.add_request", kind=Kind.BOUND),
+    Seam("engine_step", _LLM_ENGINE, "LLMEngine.step", "self"),
+    Seam("engine_left", _LLM_ENGINE, "LLMEngine.has_unfinished_requests", "self"),
+    Seam("engine_forget", _LLM_ENGINE, "LLMEngine.reset_prefix_cache", "self reset_running_requests reset_connector"),
+    Seam("engine_core", "vllm.v1.engine.core_client", "InprocClient.engine_core", kind=Kind.SET),
+    Seam("scheduler", "vllm.v1.engine.core", "EngineCore.scheduler", kind=Kind.SET),
+    Seam("schedule", f"{_SCHEDULER}.scheduler", "Scheduler.schedule", "self throttle_prefills"),
+    *(
+        Seam(f"scheduler_{name}", f"{_SCHEDULER}.scheduler", f"Scheduler.{name}", kind=Kind.SET)
+        for name in ("max_num_scheduled_tokens", "kv_cache_manager", "waiting", "running")
+    ),
+    Seam("pool", "vllm.v1.core.kv_cache_manager", "KVCacheManager.block_pool", kind=Kind.SET),
+    Seam("pool_free", _POOL, "BlockPool.get_num_free_blocks", "self"),
+    Seam("pool_take", _POOL, "BlockPool.get_new_blocks", "self num_blocks"),
+    Seam("pool_give", _POOL, "BlockPool.free_blocks", "self ordered_blocks"),
+    *(
+        Seam(f"step_{name}", f"{_SCHEDULER}.output", f"SchedulerOutput.{name}", kind=Kind.BOUND)
+        for name in ("num_scheduled_tokens", "scheduled_new_reqs", "scheduled_cached_reqs")
+    ),
+    *(
+        Seam(f"cached_{name}", f"{_SCHEDULER}.output", f"CachedRequestData.{name}", kind=Kind.BOUND)
+        for name in ("req_ids", "resumed_req_ids", "num_computed_tokens")
+    ),
+    *(
+        Seam(f"new_{name}", f"{_SCHEDULER}.output", f"NewRequestData.{name}", kind=Kind.BOUND)
+        for name in ("req_id", "num_computed_tokens")
+    ),
+)
+"""What `bidispatch vllm check` watches in an engine, and nothing else needs."""
 
 
 def check(version: str, root: Path) -> None:
@@ -182,7 +330,7 @@ def check(version: str, root: Path) -> None:
         )
 
 
-def faults(root: Path, seams: Iterable[Seam] = (*SEAMS, *UNIMPORTED)) -> list[str]:
+def faults(root: Path, seams: Iterable[Seam] = (*SEAMS, *UNIMPORTED, *READ)) -> list[str]:
     """What is not as it should be in the sources under `root`, one text a seam."""
     trees: dict[str, ast.Module | None] = {}
     found = []
@@ -217,12 +365,16 @@ def _parse(root: Path, module: str) -> ast.Module | None:
 def _fault(seam: Seam, tree: ast.Module) -> str:
     body: Sequence[ast.stmt] = tree.body
     node: ast.stmt | None = None
-    for name in seam.path.split("."):
-        kinds = (ast.ClassDef, ast.FunctionDef)
-        node = next((each for each in body if isinstance(each, kinds) and each.name == name), None)
-        if node is None:
-            return f"{seam.where} is not there"
+    *owners, name = seam.path.split(".")
+    for owner in owners:
+        node = _definition(body, owner)
         body = node.body if isinstance(node, ast.ClassDef) else ()
+    if seam.kind is not Kind.DEFINED:
+        there = _bound(body) if seam.kind is Kind.BOUND else _set_on_self(body)
+        return "" if name in there else f"{seam.where} is not there"
+    node = _definition(body, name)
+    if node is None:
+        return f"{seam.where} is not there"
     if isinstance(node, ast.FunctionDef):
         taken = node.args
         has = " ".join(each.arg for each in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs))
@@ -232,3 +384,37 @@ def _fault(seam: Seam, tree: ast.Module) -> str:
     elif seam.parameters:
         return f"{seam.where} is no function"
     return ""
+
+
+def _definition(body: Iterable[ast.stmt], name: str) -> ast.ClassDef | ast.FunctionDef | None:
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    return next((each for each in body if isinstance(each, kinds) and each.name == name), None)
+
+
+def _targets(node: ast.AST) -> Sequence[ast.expr]:
+    if isinstance(node, ast.Assign):
+        return node.targets
+    return (node.target,) if isinstance(node, ast.AnnAssign) else ()
+
+
+def _bound(body: Iterable[ast.stmt]) -> set[str]:
+    """Names that statements bind, those of an `if` or `try` left out."""
+    found: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {each.asname or each.name for each in node.names}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        found |= {each.id for each in _targets(node) if isinstance(each, ast.Name)}
+    return found
+
+
+def _set_on_self(body: Iterable[ast.stmt]) -> set[str]:
+    """Attributes that a class's methods assign to `self`."""
+    return {
+        each.attr
+        for statement in body
+        for node in ast.walk(statement)
+        for each in _targets(node)
+        if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self"
+    }

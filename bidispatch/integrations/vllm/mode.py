@@ -8,7 +8,15 @@ from collections.abc import Mapping, MutableMapping
 
 from bidispatch.errors import UsageError, did_you_mean
 
-__all__ = ["MODE_VARIABLE", "SWITCH", "Mode", "read_mode", "require_same_switch", "share_variables"]
+__all__ = [
+    "MODE_VARIABLE",
+    "SWITCH",
+    "Mode",
+    "read_mode",
+    "require_same_mode",
+    "require_same_switch",
+    "share_variables",
+]
 
 SWITCH = "VLLM_BATCH_INVARIANT"
 MODE_VARIABLE = "BIDISPATCH_VLLM"
@@ -16,8 +24,9 @@ MODE_VARIABLE = "BIDISPATCH_VLLM"
 _OURS = "BIDISPATCH_"
 _CARRIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 
-# Modules that keep the switch as it was when they were imported, in 0.25.1, 0.29.0 and 0.33.0.
+# Modules that keep the switch as it was when they were imported, in every version from 0.25.1 to 0.33.0.
 _FROZEN = {
+    "vllm.lora.ops.triton_ops.utils": "is_batch_invariant",
     "vllm.v1.attention.ops.triton_unified_attention": "is_batch_invariant",
     "vllm.v1.attention.ops.triton_unified_attention_diffkv": "is_batch_invariant",
 }
@@ -67,6 +76,16 @@ def require_same_switch(modules: Mapping[str, object] = sys.modules) -> None:
         raise UsageError(
             f"{SWITCH} was set after {', '.join(early)} had been imported, and that keeps the value it saw; "
             "set it in the environment before Python starts"
+        )
+
+
+def require_same_mode(before: Mode, environment: Mapping[str, str]) -> None:
+    """Raise `UsageError` where an environment asks for another mode than when vLLM loaded its plugins."""
+    now = read_mode(environment)
+    if now is not before:
+        raise UsageError(
+            f"{SWITCH} and {MODE_VARIABLE} meant {before.value} when vLLM loaded its plugins in this process, and mean "
+            f"{now.value} now; that is done once, so set them before Python starts"
         )
 
 

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from bidispatch.errors import BackendError, BidispatchError, DeviceError, SelectionError, UsageError
 from bidispatch.integrations.vllm import compat
-from bidispatch.integrations.vllm.mode import Mode, read_mode, require_same_switch, share_variables
+from bidispatch.integrations.vllm.mode import (
+    Mode,
+    read_mode,
+    require_same_mode,
+    require_same_switch,
+    share_variables,
+)
 from bidispatch.integrations.vllm.patches import Patches
 
 if TYPE_CHECKING:
@@ -35,6 +41,8 @@ _log = logging.getLogger("vllm.bidispatch")
 
 _at_start = Patches()
 _in_worker = Patches()
+_prepared_for: list[Mode] = []
+"""The mode that this process was prepared for, once it is."""
 
 
 def active() -> bool:
@@ -45,14 +53,20 @@ def active() -> bool:
 def register() -> None:
     """Prepare this process, as the environment asks; a second call does nothing.
 
-    Raises `UsageError` for variables that contradict each other, `BackendError` for a vLLM that is not known here,
-    `DeviceError` for a platform that is not served.
+    Raises `UsageError` for variables that contradict each other or what they were at the first call, `BackendError` for
+    a vLLM that is not known here, `DeviceError` for a platform that is not served.
     """
     mode = read_mode(os.environ)
+    if _prepared_for:
+        require_same_mode(_prepared_for[0], os.environ)
     share_variables(os.environ)
     _register_loader()
-    if mode is Mode.OFF or active():
-        return
+    if mode is not Mode.OFF and not active():
+        _hook_worker(mode)
+    _prepared_for[:] = [mode]
+
+
+def _hook_worker(mode: Mode) -> None:
     require_same_switch()
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
@@ -68,6 +82,7 @@ def register() -> None:
     original = getattr(holder, name)
 
     def init_device(self: Any) -> Any:
+        require_same_mode(mode, os.environ)
         patch_layers(mode)
         result = original(self)
         try:
@@ -99,6 +114,7 @@ def undo() -> None:
     """Put back all that was patched in this process. Layers of a model that is loaded keep their kernels."""
     _in_worker.undo()
     _at_start.undo()
+    _prepared_for.clear()
     if "bidispatch.integrations.vllm.ops" in sys.modules:
         from bidispatch.integrations.vllm import host, left, ops
 
@@ -200,6 +216,9 @@ def patch_layers(mode: Mode) -> None:
     kinds = ("embedding", "parallel_head", "logits", "attention")
     looked_at = {"compressed": places["compressed"][0], **kernels, **{name: getattr(*places[name]) for name in kinds}}
     classes = {name: holder for name, (holder, _) in places.items() if name in wrappers} | looked_at
+    for name in ("fp8_kernel_linear", "fp8_kernel_compressed", "fp8_kernel_online"):
+        wrappers[name] = lambda original: fp8_linear.kernel(original, *kernels.values())
+    wrappers |= dict.fromkeys(("mixed_kernel_gptq", "mixed_kernel_compressed"), int4_kernel.kernel)
 
     def load_model(self: Any, *, load_dummy_weights: bool = False) -> None:
         adopt.require_one_batch_at_a_time(self.vllm_config)
@@ -212,14 +231,6 @@ def patch_layers(mode: Mode) -> None:
     try:
         for name, wrapper in wrappers.items():
             _in_worker.replace(*places[name], wrapper(originals[name]))
-        for name in ("fp8_linear", "compressed_fp8", "online_tensor"):
-            module = importlib.import_module(seams[name].module)
-            chosen = fp8_linear.kernel(module.init_fp8_linear_kernel, *kernels.values())
-            _in_worker.replace(module, "init_fp8_linear_kernel", chosen)
-        for name in ("gptq", "compressed_int4"):
-            module = importlib.import_module(seams[name].module)
-            chosen = int4_kernel.kernel(module.choose_mp_linear_kernel)
-            _in_worker.replace(module, "choose_mp_linear_kernel", chosen)
         _in_worker.replace(*places["load_model"], load_model)
         for kind in (classes["attention"], classes["mla"]):
             _in_worker.replace(kind, "__init__", left.built(kind.__init__, get_current_vllm_config))
