@@ -31,7 +31,8 @@ def load_attribute(path: str) -> Any:
 def bind(
     problem: Problem, device: Device, rungs: Sequence[Rung], limits: Limits, scratch: Scratch | None = None
 ) -> BoundKernel:
-    """Bind every rung for calls up to `limits`. scratch: shared with kernels that never run at once with this one.
+    """Bind every rung for calls up to `limits`. scratch: shared with kernels that never run at once with this one;
+    without it the rungs, of which a call runs one, share one of their own.
 
     Raises `DeviceError` when the plan was made for a device that is not here, `BackendError` when a kernel's
     library does not import, `ArgumentError` for limits that allow no call.
@@ -43,18 +44,22 @@ def bind(
         )
     if device.arch.vendor != "cpu" and not torch.cuda.is_available():
         raise DeviceError(f"{device.name} is here, but this torch ({torch.__version__}) cannot use it")
+    scratch = scratch or Scratch(step=1)
     op = ops.get(problem.op)
     _check_limits(op, limits)
-    kernels = []
+    contexts = []
     first = limits.min_tokens
     for rung in rungs:
-        context = BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits, first), scratch)
+        contexts.append(BindContext(device, problem, rung.params, rung.tile, _limits_of(rung, limits, first), scratch))
         first = (rung.max_m or 0) + 1
+    kernels: list[Kernel] = []
+    # The rung of most rows first: what it has of the scratch, those of fewer rows have room in.
+    for rung, context in zip(reversed(rungs), reversed(contexts), strict=True):
         kernel = _load(rung.implementation, context)
         if paging.wanted(op):
             kernel = paging.checked(op, problem, kernel)
         several = device.arch.vendor != "cpu" and torch.cuda.device_count() > 1
-        kernels.append(_on_device(kernel, device.index) if several else kernel)
+        kernels.insert(0, _on_device(kernel, device.index) if several else kernel)
     return BoundKernel(op, problem, device, rungs, kernels, limits)
 
 

@@ -49,7 +49,7 @@ class BindContext:
     """An instance of its `Tile`, or None."""
     limits: Limits
     scratch: Scratch | None = None
-    """Where workspaces that keep nothing between calls may lie; None: each kernel has its own (`scratch.empties`)."""
+    """Where workspaces that keep nothing between calls may lie; None: a kernel has its own (`scratch.empties`)."""
 
 
 def need_max_seq_len(context: BindContext) -> None:

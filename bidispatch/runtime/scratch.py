@@ -12,7 +12,6 @@ __all__ = ["Scratch", "empties"]
 
 _ALIGNMENT = 256
 _STEP = 16 << 20
-"""Blocks are multiples of it, so that kernels whose needs hardly differ share one."""
 
 _Wanted = Sequence[tuple[int, torch.dtype]]
 
@@ -21,9 +20,11 @@ class Scratch:
     """One block of memory a device, for kernels that never run at once: on one stream, called by one thread.
 
     A kernel that needs more than there is gets a new block, which later ones share; those bound before keep theirs.
+    step: what a block's size is a multiple of, so that kernels whose needs hardly differ share one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = _STEP) -> None:
+        self._step = step
         self._blocks: dict[str, torch.Tensor] = {}
 
     def take(self, wanted: _Wanted, device: str) -> tuple[torch.Tensor, ...]:
@@ -31,8 +32,8 @@ class Scratch:
         sizes = [-(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for count, dtype in wanted]
         block = self._blocks.get(device)
         if block is None or block.numel() < sum(sizes):
-            size = -(-sum(sizes) // _STEP) * _STEP
-            block = self._blocks[device] = torch.empty(size, dtype=torch.uint8, device=device)
+            size = -(-sum(sizes) // self._step) * self._step
+            block = self._blocks[device] = _uninitialised(size, torch.uint8, device)
         tensors, start = [], 0
         for (count, dtype), size in zip(wanted, sizes, strict=True):
             tensors.append(block[start : start + count * dtype.itemsize].view(dtype))
@@ -49,4 +50,10 @@ def empties(context: BindContext, *wanted: tuple[int, torch.dtype]) -> tuple[tor
     device = context.device.torch_device
     if context.scratch is not None:
         return context.scratch.take(wanted, device)
-    return tuple(torch.empty(count, dtype=dtype, device=device) for count, dtype in wanted)
+    return tuple(_uninitialised(count, dtype, device) for count, dtype in wanted)
+
+
+def _uninitialised(count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """What is made in inference mode could not be written outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty(count, dtype=dtype, device=device)

@@ -158,6 +158,17 @@ def test_another_alignment_of_the_library_is_refused(library: GroupedDeepGemm) -
         run(problem, arguments, kernel)
 
 
+@pytest.mark.parametrize("dims", [{}, FP8], ids=str)
+def test_a_call_in_pieces_gives_the_bits_of_the_whole(dims: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = experts(**dims)
+    arguments = draw_inputs(problem, 30)
+    (whole,) = run(problem, arguments, bind(problem, "contiguous"))
+    monkeypatch.setattr(moe, "most_tokens", lambda *_: 13)
+    tile = GroupedTile(layout="contiguous")
+    cut = moe.bind_experts(BindContext(CPU, problem, Params(), tile, Limits(30)))
+    assert same_bits(run(problem, arguments, cut)[0], whole)
+
+
 def test_groups_of_less_than_a_tile_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a tile stored past its group spoils the next one's rows."""
     monkeypatch.setattr(moe_params, "BLOCK_ROWS", 32)

@@ -22,7 +22,9 @@ from interpreted import (
 
 from bidispatch import ops
 from bidispatch.ops.schema import Problem
-from bidispatch.runtime.context import Limits
+from bidispatch.runtime.context import Kernel, Limits
+from bidispatch.runtime.scratch import Scratch
+from bidispatch_backends.triton import moe
 from bidispatch_backends.triton.moe_params import ExpertsTile
 
 SMALL = {"experts": 5, "top_k": 3, "hidden": 48, "intermediate": 40}
@@ -192,15 +194,54 @@ def test_pairs_beyond_what_programs_count_are_sorted() -> None:
 
 def test_a_kernel_that_counts_too_few_pairs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with room for half the pairs, the other half's parts are never written."""
-    from bidispatch_backends.triton import moe as module
-
     problem = experts()
     arguments = draw_inputs(problem, 20)
-    monkeypatch.setattr(module, "_is_sorted", lambda *_: False)
+    monkeypatch.setattr(moe, "is_sorted", lambda *_: False)
     tile = tiles(problem, name=BF16)[0].model_copy(update={"counted": 32})
     (out,) = run(problem, arguments, bind(problem, tile=tile, name=BF16))
     error = relative_error(out.nan_to_num(), reference(problem, arguments)[0])
     assert error > 100 * TOLERANCE["float16"]
+
+
+PIECES = (
+    (BF16, {"bias": True, "shared": True, "expert_map": True, "global_experts": 12, "out_dtype": "float32"}),
+    ("triton.moe_fp8_block", {**FP8, "out_dtype": "float32"}),
+)
+
+
+def in_pieces(problem: Problem, kernel: str, most: int, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Bound for 41 rows with room for so many at a time, over memory that another kernel filled with NaN."""
+    monkeypatch.setattr(moe, "most_tokens", lambda *_: most)
+    scratch = Scratch()
+    scratch.take(((1 << 22, torch.uint8),), "cpu")[0].fill_(0xFF)
+    tile = tiles(problem, name=kernel)[-1]
+    return bind(problem, tile=tile, limits=Limits(41), name=kernel, scratch=scratch)
+
+
+@pytest.mark.parametrize(("kernel", "dims"), PIECES, ids=lambda value: str(value)[:20])
+def test_a_call_in_pieces_gives_the_bits_of_the_whole(
+    kernel: str, dims: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = experts(**dims)
+    arguments = draw_inputs(problem, 41)
+    whole, *cut = (run(problem, arguments, in_pieces(problem, kernel, most, monkeypatch))[0] for most in (41, 16, 7))
+    assert relative_error(whole, reference(problem, arguments)[0]) < 2 * TOLERANCE["float16"]
+    assert all(same_bits(result, whole) for result in cut)
+
+
+def test_an_order_that_follows_the_rows_of_a_piece_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: slots of pieces added in another order than those of a whole call."""
+    problem = experts(out_dtype="float32")
+    arguments = draw_inputs(problem, 41)
+    whole, cut = (in_pieces(problem, BF16, most, monkeypatch) for most in (41, 16))
+
+    def turned(*given: Any) -> None:
+        everything = list(given)
+        for place in (WEIGHTS, IDS):
+            everything[place] = everything[place].flip(1).contiguous()
+        cut(*everything)
+
+    assert not same_bits(run(problem, arguments, turned)[0], run(problem, arguments, whole)[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -15,6 +15,7 @@ from bidispatch_backends.deep_gemm.moe_params import (
     expected_rows,
     grouped_tiles,
     grouped_tiles_for,
+    most_tokens,
 )
 
 SM90 = Device(ARCHS["sm90"], "sm90", predicted=True)
@@ -93,6 +94,15 @@ def test_rooms_are_whole_tiles_and_hold_every_spread(tokens):
 )
 def test_what_the_library_expects_is_an_even_spread(tokens, dims, rows):
     assert expected_rows(problem(**dims), tokens) == rows
+
+
+def test_a_call_takes_no_more_memory_at_a_time_than_its_tile_says():
+    tile = GroupedTile(layout="contiguous")
+    large = problem(**DEEPSEEK, **FP8)
+    most = most_tokens(large, tile, 8192)
+    assert 128 <= most < 8192
+    assert Room.of(large, tile, most).bytes_of(large) <= 1 << 30 < Room.of(large, tile, most + 128).bytes_of(large)
+    assert most_tokens(large, GroupedTile(layout="masked"), 64) == 64
 
 
 def test_it_is_selected_by_name(monkeypatch, as_json):

@@ -11,8 +11,9 @@ import torch
 
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Kernel
+from bidispatch.runtime.scratch import empties
 from bidispatch_backends.aligned import is_aligned, on_aligned
-from bidispatch_backends.cublaslt.library import ONE, ZERO, cublasLt, current_stream, handle_of, workspace
+from bidispatch_backends.cublaslt.library import ONE, ZERO, cublasLt, current_stream, handle_of
 from bidispatch_backends.cublaslt.params import CublasLtTile
 from bidispatch_backends.cublaslt.pinned import Pinned
 from bidispatch_backends.cublaslt.products import Chunks
@@ -102,7 +103,7 @@ class _AtOnce(_Way):
         self.edges = self._batch.edges
         self._n, self._whole, self._parts = chunks.single.n, chunks.whole, chunks.parts
         self._rest_start = chunks.whole * chunks.single.k * chunks.single.item_bytes
-        self._partials = workspace(chunks.parts * self.rows * chunks.single.n, device)
+        (self._partials,) = empties(context, (chunks.parts * self.rows * chunks.single.n, torch.float32))
         bind_fold = load_attribute("bidispatch_backends.triton.fold:bind_fold")
         bias_dtype = problem.dtype if problem.flag("bias") else None
         self._fold = bind_fold(str(problem["out_dtype"]), chunks.single.n, bias_dtype, context.device.arch)

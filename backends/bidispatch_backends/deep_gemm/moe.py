@@ -10,6 +10,7 @@ The library compiles a kernel, for seconds, when a call first needs its tile, as
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.runtime.context import BindContext, Kernel
 from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.deep_gemm.library import edges, library
-from bidispatch_backends.deep_gemm.moe_params import BLOCK_ROWS, Room, expected_rows
+from bidispatch_backends.deep_gemm.moe_params import BLOCK_ROWS, Room, expected_rows, most_tokens
+from bidispatch_backends.pieces import in_pieces
 from bidispatch_backends.triton.expert_rows import row_block, row_launches
 from bidispatch_backends.triton.launch import ceil_div
 from bidispatch_backends.triton.moe import row_stride, sum_block
@@ -186,6 +188,10 @@ def bind_experts(context: BindContext) -> Kernel:
     [m, hidden]; last axes contiguous. Weights that have gaps are copied.
 
     Holds the rows of `moe_params.Room`. Its `edges` are some of the M at which the library's tile may change in the
-    contiguous layout, where it follows the number of blocks.
+    contiguous layout, where it follows the number of blocks. A call that `workspace_mb` has no room for is made in
+    pieces.
     """
-    return _Experts(context)
+    rows = context.limits.max_tokens
+    most = most_tokens(context.problem, context.tile, rows)
+    limits = replace(context.limits, max_tokens=most, min_tokens=min(context.limits.min_tokens, most))
+    return in_pieces(_Experts(replace(context, limits=limits)), "moe.experts", most, rows)

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import Field
+
 from bidispatch.device import Device
 from bidispatch.ops.moe import known_experts
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
 from bidispatch_backends.numerics import fp8_block_numerics
+from bidispatch_backends.pieces import most_rows
 from bidispatch_backends.triton.moe_params import most_blocks
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "grouped_numerics",
     "grouped_tiles",
     "grouped_tiles_for",
+    "most_tokens",
 ]
 
 BLOCK_ROWS = 128
@@ -32,14 +36,15 @@ _MASKED_TOKENS = 64
 """Calls of up to so many tokens take the masked layout. Its smallest tile has 64 rows, so that up to there a token's
 row in a group can be the token's number, and nothing is sorted."""
 _MOST_TRIED = 256
-_MOST_MASKED_BYTES = 1 << 30
-"""Beyond so large a workspace small calls are contiguous too."""
 
 
 class GroupedTile(Tile):
     """How rows lie for the products. A row's bits are claimed to be the same in both layouts."""
 
     layout: Literal["masked", "contiguous"]
+    workspace_mb: int = Field(default=1024, ge=1)
+    """The most MiB a bound kernel may hold. Calls whose masked groups take more are contiguous; contiguous ones that
+    would are made in pieces. Rows that pad are most of it where there are many experts."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,17 @@ class Room:
         return self.groups * self.rows * row
 
 
+def most_tokens(problem: Problem, tile: GroupedTile, tokens: int) -> int:
+    """Of a call of up to so many tokens, those that the workspace has room for at a time; all of a masked one."""
+    if tile.layout == "masked":
+        return tokens
+
+    def bytes_of(count: int) -> int:
+        return Room.of(problem, tile, count).bytes_of(problem)
+
+    return most_rows(bytes_of, tile.workspace_mb << 20, tokens)
+
+
 def grouped_numerics(params: Params, problem: Problem) -> str:
     """`deep_gemm.grouped.<products>`: gate and up, each in the order of the product's class and rounded; the activation
     of both in fp32, rounded, and quantised for fp8 weights; down, in that order, rounded; then the parts times their
@@ -74,7 +90,8 @@ def grouped_numerics(params: Params, problem: Problem) -> str:
 
 
 def _fits(problem: Problem, tokens: int) -> bool:
-    return Room.of(problem, GroupedTile(layout="masked"), tokens).bytes_of(problem) <= _MOST_MASKED_BYTES
+    tile = GroupedTile(layout="masked")
+    return Room.of(problem, tile, tokens).bytes_of(problem) <= tile.workspace_mb << 20
 
 
 def grouped_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, GroupedTile], ...]:

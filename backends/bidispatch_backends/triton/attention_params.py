@@ -12,7 +12,7 @@ from bidispatch.device import Arch, Device
 from bidispatch.ops.attention import FP8
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
-from bidispatch_backends.triton.fields import power_of_two_field
+from bidispatch_backends.triton.fields import BYTES, power_of_two_field
 
 __all__ = [
     "AttentionParams",
@@ -153,9 +153,6 @@ def fp8_unmet(device: Device, problem: Problem) -> str | None:
     return f"needs sm89 or later for kv_dtype={FP8}, which Triton does not convert on {device.arch.name}"
 
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
-
-
 def overlaps(arch: Arch, problem: Problem, params: Any, tile: AttentionTile) -> bool:
     """Whether prefill is served by `attention_hopper`: what its layouts are made for."""
     return (
@@ -175,7 +172,7 @@ def fits_shared_memory(arch: Arch, problem: Problem, params: Any, rows: int, sta
     dtype. A few KB are left to reductions. width: of the head, rounded up; by default the problem's.
     """
     width = width or 1 << (problem.size("head_dim") - 1).bit_length()
-    wide, cached = _BYTES[problem.dtype], _BYTES[str(problem["kv_dtype"])]
+    wide, cached = BYTES[problem.dtype], BYTES[str(problem["kv_dtype"])]
     buffers = max(1, stages - 1) * cached + (wide if cached != wide else 0)
     needed: int = 2 * params.block_n * width * buffers + rows * (width + params.block_n) * wide
     return needed + 4 * _KB <= arch.shared_memory

@@ -1,8 +1,13 @@
-"""Checks that the fields of params and tiles share. Imports no triton, no torch."""
+"""What params and tiles share: checks of fields, sizes of dtypes. Imports no triton, no torch."""
 
 from __future__ import annotations
 
-__all__ = ["power_of_two_field"]
+from bidispatch.ops.quantize import FP8
+
+__all__ = ["BYTES", "power_of_two_field"]
+
+BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
+"""Of an element."""
 
 
 def power_of_two_field(value: int) -> int:

@@ -47,9 +47,9 @@ class MlaTile(AttentionTile):
     """Rows of a tile of parallel splits."""
     decode_overlap: bool = False
     """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
-    workspace_mb: int = Field(default=1024, ge=0)
+    workspace_mb: int = Field(default=448, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
-    KB for 128 heads."""
+    KB for 128 heads, 33 KB for 16. docs/latent-attention.md has what batches there is room for."""
 
 
 def mla_numerics(params: Any, problem: Problem) -> str:

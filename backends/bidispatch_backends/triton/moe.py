@@ -7,6 +7,7 @@ nothing to do is found on the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params
 from bidispatch.runtime.context import BindContext, Kernel, Limits
+from bidispatch.runtime.scratch import empties
+from bidispatch_backends.pieces import in_pieces
 from bidispatch_backends.triton.fp8_params import tile_fault
 from bidispatch_backends.triton.launch import (
     ArgumentType,
@@ -31,7 +34,13 @@ from bidispatch_backends.triton.launch import (
     power_of_two,
 )
 from bidispatch_backends.triton.moe_kernels import down_kernel, gate_up_kernel, sort_kernel, sum_kernel
-from bidispatch_backends.triton.moe_params import ExpertsTile, most_blocks
+from bidispatch_backends.triton.moe_params import (
+    ExpertsTile,
+    experts_workspaces,
+    is_sorted,
+    most_blocks,
+    most_tokens,
+)
 from bidispatch_backends.triton.params import element_tiles
 from bidispatch_backends.triton.quantize import bind_quantize_fp8_group
 
@@ -52,12 +61,6 @@ _SUM_BLOCK, _SUM_WARPS = 1024, 4
 _FEWEST_LANES = 32
 
 
-def _is_sorted(problem: Problem, tile: ExpertsTile, limits: Limits | None) -> bool:
-    """Whether a kernel sorts: where the tile says so, and where more rows may come than it counts by itself."""
-    pairs = 0 if limits is None else limits.max_tokens * problem.size("top_k")
-    return not tile.counted or pairs > tile.counted
-
-
 def launches(
     problem: Problem, params: Any, tile: ExpertsTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
@@ -65,7 +68,7 @@ def launches(
     if not given.
     """
     hidden, inner, top_k = problem.size("hidden"), problem.size("intermediate"), problem.size("top_k")
-    in_order = _is_sorted(problem, tile, limits)
+    in_order = is_sorted(problem, tile, limits.max_tokens if limits else 0)
     dependent = dependent_launch(arch)
     data, integers = pointer(problem.dtype), pointer("int32")
     fp8 = problem["weight_dtype"] == FP8
@@ -211,25 +214,19 @@ class _Experts:
         self._block_m = tile.block_m
         hidden, inner = problem.size("hidden"), problem.size("intermediate")
         self._sort: Launch | None = None
-        if _is_sorted(problem, tile, limits):
+        if is_sorted(problem, tile, limits.max_tokens):
             self._sort, self._gate_up, self._down, self._add = launches(problem, context.params, tile, arch, limits)
         else:
             self._gate_up, self._down, self._add = launches(problem, context.params, tile, arch, limits)
         self._tiles_up = ceil_div(inner, tile.up_block_n // 2)
         self._tiles_down = ceil_div(hidden, tile.down_block_n)
         self._tiles_sum = ceil_div(hidden, sum_block(hidden))
-        pairs = limits.max_tokens * self._top_k
-
-        def empty(count: int, dtype: str) -> torch.Tensor:
-            return torch.empty(count, dtype=getattr(torch, dtype), device=context.device.torch_device)
-
-        self._act = empty(pairs * inner, problem.dtype)
-        self._parts = empty(pairs * hidden, str(problem["out_dtype"]))
-        self._quantize = _Quantize(context, pairs) if problem["weight_dtype"] == FP8 else None
-        self._tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        if self._sort:
-            blocks = most_blocks(pairs, self._experts, self._block_m)
-            self._tables = (empty(pairs, "int32"), empty(3 * (blocks + 1), "int32"))
+        wanted = experts_workspaces(problem, tile, limits.max_tokens)
+        room = dict(zip(wanted, empties(context, *_torch_types(wanted.values())), strict=True))
+        self._tables = room.get("order"), room.get("blocks")
+        self._parts = room["parts"]
+        self._quantize = _Quantize(context, room) if problem["weight_dtype"] == FP8 else None
+        self._act = self._parts.view(getattr(torch, problem.dtype)) if self._quantize else room["act"]
 
     def __call__(
         self,
@@ -289,17 +286,14 @@ class _Experts:
 class _Quantize:
     """x and the activation in fp8, and their scales: what the products of fp8 weights take."""
 
-    def __init__(self, context: BindContext, pairs: int) -> None:
-        device = context.device.torch_device
-
-        def room(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-            q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=device)
-            return q, torch.empty(rows, k // GROUP, dtype=torch.float32, device=device)
-
+    def __init__(self, context: BindContext, room: Mapping[str, torch.Tensor]) -> None:
         hidden, inner = context.problem.size("hidden"), context.problem.size("intermediate")
         self._inner = inner
         self._kernels = tuple(bind_quantize_fp8_group(_quantization(context, k)) for k in (hidden, inner))
-        self._of_tokens, self._of_pairs = room(context.limits.max_tokens, hidden), room(pairs, inner)
+        self._of_tokens, self._of_pairs = (
+            (room[name].view(-1, k), room[f"{name}_scales"].view(-1, k // GROUP))
+            for name, k in (("x", hidden), ("act", inner))
+        )
 
     def tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [m, hidden] and its scales [m, hidden/128]."""
@@ -312,6 +306,10 @@ class _Quantize:
         q, scales = (each[:count] for each in self._of_pairs)
         self._kernels[1](act[: count * self._inner].view(count, self._inner), q, scales)
         return q, scales
+
+
+def _torch_types(wanted: Iterable[tuple[int, str]]) -> list[tuple[int, torch.dtype]]:
+    return [(count, getattr(torch, dtype)) for count, dtype in wanted]
 
 
 def _quantization(context: BindContext, k: int) -> BindContext:
@@ -332,6 +330,10 @@ def bind_experts(context: BindContext) -> Kernel:
     topk_ids [m, top_k], then w13_bias, w2_bias, w13_scales, w2_scales, expert_map and add or None each, and out
     [m, hidden]; last axes contiguous.
 
-    Holds max_tokens · top_k rows of intermediate elements and of hidden ones.
+    Holds top_k rows of intermediate elements and of hidden ones for each of so many tokens as the tile's
+    `workspace_mb` has room for. A call of more is made in pieces, all by the tile that the whole call has.
     """
-    return _Experts(context)
+    rows = context.limits.max_tokens
+    most = most_tokens(context.problem, context.tile, rows)
+    limits = replace(context.limits, max_tokens=most, min_tokens=min(context.limits.min_tokens, most))
+    return in_pieces(_Experts(replace(context, limits=limits)), "moe.experts", most, rows)

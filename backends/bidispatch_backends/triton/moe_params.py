@@ -12,7 +12,8 @@ from bidispatch.ops.moe import known_experts
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import Params, Tile
-from bidispatch_backends.triton.fields import power_of_two_field
+from bidispatch_backends.pieces import most_rows
+from bidispatch_backends.triton.fields import BYTES, power_of_two_field
 from bidispatch_backends.triton.fp8_params import block_numerics, tile_fault
 from bidispatch_backends.triton.gemm_params import FILLED, GemmTile, ProductTile, Shape, stages_for, units
 from bidispatch_backends.triton.params import RowTile
@@ -23,7 +24,10 @@ __all__ = [
     "experts_numerics",
     "experts_tiles",
     "experts_tiles_for",
+    "experts_workspaces",
+    "is_sorted",
     "most_blocks",
+    "most_tokens",
     "router_numerics",
     "router_tiles",
 ]
@@ -49,6 +53,10 @@ class ExpertsTile(Tile):
     down_swap: bool = False
     down_warps: int = Field(ge=1, le=16)
     down_stages: int = Field(ge=1)
+    workspace_mb: int = Field(default=544, ge=1)
+    """The most MiB a bound kernel may hold for what lies between its launches; a call of more tokens is made in pieces.
+    Each piece reads every weight again, so pieces should be as long as a GPU needs to be busy: 4096 tokens of
+    DeepSeek-V3, 128 rows an expert, take 543 MiB."""
 
     _sizes = field_validator(
         "block_m", "up_block_n", "up_block_k", "up_warps", "down_block_n", "down_block_k", "down_warps"
@@ -72,6 +80,41 @@ def most_blocks(pairs: int, experts: int, block_m: int) -> int:
     """Blocks of any spread of pairs over experts: one each for as many experts as there can be, the rest full."""
     begun = min(pairs, experts)
     return begun + (pairs - begun) // block_m
+
+
+def is_sorted(problem: Problem, tile: ExpertsTile, tokens: int) -> bool:
+    """Whether a kernel sorts: where the tile says so, and where more rows may come than it counts by itself."""
+    return not tile.counted or tokens * problem.size("top_k") > tile.counted
+
+
+def experts_workspaces(problem: Problem, tile: ExpertsTile, tokens: int) -> dict[str, tuple[int, str]]:
+    """What lies between the launches of a call of so many tokens: elements and dtype of each part.
+
+    Of fp8 weights the activation lies where the parts will: it is quantised before there are any.
+    """
+    pairs, hidden, inner = tokens * problem.size("top_k"), problem.size("hidden"), problem.size("intermediate")
+    out = str(problem["out_dtype"])
+    found = {"parts": (pairs * hidden, out)}
+    if _is_fp8(problem):
+        least = -(-pairs * inner * BYTES[problem.dtype] // BYTES[out])
+        found["parts"] = (max(pairs * hidden, least), out)
+        for name, rows, k in (("x", tokens, hidden), ("act", pairs, inner)):
+            found |= {name: (rows * k, FP8), f"{name}_scales": (rows * (k // GROUP), "float32")}
+    else:
+        found["act"] = (pairs * inner, problem.dtype)
+    if is_sorted(problem, tile, tokens):
+        blocks = most_blocks(pairs, problem.size("experts"), tile.block_m)
+        found |= {"order": (pairs, "int32"), "blocks": (3 * (blocks + 1), "int32")}
+    return found
+
+
+def most_tokens(problem: Problem, tile: ExpertsTile, tokens: int) -> int:
+    """Of a call of up to so many tokens, those that the workspace has room for at a time."""
+
+    def bytes_of(count: int) -> int:
+        return sum(many * BYTES[dtype] for many, dtype in experts_workspaces(problem, tile, count).values())
+
+    return most_rows(bytes_of, tile.workspace_mb << 20, tokens)
 
 
 def experts_numerics(params: Params, problem: Problem) -> str:
