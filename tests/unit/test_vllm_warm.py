@@ -79,6 +79,34 @@ def test_attention_runs_with_few_sequences_and_with_more(op, dims, most, seqs, m
     assert [call[tables].shape[0] for call in kernel.calls] == seqs
 
 
+def test_a_layers_own_weights_are_what_its_kernel_runs_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    kernel = Recorded(bound_of("moe.experts", "bfloat16", EXPERTS, {}))
+    w13, w2 = torch.randn(4, 256, 128).bfloat16(), torch.full((4, 128, 128), float("nan")).bfloat16()
+    before = w13.clone(), w2.clone()
+    warm(kernel, {"w13": w13, "w2": w2, "w13_scales": None})
+    assert all(call[1] is w13 and call[2] is w2 for call in kernel.calls)
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip((w13, w2), before, strict=True))
+    assert all((call[4] == 0).all() for call in kernel.calls)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.ones(32, 64),
+        torch.ones(64, 32).bfloat16(),
+        torch.ones(32, 64, dtype=torch.bfloat16, device="meta"),
+        None,
+    ],
+    ids=["dtype", "shape", "device", "none"],
+)
+def test_weights_that_a_kernel_does_not_take_are_zeros(given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    kernel = Recorded(bound_of("gemm", "bfloat16", {"n": 32, "k": 64}, {}))
+    warm(kernel, {"weight": given})
+    assert all(call[1].shape == (32, 64) and (call[1] == 0).all() for call in kernel.calls)
+
+
 def test_without_room_a_server_starts_all_the_same(monkeypatch, caplog):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("no room")

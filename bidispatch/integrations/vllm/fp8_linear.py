@@ -72,7 +72,8 @@ def _blocks(host: Host, name: str, layer: Any, scheme: Any) -> None:
         raise Unserved(f"its scales are {list(scales.shape)} for a weight of {[n, k]}")
     dtype = name_of(scheme.out_dtype, "its result")
     quantize = host.take(name, "linear", "quantize.fp8_group", dtype, k=k)
-    product = host.take(name, "linear", "gemm.fp8_block", FP8, n=n, k=k, out_dtype=dtype)
+    weights = {"weight": layer.weight, "weight_scales": scales}
+    product = host.take(name, "linear", "gemm.fp8_block", FP8, weights, n=n, k=k, out_dtype=dtype)
     setattr(layer, SERVED, ("block", quantize, product, ""))
 
 
@@ -102,7 +103,8 @@ def _whole(host: Host, name: str, layer: Any, scheme: Any) -> None:
     weight_scaling = "tensor" if scales.numel() == 1 else "channel"
     dims: dict[str, DimValue] = {"n": n, "k": k, "out_dtype": dtype, "x_scaling": scaling}
     dims["weight_scaling"] = weight_scaling
-    products = host.take_product(name, "linear", "gemm.fp8", FP8, has_bias=bias is not None, **dims)
+    weights = {"weight": weight, "weight_scale": scales.view(-1), "weight_scales": scales.view(-1)}
+    products = host.take_product(name, "linear", "gemm.fp8", FP8, bias=bias, weights=weights, **dims)
     setattr(layer, SERVED, (weight_scaling, quantize, *products))
 
 

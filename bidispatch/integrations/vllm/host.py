@@ -12,6 +12,7 @@ from bidispatch import ops as catalogue
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm import ops
 from bidispatch.integrations.vllm.table import Row
+from bidispatch.integrations.vllm.warm import Weights
 from bidispatch.ops.schema import DTYPES, DimValue
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.selection import Selection
@@ -36,27 +37,39 @@ class Host:
     """By the names of `compat.SEAMS`: the class that holds each seam."""
     rows: list[Row] = field(default_factory=list)
 
-    def take(self, layer: str, kind: str, op: str, dtype: str, **dims: DimValue) -> str:
-        """Select and bind for a layer, add its row, and return the text of its kernel.
+    def take(
+        self, layer: str, kind: str, op: str, dtype: str, weights: Weights | None = None, /, **dims: DimValue
+    ) -> str:
+        """Select and bind for a layer, add its row, and return the text of its kernel. weights: as its op takes them.
 
         Raises `SelectionError` with every candidate's reasons, and `UsageError` for dims that the op does not have.
         """
         selection: Selection = self.plan.select_problem(catalogue.get(op).problem(dtype, dims))
-        text = ops.register(layer, selection, self.max_tokens)
+        text = ops.register(layer, selection, self.max_tokens, weights)
         row = Row.of(layer, kind, selection)
         if row not in self.rows:
             self.rows.append(row)
         return text
 
     def take_product(
-        self, layer: str, kind: str, op: str, dtype: str, *, has_bias: bool, **dims: DimValue
+        self,
+        layer: str,
+        kind: str,
+        op: str,
+        dtype: str,
+        *,
+        bias: torch.Tensor | None,
+        weights: Weights,
+        **dims: DimValue,
     ) -> tuple[str, str]:
         """`take` for a product: its text without a bias, and the one with, empty where the layer has none.
 
         A layer may leave its bias to others, as row-parallel ones of other ranks do: both are bound.
         """
-        plain = self.take(layer, kind, op, dtype, **dims, bias=False)
-        return plain, self.take(layer, kind, op, dtype, **dims, bias=True) if has_bias else ""
+        plain = self.take(layer, kind, op, dtype, weights, **dims, bias=False)
+        if bias is None:
+            return plain, ""
+        return plain, self.take(layer, kind, op, dtype, {**weights, "bias": bias}, **dims, bias=True)
 
 
 def product_text(layer: Any, texts: Sequence[str], bias: torch.Tensor | None) -> str:

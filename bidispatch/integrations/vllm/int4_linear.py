@@ -65,11 +65,11 @@ def serve(host: Host, name: str, layer: Any, scheme: Any) -> bool:
     else:
         return False
     n, k = weight.weight.shape[0], weight.weight.shape[1] * 8
-    has_bias = getattr(layer, "bias", None) is not None
+    bias = getattr(layer, "bias", None)
     dims: dict[str, DimValue] = {"n": n, "k": k, "group_size": weight.group_size}
     dims["zero_points"] = weight.zeros is not None
     dtype = name_of(weight.scales.dtype, "its scales")
-    texts = host.take_product(name, "linear", "gemm.int4", dtype, has_bias=has_bias, **dims)
+    texts = host.take_product(name, "linear", "gemm.int4", dtype, bias=bias, weights=weight._asdict(), **dims)
     for attribute in _CHECKPOINT:
         if attribute in layer._parameters:
             delattr(layer, attribute)

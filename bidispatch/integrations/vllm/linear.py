@@ -133,8 +133,9 @@ def _plain(host: Host, name: str, layer: Any, kind: str, **dims: str) -> None:
     weight = _weight(layer)
     n, k = weight.shape
     dtype = name_of(weight.dtype, "its weight")
-    has_bias = getattr(layer, "bias", None) is not None
-    setattr(layer, SERVED, host.take_product(name, kind, "gemm", dtype, has_bias=has_bias, n=n, k=k, **dims))
+    bias = getattr(layer, "bias", None)
+    texts = host.take_product(name, kind, "gemm", dtype, bias=bias, weights={"weight": weight}, n=n, k=k, **dims)
+    setattr(layer, SERVED, texts)
 
 
 def _gate(host: Host, name: str, layer: Any, method: type) -> None:

@@ -104,7 +104,10 @@ def serve_experts(host: Host, name: str, layer: Any) -> None:
         dims |= {"expert_map": True, "global_experts": int(layer.global_num_experts)}
     dtype = layer.moe_config.in_dtype
     dims |= _biases(experts, w13, dtype) | _weights(experts, w13, w2, dtype)
-    text = host.take(name, "experts", "moe.experts", name_of(dtype, "what goes into it"), **dims)
+    # But for the map: ids of a kernel that is run before the first request are to be experts of this rank.
+    weights = {"w13": w13, "w2": w2, "w13_bias": experts.w1_bias, "w2_bias": experts.w2_bias}
+    weights |= {"w13_scales": experts.w1_scale, "w2_scales": experts.w2_scale}
+    text = host.take(name, "experts", "moe.experts", name_of(dtype, "what goes into it"), weights, **dims)
     setattr(experts, SERVED, text)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bidispatch.errors import ArgumentError, UsageError
-from bidispatch.integrations.vllm.warm import warm
+from bidispatch.integrations.vllm.warm import Weights, warm
 from bidispatch.planning.selection import Selection
 from bidispatch.runtime.bound import BoundKernel
 from bidispatch.runtime.torch_ops import NAMESPACE
@@ -39,8 +39,10 @@ __all__ = [
 class _Entry:
     """A selection with its bound kernel. One that a larger one replaced stays: a CUDA graph may hold its workspace."""
 
-    def __init__(self, selection: Selection, max_tokens: int) -> None:
+    def __init__(self, selection: Selection, max_tokens: int, weights: Weights) -> None:
         self.selection = selection
+        self.weights = weights
+        """Of the first layer that is served, until the kernel has run once."""
         self.kernels = [selection.bind(max_tokens=max_tokens)]
 
     def for_rows(self, rows: int) -> BoundKernel:
@@ -60,8 +62,9 @@ class _Entry:
 _entries: dict[str, _Entry] = {}
 
 
-def register(layer: str, selection: Selection, max_tokens: int) -> str:
-    """Bind a selection for a layer, and return the text that the ops here take for it.
+def register(layer: str, selection: Selection, max_tokens: int, weights: Weights | None = None) -> str:
+    """Bind a selection for a layer, and return the text that the ops here take for it. weights: what `warm_all` runs
+    it on.
 
     Layers that differ only in their numbers run one after the other, so they share a kernel and its workspace. Others
     may run side by side, as shared experts do beside routed ones, and share none.
@@ -69,7 +72,7 @@ def register(layer: str, selection: Selection, max_tokens: int) -> str:
     name = f"{re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', layer)} {selection.problem}"
     known = _entries.get(name)
     if known is None or known.selection.ladder_key != selection.ladder_key:
-        _entries[name] = _Entry(selection, max_tokens)
+        _entries[name] = _Entry(selection, max_tokens, weights or {})
     return name
 
 
@@ -79,10 +82,11 @@ def bound_names() -> tuple[str, ...]:
 
 
 def warm_all() -> None:
-    """Run every kernel that is bound once, at each of its rungs."""
+    """Run every kernel that is bound once, at each of its rungs, on the weights of the first layer that it serves."""
     for entry in _entries.values():
         for kernel in entry.kernels:
-            warm(kernel)
+            warm(kernel, entry.weights)
+        entry.weights = {}
 
 
 def forget() -> None:

@@ -6,7 +6,7 @@ vLLM's own warm-up runs the sizes that it captures and the largest; rungs betwee
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -16,9 +16,12 @@ from bidispatch.ops.reference.mla import latent_batch
 from bidispatch.runtime.arguments import TensorSpec, output_shape, tensor_specs
 from bidispatch.runtime.bound import BoundKernel
 
-__all__ = ["rows_to_run", "warm"]
+__all__ = ["Weights", "rows_to_run", "warm"]
 
 _log = logging.getLogger("vllm.bidispatch")
+
+Weights = Mapping[str, torch.Tensor | None]
+"""A layer's own, by the names of the op's arguments."""
 
 _CACHED, _PROMPT, _OTHERS = 300, 64, 3
 _MOST_INSIDE = 32
@@ -28,9 +31,13 @@ _OTHER_SIZE = 2
 """Of what is no number of rows, such as the matrices of a bmm."""
 
 
-def warm(kernel: BoundKernel) -> None:
-    """Run a kernel on arguments of its own, zeros but for attention's. On a processor, where nothing is compiled, it
-    does nothing. Where the GPU has no room for a second set of weights, it says so, and the first requests compile.
+def warm(kernel: BoundKernel, weights: Weights | None = None) -> None:
+    """Run a kernel on weights of a layer that it serves, which it only reads, and on rows of its own, zeros but for
+    attention's. On a processor, where nothing is compiled, it does nothing. Where the GPU has no room for the rows, it
+    says so, and the first requests compile.
+
+    weights: those that are not given, or not as the kernel takes them, are zeros too. What they hold does not matter:
+    no kernel is chosen by a value, and ids of zeros find the experts of the first.
     """
     if kernel.device.arch.vendor == "cpu":
         return
@@ -40,7 +47,7 @@ def warm(kernel: BoundKernel) -> None:
                 for step in _steps(kernel):
                     kernel(*step)
             else:
-                _run_rungs(kernel)
+                _run_rungs(kernel, weights or {})
     except torch.cuda.OutOfMemoryError:
         _log.warning("%s has not run yet: there is no room to; its first requests may wait for it", kernel.problem)
     torch.cuda.synchronize(kernel.device.torch_device)
@@ -60,16 +67,25 @@ def _powers_of_two(most: int) -> list[int]:
     return [1 << bits for bits in range(most.bit_length())]
 
 
-def _run_rungs(kernel: BoundKernel) -> None:
+def _run_rungs(kernel: BoundKernel, given: Weights) -> None:
     op = ops.get(kernel.problem.op)
     specs = tensor_specs(op.arguments, kernel.problem)
     place = kernel.device.torch_device
-    weights = {spec.name: _zeros(spec, {}, place) for spec in specs if spec.present and not spec.sizes}
+    weights = {
+        spec.name: _weight(spec, given.get(spec.name), place) for spec in specs if spec.present and not spec.sizes
+    }
     row_size = op.arguments[0].shape[op.row_axis]
     for count in rows_to_run(kernel):
         sizes = {size: count if size == row_size else _OTHER_SIZE for spec in specs for _, size, _ in spec.sizes}
         rows = {spec.name: _zeros(spec, sizes, place) for spec in specs if spec.present and spec.sizes}
         kernel(*({**weights, **rows}.get(spec.name) for spec in specs))
+
+
+def _weight(spec: TensorSpec, given: torch.Tensor | None, place: str) -> torch.Tensor:
+    """A layer's own where it is one of the kernel's: it may lie on the host, and be fetched when its layer runs."""
+    if given is None or given.dtype is not spec.dtype or given.device != torch.device(place):
+        return _zeros(spec, {}, place)
+    return given if tuple(given.shape) == output_shape(spec, {}) and given.data_ptr() else _zeros(spec, {}, place)
 
 
 def _zeros(spec: TensorSpec, sizes: dict[str, int], place: str) -> torch.Tensor:
