@@ -18,7 +18,7 @@ VLLM_READY := .venv-vllm/.ready
 # The newest vLLM that is known, whose seams are compared by signature: its Python files, unpacked.
 VLLM_NEWEST ?= 0.33.0
 VLLM_SOURCES := .venv-vllm/sources/$(VLLM_NEWEST)
-VLLM_PYTEST := OMP_NUM_THREADS=1 BIDISPATCH_VLLM_SOURCES=$(CURDIR)/$(VLLM_SOURCES)/vllm \
+VLLM_PYTEST := OMP_NUM_THREADS=1 BIDISPATCH_VLLM_SOURCES=$(CURDIR)/$(VLLM_SOURCES) \
   .venv-vllm/bin/python -m pytest --quiet -W default
 VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 

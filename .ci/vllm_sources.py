@@ -1,4 +1,4 @@
-"""Unpack the Python files of a vLLM's wheel: `vllm_sources.py VERSION FOLDER [PIP ARGUMENTS]`.
+"""Unpack the Python files of a vLLM's wheel, and what names its version: `vllm_sources.py VERSION FOLDER [PIP ARGUMENTS]`.
 
 The wheel, some 340 MB of binaries, is there only meanwhile, and in no cache.
 """
@@ -20,7 +20,7 @@ def main(version: str, folder: Path, arguments: list[str]) -> None:
         subprocess.run(command, check=True)
         (wheel,) = Path(download).glob("vllm-*.whl")
         with zipfile.ZipFile(wheel) as packed:
-            packed.extractall(folder, [name for name in packed.namelist() if name.endswith(".py")])
+            packed.extractall(folder, [name for name in packed.namelist() if name.endswith((".py", "/METADATA"))])
     if not (folder / "vllm" / "__init__.py").is_file():
         sys.exit(f"the wheel of vllm {version} has no vllm/__init__.py")
 

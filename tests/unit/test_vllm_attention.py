@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import fake_vllm
 import pytest
 import torch
+from unpacked_vllm import unpacked
 
 import bidispatch
 from bidispatch.device import ARCHS, Device
@@ -35,7 +35,7 @@ PAGE, HEADS, KV_HEADS, WIDTH, MODEL_LEN = 16, 4, 2, 32, 96
 RANK, ROPE = 32, 16
 FOUND = importlib.util.find_spec("vllm")
 REAL = FOUND is not None
-SOURCES = [Path(each) for each in os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":") if each]
+SOURCES = list(unpacked().values())
 """Folders `vllm`: the installed one's and those of unpacked wheels."""
 if FOUND is not None and FOUND.origin:
     SOURCES.insert(0, Path(FOUND.origin).parent)

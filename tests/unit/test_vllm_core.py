@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from unpacked_vllm import unpacked
 
 import bidispatch
 from bidispatch.cli import main
@@ -75,7 +76,7 @@ def test_a_switch_that_came_too_late_is_refused() -> None:
         require_same_switch({name: SimpleNamespace(is_batch_invariant=False)})
 
 
-ALL_SEAMS = (*compat.SEAMS, *compat.UNIMPORTED, *compat.READ)
+ALL_SEAMS = (*compat.SEAMS, *compat.UNIMPORTED, *compat.READ, *compat.LIFTED)
 
 
 def line_of(seam: compat.Seam) -> str:
@@ -126,9 +127,9 @@ def test_every_missing_seam_is_named(tmp_path: Path, seam: compat.Seam) -> None:
 
 @pytest.mark.parametrize("seam", compat.ENGINE, ids=lambda seam: seam.name)
 def test_every_missing_seam_of_the_check_is_named(tmp_path: Path, seam: compat.Seam) -> None:
-    assert compat.faults(sources(tmp_path / "whole", compat.ENGINE), compat.ENGINE) == []
+    assert compat.faults(sources(tmp_path / "whole", compat.ENGINE), "0.33.0", compat.ENGINE) == []
     root = sources(tmp_path, [each for each in compat.ENGINE if each is not seam])
-    (fault,) = compat.faults(root, compat.ENGINE)
+    (fault,) = compat.faults(root, "0.33.0", compat.ENGINE)
     assert seam.module in fault
     assert fault.endswith("is not there")
 
@@ -137,7 +138,7 @@ def test_a_name_that_is_bound_by_a_condition_is_not_taken_for_granted(tmp_path: 
     seam = next(seam for seam in compat.SEAMS if seam.name == "fp8_kernel_linear")
     file = sources(tmp_path, [seam]).joinpath(*seam.module.split(".")[1:]).with_suffix(".py")
     file.write_text(f"if elsewhere:\n    from elsewhere import {seam.path}\n")
-    assert compat.faults(tmp_path / "vllm", [seam]) == [f"{seam.where} is not there"]
+    assert compat.faults(tmp_path / "vllm", "0.33.0", [seam]) == [f"{seam.where} is not there"]
 
 
 def test_another_signature_is_named(tmp_path: Path) -> None:
@@ -152,16 +153,24 @@ def test_parameters_of_later_versions_are_known_behind_the_others(tmp_path: Path
     seam = next(seam for seam in ALL_SEAMS if seam.later)
     for text, known in ((f"{seam.parameters} {seam.later}", True), (f"{seam.later} {seam.parameters}", False)):
         root = sources(tmp_path / str(known), [replace(seam, parameters=text)])
-        assert compat.faults(root, [seam]) == [] if known else len(compat.faults(root, [seam])) == 1
+        assert len(compat.faults(root, "0.33.0", [seam])) == (0 if known else 1)
+
+
+def test_what_later_versions_have_is_not_asked_of_earlier_ones(tmp_path: Path) -> None:
+    root = sources(tmp_path, [each for each in ALL_SEAMS if not each.since])
+    compat.check("0.30.0", root)
+    with pytest.raises(BackendError, match=r"vllm\.config\.vllm is not there"):
+        compat.check("0.31.0", root)
 
 
 def test_seams_of_an_unpacked_wheel() -> None:
-    """`BIDISPATCH_VLLM_SOURCES=DIR:DIR`: folders `vllm` of unpacked wheels, whose signatures must be the known ones."""
-    folders = [Path(each) for each in os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":") if each]
-    if not folders:
+    wheels = unpacked()
+    if not wheels:
         pytest.skip("BIDISPATCH_VLLM_SOURCES names no unpacked wheel")
     seams = (*ALL_SEAMS, *compat.ENGINE)
-    assert {str(folder): compat.faults(folder, seams) for folder in folders} == {str(folder): [] for folder in folders}
+    assert {version: compat.faults(folder, version, seams) for version, folder in wheels.items()} == {
+        version: [] for version in wheels
+    }
 
 
 def test_the_plugin_module_imports_neither_torch_nor_vllm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import os
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention import selector
 from vllm.v1.worker.gpu_worker import Worker
 from vllm_layers import BF16, Block, classes, config_of, experts_layer, rows_alone
@@ -399,6 +401,41 @@ def test_register_is_idempotent_and_only_the_worker_hook_is_touched(cuda_platfor
     finally:
         plugin.undo()
     assert originals() == before
+
+
+def test_graphs_without_a_compiler_are_not_asked_for(cuda_platform) -> None:
+    """Breakable graphs, 0.31 and later: what vLLM's own mode wants them for are products that choose when traced."""
+    (seam,) = compat.LIFTED
+    version = plugin.installed("vllm")
+    if not seam.is_in(version):
+        pytest.skip(f"vLLM {version} asks for none")
+    holder, name = compat.resolve(seam)
+    cuda_platform.get_device_capability = lambda device_id=0: DeviceCapability(9, 0)
+    passes = SimpleNamespace(enable_sp=False, fuse_gemm_comms=False)
+    tables = importlib.import_module("vllm.model_executor.determinism.batch_invariant_configs")
+    rows, hidden = next(shape for shape in tables._BATCH_INVARIANT_MATMUL_TUNED_CONFIGS["hopper"] if not shape[0] % 2)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            enforce_eager=False,
+            dtype=torch.bfloat16,
+            quantization=None,
+            hf_text_config=SimpleNamespace(intermediate_size=rows // 2),
+            get_hidden_size=lambda: hidden,
+            get_head_size=lambda: 128,
+            get_num_attention_heads=lambda parallel: 32,
+            get_num_kv_heads=lambda parallel: 8,
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        compilation_config=SimpleNamespace(pass_config=passes),
+    )
+    original = getattr(holder, name)
+    assert original(config)  # negative control: the model has a shape of the table that it goes by
+    try:
+        plugin.register()
+        assert not getattr(holder, name)(config)
+    finally:
+        plugin.undo()
+    assert getattr(holder, name) is original
 
 
 def test_another_version_is_refused_by_name(cuda_platform, monkeypatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import spawned
 import vllm
 import vllm.platforms
+from unpacked_vllm import unpacked
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from bidispatch.errors import DeviceError, UsageError
@@ -20,10 +21,7 @@ from bidispatch.integrations.vllm import mode, plugin
 
 OURS = "bidispatch.integrations.vllm.linear"
 THEIRS = "vllm.model_executor.layers.linear"
-FOLDERS = [
-    Path(vllm.__file__).parent,
-    *(Path(each) for each in os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":") if each),
-]
+FOLDERS = [Path(vllm.__file__).parent, *unpacked().values()]
 
 
 @pytest.mark.parametrize(("word", "on"), [("strict", True), ("off", False)])

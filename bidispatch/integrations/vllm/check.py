@@ -69,7 +69,7 @@ def need_vllm() -> None:
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         raise UsageError("vllm is not installed in this environment; `pip install vllm`, then check again")
-    wrong = compat.faults(Path(found.origin).parent, compat.ENGINE)
+    wrong = compat.faults(Path(found.origin).parent, compat.SUPPORTED[0], compat.ENGINE)  # the same in all
     if wrong:
         raise BackendError(
             f"the engine of this vLLM is not as it was read, so what it did cannot be seen: {'; '.join(wrong)}"

@@ -1,8 +1,8 @@
 """Every private seam of vLLM that is used here, by version, and the check that they are there.
 
 Signatures are read in vLLM's source files, so that a check imports nothing of it: it runs in the front process, where
-CUDA must stay untouched, before any model is built, and on a wheel that is only unpacked. Read in 0.25.1, 0.29.0 and
-0.33.0.
+CUDA must stay untouched, before any model is built, and on a wheel that is only unpacked. Read in the sources of every
+minor version from 0.25 to 0.33.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 
 from bidispatch.errors import BackendError
 
-__all__ = ["ENGINE", "READ", "SEAMS", "SUPPORTED", "UNIMPORTED", "Kind", "Seam", "check", "faults", "resolve"]
+__all__ = ["ENGINE", "LIFTED", "READ", "SEAMS", "SUPPORTED", "UNIMPORTED", "Kind", "Seam", "check", "faults", "resolve"]
 
 SUPPORTED = ("0.25", "0.34")
 """The first version, and the first one after the last."""
@@ -53,6 +53,12 @@ class Seam:
     later: str = ""
     """Parameters that later versions have behind those; what is patched passes them on, or refuses a value."""
     kind: Kind = Kind.DEFINED
+    since: str = ""
+    """The first version that has it; every supported one where not given."""
+
+    def is_in(self, version: str) -> bool:
+        """Whether a version is to have it."""
+        return not self.since or Version(version) >= Version(self.since)
 
     @property
     def where(self) -> str:
@@ -311,6 +317,22 @@ ENGINE: tuple[Seam, ...] = (
 """What `bidispatch vllm check` watches in an engine, and nothing else needs."""
 
 
+LIFTED: tuple[Seam, ...] = (
+    # It asks for graphs without torch.compile, which would freeze the tile that vLLM's own products choose by the
+    # number of tokens. Products here are ops, which choose when they run; of layers that are not served a frozen tile
+    # is one for all batches, and changes no bit.
+    Seam(
+        "breakable_graphs",
+        "vllm.config.vllm",
+        "VllmConfig._uses_breakable_cudagraph_for_batch_invariance",
+        "self",
+        since="0.31.0",
+    ),
+)
+"""Restrictions of vLLM's own mode that are lifted, each a method that says whether it is wanted, and then says no
+(docs/vllm-restrictions.md). They are asked where a configuration is made, in the front process."""
+
+
 def check(version: str, root: Path) -> None:
     """Raise `BackendError` that names everything missing in the vLLM at `root` (the folder `vllm`), or its version."""
     try:
@@ -322,7 +344,7 @@ def check(version: str, root: Path) -> None:
             f"vLLM {version} is not one whose layers are known here: {SUPPORTED[0]} to below {SUPPORTED[1]} are; "
             "install one of those, or set BIDISPATCH_VLLM=off"
         )
-    wrong = faults(root)
+    wrong = faults(root, version)
     if wrong:
         raise BackendError(
             f"vLLM {version} at {root} is not as it was read, and nothing of it was patched: {'; '.join(wrong)}; "
@@ -330,11 +352,13 @@ def check(version: str, root: Path) -> None:
         )
 
 
-def faults(root: Path, seams: Iterable[Seam] = (*SEAMS, *UNIMPORTED, *READ)) -> list[str]:
-    """What is not as it should be in the sources under `root`, one text a seam."""
+def faults(root: Path, version: str, seams: Iterable[Seam] = (*SEAMS, *UNIMPORTED, *READ, *LIFTED)) -> list[str]:
+    """What is not as it should be in the sources of a version under `root`, one text a seam."""
     trees: dict[str, ast.Module | None] = {}
     found = []
     for seam in seams:
+        if not seam.is_in(version):
+            continue
         if seam.module not in trees:
             trees[seam.module] = _parse(root, seam.module)
         tree = trees[seam.module]

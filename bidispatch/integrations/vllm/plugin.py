@@ -79,6 +79,7 @@ def _hook_worker(mode: Mode) -> None:
     _require_platform()
     seam = next(seam for seam in compat.SEAMS if seam.name == "init_device")
     holder, name = compat.resolve(seam)
+    lifted = [compat.resolve(each) for each in compat.LIFTED if each.is_in(version)]
     original = getattr(holder, name)
 
     def init_device(self: Any) -> Any:
@@ -94,6 +95,13 @@ def _hook_worker(mode: Mode) -> None:
         return result
 
     _at_start.replace(holder, name, init_device)
+    for place in lifted:
+        _at_start.replace(*place, _unwanted)
+
+
+def _unwanted(self: Any) -> bool:
+    """In the place of a method that says whether vLLM's own mode needs a restriction."""
+    return False
 
 
 def _register_loader() -> None:

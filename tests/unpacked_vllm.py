@@ -1,0 +1,19 @@
+"""Wheels of vLLM that are only unpacked, for tests that read them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["unpacked"]
+
+
+def unpacked() -> dict[str, Path]:
+    """The folders `vllm` of `BIDISPATCH_VLLM_SOURCES=DIR:DIR`, where wheels were unpacked, by their versions."""
+    found = {}
+    for place in filter(None, os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":")):
+        named = [path.name.split("-")[1].removesuffix(".dist-info") for path in Path(place).glob("vllm-*.dist-info")]
+        if len(named) != 1 or not Path(place, "vllm").is_dir():
+            raise FileNotFoundError(f"{place} holds no unpacked wheel of vLLM: no one vllm-*.dist-info beside vllm")
+        found[named[0]] = Path(place, "vllm")
+    return found
