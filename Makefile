@@ -51,7 +51,8 @@ test-core: lint types unit interpreter compile
 # vLLM's own layers on the processor, with their methods replaced. `pip` must give a CPU build of torch, as for setup.
 test-vllm: $(VLLM_READY) $(VLLM_SOURCES)/.ready
 	$(VLLM_PYTEST) tests/vllm
-	$(VLLM_PYTEST) tests/unit/test_vllm_attention.py tests/unit/test_vllm_core.py::test_seams_of_an_unpacked_wheel
+	$(VLLM_PYTEST) tests/unit/test_vllm_attention.py tests/unit/test_vllm_restrictions.py \
+	  tests/unit/test_vllm_core.py::test_seams_of_an_unpacked_wheel
 
 $(VLLM_READY): pyproject.toml .ci/vllm.txt
 	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm || { rm -rf .venv-vllm; exit 3; }

@@ -1,4 +1,4 @@
-"""Unpack the Python files of a vLLM's wheel, and what names its version: `vllm_sources.py VERSION FOLDER [PIP ARGUMENTS]`.
+"""Unpack a vLLM's Python files, and what names its version: `vllm_sources.py VERSION FOLDER [PIP ARGUMENTS]`.
 
 The wheel, some 340 MB of binaries, is there only meanwhile, and in no cache.
 """

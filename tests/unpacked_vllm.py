@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import distributions
 from pathlib import Path
 
 __all__ = ["unpacked"]
@@ -12,8 +13,8 @@ def unpacked() -> dict[str, Path]:
     """The folders `vllm` of `BIDISPATCH_VLLM_SOURCES=DIR:DIR`, where wheels were unpacked, by their versions."""
     found = {}
     for place in filter(None, os.environ.get("BIDISPATCH_VLLM_SOURCES", "").split(":")):
-        named = [path.name.split("-")[1].removesuffix(".dist-info") for path in Path(place).glob("vllm-*.dist-info")]
-        if len(named) != 1 or not Path(place, "vllm").is_dir():
-            raise FileNotFoundError(f"{place} holds no unpacked wheel of vLLM: no one vllm-*.dist-info beside vllm")
-        found[named[0]] = Path(place, "vllm")
+        versions = [each.version for each in distributions(name="vllm", path=[place])]
+        if len(versions) != 1 or not Path(place, "vllm").is_dir():
+            raise FileNotFoundError(f"{place} holds no unpacked wheel of vLLM: no vllm beside one vllm-*.dist-info")
+        found[versions[0]] = Path(place, "vllm")
     return found
