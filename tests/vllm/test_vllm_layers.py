@@ -250,6 +250,15 @@ def test_a_head_that_vllm_goes_past_is_not_promised(patched) -> None:
     assert "head_dtype" in row.reason
 
 
+def test_a_head_with_a_method_of_another_kind_is_a_row(patched) -> None:
+    model = torch.nn.Module()
+    model.embed_out = ParallelLMHead(128, 16, params_dtype=BF16)
+    model.embed_out.quant_method = type("GGUFEmbeddingMethod", (), {})()
+    (row,) = heads_of(model)
+    assert (row.layer, row.kind, row.promised) == ("embed_out", "lm_head", False)
+    assert "GGUFEmbeddingMethod" in row.reason
+
+
 @pytest.fixture
 def logged(caplog):
     """What was logged, each record once: vLLM's logger hands its own on in some versions (0.33) and not in others."""
