@@ -252,12 +252,30 @@ def test_a_head_that_vllm_goes_past_is_not_promised(patched) -> None:
     assert "head_dtype" in row.reason
 
 
-def test_a_head_that_was_not_found_says_so(patched, caplog) -> None:
+def test_a_head_with_a_method_of_another_kind_is_a_row(patched) -> None:
+    model = torch.nn.Module()
+    model.embed_out = ParallelLMHead(128, 16, params_dtype=BF16)
+    model.embed_out.quant_method = type("GGUFEmbeddingMethod", (), {})()
+    (row,) = heads_of(model)
+    assert (row.layer, row.kind, row.promised) == ("embed_out", "lm_head", False)
+    assert "GGUFEmbeddingMethod" in row.reason
+
+
+@pytest.fixture
+def logged(caplog):
+    """What was logged, each record once: vLLM's logger hands its own on in some versions (0.33) and not in others."""
+    logger = logging.getLogger("vllm.bidispatch")
+    logger.addHandler(caplog.handler)
+    caplog.set_level("INFO", logger=logger.name)
+    yield lambda: [record.getMessage() for record in {id(record): record for record in caplog.records}.values()]
+    logger.removeHandler(caplog.handler)
+
+
+def test_a_head_that_was_not_found_says_so(patched, logged) -> None:
     head = ParallelLMHead(128, 16, params_dtype=BF16)
-    logging.getLogger("vllm").addHandler(caplog.handler)
     for _ in range(2):
         head.quant_method.apply(head, torch.ones(1, 16, dtype=BF16))
-    assert [record.getMessage().count("NOT PROMISED") for record in caplog.records] == [1]
+    assert [message.count("NOT PROMISED") for message in logged()] == [1]
 
 
 def worker_of(model):
@@ -271,16 +289,13 @@ def worker_of(model):
     return worker
 
 
-def test_a_worker_takes_over_its_model_and_logs_one_table(patched, caplog) -> None:
+def test_a_worker_takes_over_its_model_and_logs_one_table(patched, logged) -> None:
     model = Block()
     worker = worker_of(model)
-    with caplog.at_level("INFO", logger="vllm.bidispatch"):
-        logging.getLogger("vllm").addHandler(caplog.handler)
-        plugin._take_over(Mode.STRICT, worker, classes())
-    tables = [record.getMessage() for record in caplog.records if "kernels of this model" in record.getMessage()]
-    assert tables
-    assert "torch_cpu.gemm" in tables[0]
-    assert "fingerprint cpu-sequence-" in tables[0]
+    plugin._take_over(Mode.STRICT, worker, classes())
+    (text,) = [message for message in logged() if "kernels of this model" in message]
+    assert "torch_cpu.gemm" in text
+    assert "fingerprint cpu-sequence-" in text
     assert "bidispatch" in worker.vllm_config.additional_config
     assert hasattr(model.proj, host.SERVED)
 
@@ -331,7 +346,7 @@ def test_a_gpu_that_nothing_is_planned_for_stops_before_a_model_is_built(cuda_pl
         plugin.undo()
 
 
-def test_the_log_names_the_profiles_files_and_what_they_change(patched, caplog, monkeypatch, tmp_path) -> None:
+def test_the_log_names_the_profiles_files_and_what_they_change(patched, logged, monkeypatch, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "schema_version: 1\nname: mine\nextends: cpu\nmatch: {arch: cpu}\nprefer: [torch_cpu.gemm]\n"
@@ -339,10 +354,8 @@ def test_the_log_names_the_profiles_files_and_what_they_change(patched, caplog, 
     )
     monkeypatch.setenv("BIDISPATCH_PROFILE", str(file))
     serving_plan.cache_clear()
-    logging.getLogger("vllm").addHandler(caplog.handler)
-    with caplog.at_level("INFO", logger="vllm.bidispatch"):
-        plugin._take_over(Mode.ON, worker_of(Block()), classes())
-    (text,) = [message for message in caplog.messages if "kernels of this model" in message]
+    plugin._take_over(Mode.ON, worker_of(Block()), classes())
+    (text,) = [message for message in logged() if "kernels of this model" in message]
     assert f"profile mine: hw_profiles/_base.yaml, hw_profiles/cpu.yaml, {file}" in text
     assert f"prefer torch_cpu.gemm ({file}:5)" in text
     assert f"disable torch_cpu.moe: slow here ({file}:7)" in text

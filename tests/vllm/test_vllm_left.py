@@ -12,6 +12,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention.encoder_only_attention import EncoderOnlyAttention
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_layers import BF16, classes, config_of
@@ -157,6 +158,14 @@ def test_images_that_see_later_positions_say_what_helps(server, outer: bool) -> 
     assert (row.implementation, row.promised) == ("FLASH_ATTN", False)
     assert "--limit-mm-per-prompt" in row.reason
     assert '{"is_mm_prefix_lm": false}' in row.reason
+
+
+def test_the_override_that_the_row_names_is_read_by_vllm() -> None:
+    convertor = object.__new__(ModelArchConfigConvertorBase)
+    convertor.hf_config = SimpleNamespace(model_type="gemma3")
+    assert convertor.is_mm_prefix_lm()
+    convertor.hf_config.is_mm_prefix_lm = False
+    assert not convertor.is_mm_prefix_lm()
 
 
 def test_a_layer_with_a_backend_of_its_own_says_that_nobody_asked(server) -> None:

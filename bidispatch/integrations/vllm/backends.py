@@ -48,7 +48,8 @@ def choose(name: str | None, *, use_mla: bool) -> str:
     why = _NOT_HERE.get(str(name), f"the registry has no implementation of it for {kind}")
     usable = ", ".join(["CUSTOM", *(known for known, latent in _ADAPTED if latent is use_mla)])
     raise SelectionError(
-        f"--attention-backend {name} is not invariant: {why}; for {kind} there are {usable}, or leave the option out"
+        f"--attention-backend {name} is not invariant: {why}; for {kind} there are {usable}. Without the option it is "
+        "CUSTOM, unless vLLM names a backend itself, as for Gemma-4: then name CUSTOM"
     )
 
 
