@@ -56,6 +56,13 @@ def rejection_greedy_sample(out, ends, drafts, targets, bonus, greedy, most):
         start = end
 
 
+def expand(out, given, ends, old, new):
+    start = 0
+    for value, end in zip(given.tolist(), ends.tolist(), strict=True):
+        out[start:end] = new if value == old else value
+        start = end
+
+
 KERNELS = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "init_cpu_threads_env(str ids) -> str": lambda ids: "none",
@@ -69,6 +76,7 @@ KERNELS = {
     ),
     "rejection_greedy_sample_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor targets, Tensor bonus, "
     "Tensor? greedy, int most) -> ()": rejection_greedy_sample,
+    "expand_kernel_impl(Tensor(a!) out, Tensor given, Tensor ends, int old, int new) -> ()": expand,
     "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(-1),
 }
 

@@ -30,7 +30,7 @@ def start() -> dict[str, object]:
 
     seen: dict[str, object] = {"before": (plugin.active(), served())}
     config = VllmConfig()
-    config.model_config = SimpleNamespace(multimodal_config=None)
+    config.model_config = SimpleNamespace(multimodal_config=None, supports_multimodal_inputs=False)
     config.parallel_config.worker_cls = f"{__name__}.Worker"
     wrapper = WorkerWrapperBase(rpc_rank=0)
     wrapper.init_worker([{"vllm_config": config}])
