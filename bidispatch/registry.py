@@ -68,6 +68,10 @@ def _one_tile(device: Device, problem: Problem, params: Params) -> tuple[tuple[i
     return ((None, None),)
 
 
+def _none(problem: Problem) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Implementation:
     """One way to do an op. Light to make: what imports a library hides behind `load`.
@@ -85,6 +89,8 @@ class Implementation:
     libraries: distributions whose version can change its bits; they enter records and the fingerprint.
     chooses_inside: whether a library chooses among algorithms by M inside one rung. `verify --classes` then takes every
         M up to 512, and both sides of each edge the bound kernel names in its attribute `edges` (see `Kernel`).
+    own_rounding: `(problem) -> ‖difference‖ / ‖result‖` that its class rounds away where the op's definition rounds
+        nothing, as its arithmetic gives it. `verify` allows a result to be so much further from the fp64 reference.
     """
 
     name: str
@@ -101,6 +107,7 @@ class Implementation:
     search: str = ""
     libraries: tuple[str, ...] = ()
     chooses_inside: bool = False
+    own_rounding: Callable[[Problem], float] = _none
     cuda_graph: bool = True
     summary: str = ""
 

@@ -9,6 +9,7 @@ import torch
 from bidispatch import ops
 from bidispatch.bench.timing import copies_beyond_cache
 from bidispatch.errors import UsageError
+from bidispatch.ops import quantize
 from bidispatch.ops.moe import known_experts
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import Problem
@@ -32,7 +33,8 @@ class Operands:
     def __init__(self, problem: Problem, device: torch.device, most_sets: int = 32) -> None:
         self.problem, self.device = problem, device
         self._dtype: torch.dtype = getattr(torch, problem.dtype)
-        sets = copies_beyond_cache(sum(self._elements()) * self._dtype.itemsize, device, most=most_sets)
+        weights = sum(self._elements()) * self._dtype.itemsize
+        sets = copies_beyond_cache(weights, device, most=most_sets) if weights else 1
         self.weights = [self._weights(index) for index in range(sets)]
 
     def _elements(self) -> tuple[int, ...]:
@@ -170,9 +172,31 @@ class ExpertsOperands(Operands):
         return 6.0 * pairs * hidden * inner, moved
 
 
+class RowOperands(Operands):
+    """Of an op without a weight to speak of, which reads what the kernel before it wrote: one set, on what its own
+    generator draws.
+    """
+
+    def _elements(self) -> tuple[int, ...]:
+        return (0,)
+
+    def _weights(self, index: int) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def calls(self, m: int) -> list[Call]:
+        generate: Callable[..., Call] = load_attribute(ops.get(self.problem.op).inputs)
+        return [generate(self.problem, m, device=self.device)]
+
+    def work(self, m: int) -> tuple[float, float]:
+        """A result takes at most as many bytes as the row it is made of."""
+        width = next(self.problem.size(dim) for dim in ("experts", "k", "n") if dim in self.problem.dims)
+        return 0.0, 2.0 * m * width * self._dtype.itemsize
+
+
 _PRODUCTS = ("gemm", "gemm.fp8_block", "gemm.fp8")
+_ROWS = ("moe.router", *(op.name for op in quantize.OPS))
 _OF_OP: dict[str, type[Operands]] = {**dict.fromkeys(_PRODUCTS, ProductOperands)}
-_OF_OP |= {"gemm.int4": PackedOperands, "moe.experts": ExpertsOperands}
+_OF_OP |= {"gemm.int4": PackedOperands, "moe.experts": ExpertsOperands, **dict.fromkeys(_ROWS, RowOperands)}
 
 
 def operands_of(problem: Problem, device: torch.device, most_sets: int = 32) -> Operands:

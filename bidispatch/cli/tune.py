@@ -15,6 +15,7 @@ from bidispatch.cli import failures, machine, render
 from bidispatch.cli.options import DeviceOption, JsonOption, ProfileOption
 from bidispatch.device import Device
 from bidispatch.errors import DeviceError, UsageError
+from bidispatch.ops import quantize
 from bidispatch.ops.schema import DTYPES, Problem
 from bidispatch.ops.shapes import Shape, read_shapes
 from bidispatch.planning.plan import Plan
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_TUNABLE = ("gemm", "gemm.fp8_block", "gemm.fp8", "gemm.int4", "moe.experts")
+_PRODUCTS = ("gemm", "gemm.fp8_block", "gemm.fp8", "gemm.int4")
+_TUNABLE = (*_PRODUCTS, "moe.experts", "moe.router", *(op.name for op in quantize.OPS))
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -116,11 +118,15 @@ def _shapes(
                 "--tp divides the layers of --model, --ep its experts; those of --shapes are taken as they are"
             )
         return read_shapes(shapes)
-    from bidispatch.tune.models import expert_shapes, model_shapes
+    from bidispatch.tune.models import expert_shapes, model_shapes, router_shape, row_shapes
 
     config, ranks = Path(str(model)), 1 if tensor_parallel is None else tensor_parallel
     if op == "moe.experts":
         return expert_shapes(config, ranks, 1 if expert_parallel is None else expert_parallel)
+    if op == "moe.router":
+        return [router_shape(config)]
+    if op not in _PRODUCTS:
+        return row_shapes(op, config, ranks)
     # A router is no product in fp8: what sets it apart is no dim of those.
     return [shape for shape in model_shapes(config, ranks) if shape.dims.keys() <= set(ops.get(op).dim_names)]
 

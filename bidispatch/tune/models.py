@@ -1,4 +1,4 @@
-"""The products and experts of a model on one rank, from its Hugging Face `config.json`. Imports no torch.
+"""The products, experts and rows of a model on one rank, from its Hugging Face `config.json`. Imports no torch.
 
 Names and fusions are those of serving engines: q, k and v in one weight, gate and up in one, DeepSeek's q_a with kv_a.
 """
@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bidispatch import ops
 from bidispatch.errors import UsageError
-from bidispatch.ops.quantize import FP8
+from bidispatch.ops.quantize import FP8, FUSED
 from bidispatch.ops.schema import DimValue
 from bidispatch.ops.shapes import Shape
 from bidispatch.tune.formats import format_of
 
-__all__ = ["EXPERT_COUNTS", "expert_shapes", "model_shapes", "routed_experts"]
+__all__ = ["EXPERT_COUNTS", "expert_shapes", "model_shapes", "router_shape", "row_shapes"]
 
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
 """What families call the number of a layer's experts, over all ranks."""
@@ -53,9 +54,35 @@ def expert_shapes(path: Path, tensor_parallel: int = 1, expert_parallel: int = 1
     return [Shape((f"{reader.model} experts",), reader.experts(expert_parallel))]
 
 
-def routed_experts(path: Path) -> tuple[int, int]:
-    """The experts of a layer, over all ranks, and how many of them a token takes. Raises `UsageError` as above."""
-    return _reader(path, 1).routed_experts()
+def router_shape(path: Path) -> Shape:
+    """The dims of `moe.router`, which every rank has whole. Raises `UsageError` as `model_shapes` does, and for a model
+    without experts.
+    """
+    reader = _reader(path, 1)
+    return Shape((f"{reader.model} router",), reader.router())
+
+
+def row_shapes(op: str, path: Path, tensor_parallel: int = 1) -> list[Shape]:
+    """The dims of an op that quantises rows, alone or behind another: the rows that one rank's products read.
+
+    Raises `UsageError` as `model_shapes` does, and for an op that has none.
+    """
+    plain = [shape for shape in model_shapes(path, tensor_parallel) if "role" not in shape.dims]
+    before = FUSED[op].name if op in FUSED else ""
+    if before == "silu_and_mul":
+        plain = [shape for shape in plain if any(name.endswith("down") for name in shape.names)]
+    elif before:
+        plain = [shape for shape in plain if any(name.endswith(("qkv", "qkv_a", "gate_up")) for name in shape.names)]
+    size = "n" if before else "k"
+    if size not in ops.get(op).dim_names:
+        raise UsageError(f"{op} reads no rows of a product; --shapes FILE takes any shapes")
+    names: dict[DimValue, tuple[str, ...]] = {}
+    for shape in plain:
+        width = shape.dims["k"]
+        names[width] = (*names.get(width, ()), *shape.names)
+    if not names:
+        raise UsageError(f"no layer of {path} reads what {op} gives; --shapes FILE takes any shapes")
+    return [Shape(found, {size: width}) for width, found in names.items()]
 
 
 def _reader(path: Path, tensor_parallel: int) -> _Reader:
@@ -118,15 +145,30 @@ class _Reader:
     def _experts_key(self) -> str | None:
         return next((key for key in EXPERT_COUNTS if self._config.get(key)), None)
 
-    def routed_experts(self) -> tuple[int, int]:
+    def _routed(self) -> tuple[int, int]:
+        """The experts of a layer, over all ranks, and how many of them a token takes."""
         key = self._experts_key()
         if key is None:
             raise UsageError(f"{self._file}: {self.model} has no experts; `tune gemm` takes its products")
         return self._size(key), self._size("num_experts_per_tok")
 
+    def router(self) -> Mapping[str, DimValue]:
+        experts, top_k = self._routed()
+        renormalize = self._config.get("norm_topk_prob")
+        return {
+            "experts": experts,
+            "top_k": top_k,
+            "scoring": str(self._config.get("scoring_func") or "softmax"),
+            "renormalize": True if renormalize is None else bool(renormalize),
+            "correction_bias": self._config.get("topk_method") == "noaux_tc",
+            "n_group": self._size("n_group", 1),
+            "topk_group": self._size("topk_group", 1),
+            "routed_scaling_factor": float(self._config.get("routed_scaling_factor") or 1.0),
+        }
+
     def experts(self, expert_parallel: int) -> Mapping[str, DimValue]:
         """The dims of one rank's experts."""
-        everywhere, top_k = self.routed_experts()
+        everywhere, top_k = self._routed()
         if everywhere % expert_parallel:
             raise UsageError(
                 f"{self._file}: {self._experts_key()}={everywhere} is not divided by {expert_parallel} ranks of --ep"

@@ -46,13 +46,13 @@ class Prover:
         plain = [pair for pair in known if not pair[0].chooses_inside]
         self._known = [*plain, *(pair for pair in known if pair not in plain)]
         # fp32 results show what rounding to 16 bits hides.
-        wide = op.problem(problem.dtype, {**problem.dims, "out_dtype": "float32"})
-        self._plain = tuple(dict.fromkeys((problem, wide)))
+        wide = {"out_dtype": "float32"} if "out_dtype" in problem.dims else {}
+        self._plain = tuple(dict.fromkeys((problem, op.problem(problem.dtype, {**problem.dims, **wide}))))
         self._biased = tuple(op.problem(p.dtype, {**p.dims, "bias": True}) for p in self._plain if "bias" in p.dims)
         self._piece = min(most + 1, max(1, _PIECE_ELEMENTS // widest_dim(problem)))
         self._drawn: dict[str, Arguments] = {}
         self._references: dict[str, Subject] = {}
-        self._kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._kept: dict[tuple[str, str], tuple[torch.Tensor, ...]] = {}
         self.comparisons = 0
 
     def check(self, choice: Choice, low: int, high: int) -> Check:
@@ -71,7 +71,7 @@ class Prover:
     def _check(self, choice: Choice, problems: Sequence[Problem], low: int, high: int) -> Check:
         """At both ends of the rows, one beyond each, and at 1."""
         rows = sorted({m for m in (1, low - 1, low, high - 1, high, high + 1) if m >= 1})
-        tally = Tally(str(choice), ("out",))
+        tally = Tally(str(choice), tuple(output.name for output in ops.get(self._problem.op).outputs))
         for problem in problems:
             if not self._takes((choice.implementation, choice.params), problem) or not self._referred(problem):
                 continue
@@ -79,7 +79,7 @@ class Prover:
             try:
                 self._compare(choice, problem, rows, tally)
             except Exception as error:  # noqa: BLE001 - a backend's code; what cannot be compared does not win
-                own = problem["out_dtype"] == self._problem["out_dtype"]
+                own = problem.dims.get("out_dtype") == self._problem.dims.get("out_dtype")
                 if own or isinstance(error, torch.OutOfMemoryError):
                     return Check(str(choice), differing=1, note=f"{type(error).__name__}: {error}")
                 # A tile with room for 16-bit results only. Those were compared.
@@ -97,10 +97,10 @@ class Prover:
                 arguments = self._rows_of(problem, distribution, 0, m)
                 canvas = mine.canvas(Trial(m, arguments, ()))
                 mine.call(arguments, canvas.outputs)
-                (out,) = canvas.rows()
+                results = canvas.rows()
                 for first, last in self._pieces(m):
                     wanted = self._expected(problem, distribution, first, last)
-                    tally.add(m, (out[first:last],), (wanted,), torch.arange(first, last))
+                    tally.add(m, tuple(out[first:last] for out in results), wanted, torch.arange(first, last))
 
     def _pieces(self, m: int) -> Iterable[tuple[int, int]]:
         return ((first, min(first + self._piece, m)) for first in range(0, m, self._piece))
@@ -123,8 +123,8 @@ class Prover:
         pairs = zip(self._arguments(problem, distribution), axes, strict=True)
         return [t if t is None or axis is None else t.narrow(axis, first, last - first) for t, axis in pairs]
 
-    def _expected(self, problem: Problem, distribution: str, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` (excluded) of what a call of any M must give: [rows, n]."""
+    def _expected(self, problem: Problem, distribution: str, first: int, last: int) -> tuple[torch.Tensor, ...]:
+        """Rows `first` to `last` (excluded) of each output that a call of any M must give."""
         key = (problem.key, distribution)
         if first:
             return self._referred_rows(problem, distribution, first, last)
@@ -133,10 +133,10 @@ class Prover:
                 for other in self._plain:
                     self._kept.pop((other.key, distribution), None)
             self._kept[key] = self._referred_rows(problem, distribution, 0, self._piece)
-        return self._kept[key][:last]
+        return tuple(rows[:last] for rows in self._kept[key])
 
-    def _referred_rows(self, problem: Problem, distribution: str, first: int, last: int) -> torch.Tensor:
-        return self._reference(problem).alone(self._rows_of(problem, distribution, first, last))[0]
+    def _referred_rows(self, problem: Problem, distribution: str, first: int, last: int) -> tuple[torch.Tensor, ...]:
+        return self._reference(problem).alone(self._rows_of(problem, distribution, first, last))
 
     def _referred(self, problem: Problem) -> tuple[Implementation, Params] | None:
         """What the others are compared with; None where nothing of the class takes the problem."""

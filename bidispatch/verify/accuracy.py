@@ -13,7 +13,7 @@ from bidispatch.runtime.context import Limits
 from bidispatch.verify.report import Accuracy
 from bidispatch.verify.subject import Arguments, Canvas, Subject, limits_for
 
-__all__ = ["LIMITS", "MOST_OF_STOCK", "measure_accuracy"]
+__all__ = ["LIMITS", "MOST_OF_STOCK", "allowed", "measure_accuracy"]
 
 LIMITS = {torch.float32: 5e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3, torch.float8_e4m3fn: 4e-2, torch.int32: 5e-3}
 """The largest ‖out − ref‖ / ‖ref‖ that is rounding, by the dtype of the output. Of integers, the share that differ:
@@ -44,11 +44,16 @@ _ALL = ("normal", "positive", "scaled")
 
 
 def measure_accuracy(
-    subject: Subject, rebind: Callable[[Limits], Subject], rows: int, stock: Subject | None = None
+    subject: Subject,
+    rebind: Callable[[Limits], Subject],
+    rows: int,
+    stock: Subject | None = None,
+    own_rounding: float = 0.0,
 ) -> Iterator[Accuracy]:
     """‖out − ref‖ / ‖ref‖ of each output for each distribution, in calls of so many rows; stock's beside it.
 
-    `rebind` gives the kernel under test, bound for the calls that the op's generator makes.
+    `rebind` gives the kernel under test, bound for the calls that the op's generator makes. own_rounding: that of its
+    class (`Implementation.own_rounding`).
     """
     reference: Callable[..., tuple[torch.Tensor, ...]] = load_attribute(subject.op.reference)
     calls = {
@@ -65,7 +70,7 @@ def measure_accuracy(
                 name,
                 distribution,
                 _error(out, wanted),
-                _limit(subject.problem, out.dtype),
+                allowed(subject.problem, out.dtype, own_rounding),
                 stock=None if other is None else _error(other, wanted),
                 most_of_stock=_most_of_stock(subject.problem, distribution, out),
             )
@@ -95,6 +100,13 @@ def _most_of_stock(problem: Problem, distribution: str, out: torch.Tensor) -> fl
     if problem.dims.get("weight_dtype") == "float8_e4m3fn":  # stock multiplies in fp32; fp8 instructions keep 14 bits
         return None
     return MOST_OF_STOCK[out.dtype]
+
+
+def allowed(problem: Problem, dtype: torch.dtype, own_rounding: float = 0.0) -> float:
+    """The largest error of an output of this dtype that passes. What a class rounds of its own is independent of what
+    the op's definition and the arithmetic round: squares add.
+    """
+    return math.hypot(_limit(problem, dtype), own_rounding)
 
 
 def _limit(problem: Problem, dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ __all__ = ["ControlParams", "bind_attention", "bind_attention_mla", "bind_moe_ex
 
 _HIDDEN_M, _EDGE = 37, 600
 _CAPACITY = 2
+_MOST_DRAFTED = 16
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23  # of an fp32 number
 
 
@@ -184,6 +185,10 @@ def bind_attention(context: BindContext) -> Kernel:
             width = 1 + pages[:, 0] % 4
         elif fault == "splits follow the limits":
             width[:] = max(1, context.limits.max_seq_len // 16)
+        elif fault == "splits of a decode binding" and context.limits.max_query_len == 1:
+            width[:] = 3
+        elif fault == "splits of a binding for drafts" and 1 < context.limits.max_query_len <= _MOST_DRAFTED:
+            width[query_lens[owner] > 1] = 3
         factor = 0.9 * scale if fault == "wrong scale" else scale
         result = _attend(q[:owned] * factor, keys, values, seen, width)
         if fault == "neighbours leak":

@@ -16,6 +16,7 @@ from bidispatch.planning.selection import Selection
 from bidispatch.registry import Implementation, Params, Rung
 from bidispatch.verify.broken import ControlParams
 from bidispatch.verify.cases import Sizes
+from bidispatch.verify.decode_steps import MOST_QUERIES, named
 from bidispatch.verify.ladder import verify_selection
 from bidispatch.verify.report import SOUND, ControlResult, ProblemResult
 
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _ACCURACY = "accuracy"
+_WITHOUT_DRAFTS, _WITH_DRAFTS = (named(queries) for queries in MOST_QUERIES)
 
 PRODUCT_FAULTS: Mapping[str, str] = {
     "splits follow M": "batch sizes, normal",
@@ -50,6 +52,8 @@ ATTENTION_FAULTS: Mapping[str, str] = {
     "splits follow the chunk": "decode against prefill",
     "splits follow the page": "page order",
     "splits follow the limits": "bound for",
+    "splits of a decode binding": _WITHOUT_DRAFTS,
+    "splits of a binding for drafts": _WITH_DRAFTS,
     "neighbours leak": "neighbours of NaN, inf and huge",
     "unused slots leak": "mixed batches, normal",
     "padding is written": "padding rows and empty sequences",

@@ -13,12 +13,12 @@ from bidispatch.verify.subject import Subject, Trial, tally_trial
 __all__ = ["check_graphs"]
 
 
-def check_graphs(subject: Subject, groups: Iterable[Sequence[Trial]]) -> Check:
+def check_graphs(subject: Subject, groups: Iterable[Sequence[Trial]], binding: str = "") -> Check:
     """Capture the first trial of each group; replay the graph with the data of every trial of the group.
 
-    The trials of a group have tensors of the same shapes.
+    The trials of a group have tensors of the same shapes. binding: how the subject is bound, where that tells it apart.
     """
-    tally = Tally("CUDA graph replay", subject.output_names)
+    tally = Tally("CUDA graph replay" + (f", {binding}" if binding else ""), subject.output_names)
     for trials in groups:
         _replay(subject, trials, tally)
     return tally.check()

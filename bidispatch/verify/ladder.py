@@ -119,9 +119,10 @@ class _Findings:
             subject = rebind(Limits(max(*sizes.rows, *sizes.graph_rows)))
             self.checks.extend(rows.check_rows(subject, level, sizes, rebind))
         if cuda_graph and level >= Invariance.BATCH:
-            self._graphs(selection, subject, sizes, level)
+            self._graphs(selection, subject, sizes, level, rebind)
         plain = stock_subject(selection.problem, device) if stock else None
-        self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows, plain))
+        rounding = max(rung.implementation.own_rounding(selection.problem) for rung in selection.rungs)
+        self.accuracy.extend(measure_accuracy(subject, rebind, sizes.accuracy_rows, plain, rounding))
         if select is not None:
             self._rungs(selection, sizes)
             if can_be_merged(selection.problem):
@@ -137,16 +138,23 @@ class _Findings:
             elif check.rows:
                 self.held += rungs
 
-    def _graphs(self, selection: Selection, subject: Subject, sizes: Sizes, level: Invariance) -> None:
+    def _graphs(
+        self,
+        selection: Selection,
+        subject: Subject,
+        sizes: Sizes,
+        level: Invariance,
+        rebind: Callable[[Limits], Subject],
+    ) -> None:
         refusing = [rung.implementation.name for rung in selection.rungs if not rung.implementation.cuda_graph]
         if refusing:
             self.checks.append(Check("CUDA graph replay", note=f"{', '.join(refusing)} cannot be captured"))
             return
         if ops.get(selection.problem.op).sequences:
-            groups = sequences.graph_trials(subject, sizes, level)
+            for binding, bound, calls in sequences.graph_groups(subject, sizes, level, rebind):
+                self.checks.append(check_graphs(bound, calls, binding))
         else:
-            groups = rows.graph_trials(subject, sizes)
-        self.checks.append(check_graphs(subject, groups))
+            self.checks.append(check_graphs(subject, rows.graph_trials(subject, sizes)))
         self.cuda_graph = True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -94,6 +96,81 @@ def test_one_plan_for_a_whole_batch_changes_bits(plan, monkeypatch):
 
     monkeypatch.setattr("bidispatch_backends.flashinfer.attention.groups", at_once)
     assert not torch.equal(bits(kernel(*alone)[0]), bits(kernel(*together)[0]))
+
+
+class ServersDecode:
+    """FlashInfer's tensor-core decode of one sequence, planned as SGLang plans it in its deterministic mode.
+
+    Eager steps have splits of one size; those in a CUDA graph have none (sglang, flashinfer_backend.py:
+    `fixed_split_size` of `decode_split_tile_size`, against `disable_split_kv`).
+    """
+
+    def __init__(self, plan, problem, arguments, *, split=0, graph=False):
+        library = importlib.import_module("flashinfer")
+        self._q, *self._cache, table, lengths, _ = arguments[:6]
+        device, size = plan.device.torch_device, problem.size("page_size")
+        length = int(lengths[0])
+        pages = -(-length // size)
+        starts = torch.tensor([0, pages], dtype=torch.int32)
+        last = torch.tensor([length - (pages - 1) * size], dtype=torch.int32)
+        options = {}
+        if graph:
+            buffers = [torch.zeros(count, dtype=torch.int32, device=device) for count in (2, pages, 1)]
+            names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+            options = {"use_cuda_graph": True, **dict(zip(names, buffers, strict=True))}
+        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+        self._planned = library.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=True, backend="fa2", **options
+        )
+        dtype = self._q.dtype
+        self._planned.plan(
+            *(starts, table[0, :pages].contiguous(), last),
+            *(problem.size(dim) for dim in ("num_heads", "num_kv_heads", "head_dim", "page_size")),
+            sm_scale=problem.size("head_dim") ** -0.5,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+            fixed_split_size=split // size or None,
+            disable_split_kv=not split,
+        )
+
+    def __call__(self):
+        return self._planned.run(self._q, tuple(self._cache), out=torch.empty_like(self._q))
+
+    def replayed(self):
+        """Its result from a CUDA graph."""
+        out = torch.empty_like(self._q)
+        self()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._planned.run(self._q, tuple(self._cache), out=out)
+        out.fill_(float("nan"))
+        graph.replay()
+        return out
+
+
+def test_a_graph_without_splits_beside_eager_steps_with_them_changes_bits(plan, record_property):
+    """Negative control: a step that moves from eager calls into a graph, as one does whose batch grows smaller.
+
+    Up to one split both are the same; that is no help beyond it. Ours takes no part in graphs, and has its splits
+    whatever else a call holds.
+    """
+    problem = problem_of()
+    ours = bound(plan, problem)  # skips where the library is not installed
+    split = default_registry().get("flashinfer.paged").params().decode_split
+    device = plan.device.torch_device
+    differing = {}
+    for length in (300, split, 2 * split + 1, 5000, 20_000):
+        arguments = paged_batch(problem, [1], [length], sequence_seeds=[length], device=device)
+        eager = ServersDecode(plan, problem, arguments, split=split)()
+        graphed = ServersDecode(plan, problem, arguments, graph=True)
+        assert torch.equal(bits(graphed.replayed()), bits(graphed())), "the graph itself changed bits"
+        differing[length] = not torch.equal(bits(graphed.replayed()), bits(eager))
+        many = paged_batch(problem, [1] * 9, [length] * 9, sequence_seeds=range(length, length + 9), device=device)
+        assert torch.equal(bits(ours(*many)[:1]), bits(ours(*arguments)))
+    record_property("differing", differing)
+    assert any(differing.values())
+    assert not any(differs for length, differs in differing.items() if length <= split)
 
 
 def test_small_splits_of_many_long_sequences_fit(plan):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from bidispatch import ops
 from bidispatch.device import Device
 from bidispatch.invariance import Invariance
 from bidispatch.planning.plan import plan
+from bidispatch.runtime.bind import bind
 from bidispatch.verify import controls, verify_plan, verify_selection
 from bidispatch.verify.broken import ControlParams
+from bidispatch.verify.decode_steps import named
 from bidispatch.verify.rungs import check_ladder
+from bidispatch.verify.sequences import graph_groups, sequence_limits
+from bidispatch.verify.subject import Subject, measure
 
 CPU = Device.parse("cpu")
 TINY = ops.get("gemm").problem("float32", {"n": 5, "k": 32})
@@ -92,6 +97,44 @@ def test_a_kernel_that_follows_the_longest_sequence_fails_level_batch():
         controls.SEQUENCE_PROBLEMS["attention"], "splits follow the longest", level=Invariance.BATCH
     )
     assert not result.passed
+
+
+BINDINGS = {"splits of a decode binding": 1, "splits of a binding for drafts": 8}
+
+
+@pytest.mark.parametrize("op", sorted(controls.SEQUENCE_PROBLEMS))
+@pytest.mark.parametrize("fault", BINDINGS)
+def test_a_decode_binding_of_other_bits_fails_its_own_check_alone(op, fault):
+    """No call of the kernel that is bound for prompts shows it, whatever the call holds."""
+    for level in (Invariance.SEQUENCE, Invariance.BATCH):
+        result = verify_control(controls.SEQUENCE_PROBLEMS[op], fault, level=level)
+        assert [check.name for check in result.checks if not check.passed] == [named(BINDINGS[fault])]
+
+
+@pytest.mark.parametrize("op", sorted(controls.SEQUENCE_PROBLEMS))
+@pytest.mark.parametrize("fault", ["", *BINDINGS])
+def test_graphs_are_replayed_as_decode_steps_are_bound(op, fault):
+    """The calls that `check_graphs` captures, without a graph: each list with the kernel as it is bound for it."""
+    problem = controls.SEQUENCE_PROBLEMS[op]
+    (rung,) = controls.control_selection(CPU, problem, [ControlParams(fault=fault)]).rungs
+
+    def rebind(limits):
+        return Subject(problem, torch.device("cpu"), bind(problem, CPU, (rung,), limits).launch)
+
+    sizes = controls._SIZES
+    lengths = [argument.name for argument in ops.get(op).arguments].index("seq_lens")
+    found = {}
+    most = sequence_limits(problem, sizes)
+    for binding, bound, groups in graph_groups(rebind(most), sizes, Invariance.SEQUENCE, rebind):
+        calls = list(groups)
+        for group in calls:
+            assert len({tuple(t.shape for t in trial.arguments if t is not None) for trial in group}) == 1
+            assert len({str(trial.arguments[lengths]) for trial in group}) > 1
+        check = measure("graphs", bound, itertools.chain.from_iterable(calls))
+        found[binding] = check.passed
+        assert check.rows > len(calls)
+    wrong = named(BINDINGS[fault]) if fault else None
+    assert found == {binding: binding != wrong for binding in ("", named(1), named(8))}
 
 
 def test_level_run_only_asks_for_the_same_bits_twice():

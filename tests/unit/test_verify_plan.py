@@ -20,7 +20,7 @@ from bidispatch.verify import Check, verify_plan, verify_selection
 from bidispatch.verify.cases import problems_for, sizes_for
 from bidispatch.verify.compare import bits
 from bidispatch.verify.rungs import check_ladder
-from bidispatch.verify.sequences import Piece, SequencePool
+from bidispatch.verify.sequence_pool import Piece, SequencePool
 from bidispatch.verify.stock import stock_subject
 
 SMALL_ATTENTION = {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2, "page_size": 16}
@@ -268,6 +268,17 @@ def test_a_product_further_off_than_stock_is_a_fault_though_within_the_limit_of_
     assert [other.most_of_stock for other in others] == [None, None]
     assert [fault.partition(";")[0].partition(":")[0] for fault in result.faults] == ["accuracy of out (normal)"]
     assert "stock torch" in result.faults[0]
+
+
+def test_a_class_is_allowed_what_it_rounds_of_its_own():
+    whole = bid.plan("cpu").select_problem(ops.get("gemm").problem("bfloat16", {"n": 5, "k": 32}))
+    (rung,) = whole.rungs
+    rounding = replace(rung.implementation, own_rounding=lambda problem: 1.2e-2)
+    limits = [
+        verify_selection(replace(whole, rungs=(replace(rung, implementation=known),)), stock=False).accuracy[0].limit
+        for known in (rung.implementation, rounding)
+    ]
+    assert limits == [5e-3, pytest.approx(1.3e-2)]
 
 
 def test_merged_weights_of_another_class_are_not_compared():

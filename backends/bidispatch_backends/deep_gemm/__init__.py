@@ -12,6 +12,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.registry import Implementation, Params, Registry
 from bidispatch.requirements import AnyOf, Check, DimAtMost, DimIn, DimMultipleOf, Package
 from bidispatch_backends.deep_gemm import moe_params
+from bidispatch_backends.deep_gemm.moe_rounding import grouped_rounding
 from bidispatch_backends.numerics import fp8_block_numerics, product_numerics
 
 __all__ = ["register"]
@@ -133,6 +134,7 @@ def register(registry: Registry) -> None:
                 search="bidispatch_backends.deep_gemm.moe_params:grouped_tiles_for",
                 libraries=("sgl-deep-gemm", "vllm", "triton"),
                 chooses_inside=True,
+                own_rounding=grouped_rounding,
                 summary=f"DeepGEMM's grouped {products} products, masked for few rows, contiguous for more; parts are "
                 "rounded before they are weighted. Compiles when a shape is first called",
             )

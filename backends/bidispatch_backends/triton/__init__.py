@@ -153,6 +153,7 @@ def register(registry: Registry) -> None:
                 numerics=params.element_numerics,
                 tile=params.ElementTile,
                 tiles=params.element_tiles,
+                search="bidispatch_backends.triton.search:element_tiles_for",
                 libraries=("triton",),
                 summary="elementwise, whole groups a program: a maximum is exact in any order",
             )
@@ -173,6 +174,7 @@ def register(registry: Registry) -> None:
                 numerics=params.element_numerics,
                 tile=params.ElementTile,
                 tiles=params.element_tiles,
+                search="bidispatch_backends.triton.search:element_tiles_for",
                 libraries=("triton",),
                 summary=summary,
             )
@@ -191,6 +193,7 @@ def register(registry: Registry) -> None:
                 params=params.RowParams,
                 tile=params.RowTile,
                 tiles=params.row_tiles,
+                search="bidispatch_backends.triton.search:row_tiles_for",
                 libraries=("triton",),
                 summary="whole rows a program, summed as the norm sums them and quantised while in registers",
             )
@@ -261,6 +264,7 @@ def register(registry: Registry) -> None:
             numerics=moe_params.router_numerics,
             tile=params.RowTile,
             tiles=moe_params.router_tiles,
+            search="bidispatch_backends.triton.search:row_tiles_for",
             libraries=("triton",),
             summary="rounds of the best score that is left; ties go to the lower index",
         )

@@ -1,4 +1,6 @@
-"""Launch shapes to try for the products and attention: what may be fastest for calls of m rows. Imports no triton."""
+"""Launch shapes to try: what may be fastest for calls of m rows. Those of experts, fp8, int4 and latent attention are
+with their params. Imports no triton.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from bidispatch.device import Device
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.triton.attention_params import AttentionTile, attention_tiles, fits_shared_memory
 from bidispatch_backends.triton.gemm_params import GemmTile, Shape, runs_on_fma, tile_for
+from bidispatch_backends.triton.params import ElementTile, RowTile, element_tiles, row_width
 
-__all__ = ["attention_tiles_for", "gemm_tiles_for", "split_tiles_for"]
+__all__ = ["attention_tiles_for", "element_tiles_for", "gemm_tiles_for", "row_tiles_for", "split_tiles_for"]
 
 # Each was the fastest, or within 3 % of it, for some shape and M on an H100 (bf16, cold weights). 16 columns with 512
 # of K are for few columns of the weight: 1280x8192 at M = 1 to 48, 13.5 to 14 µs, where stock's splits take 12.2.
@@ -145,3 +148,32 @@ def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -
                 shape = {"prefill_block_m": rows, "prefill_warps": warps, "prefill_stages": stages}
                 tiles.append(default.model_copy(update={**shape, "prefill_overlap": False}))
     yield from dict.fromkeys(tiles)
+
+
+_WARPS = (1, 2, 4, 8)
+_ROWS_OF_A_PROGRAM = (1, 2, 4, 8)
+_WARP_ELEMENTS = (64, 4096)
+"""Of a tile of rows, the fewest and the most that a warp has: two to 128 a thread."""
+_BLOCKS = (256, 512, 1024, 2048, 4096)
+_THREAD_ELEMENTS = (4, 64)
+"""Of an elementwise tile, the fewest and the most that a thread has."""
+
+
+def row_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[RowTile]:
+    """Tiles of whole rows: for several rows a program, as many as m has. `moe.router` has a row of all experts."""
+    routed = problem.op == "moe.router"
+    width = row_width(problem.size("experts" if routed else "n"), 4096 if routed else params.block)
+    for rows in _ROWS_OF_A_PROGRAM:
+        for warps in _WARPS:
+            if rows <= m and _WARP_ELEMENTS[0] <= rows * width // warps <= _WARP_ELEMENTS[1]:
+                yield RowTile(rows=rows, num_warps=warps)
+
+
+def element_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iterator[ElementTile]:
+    """Tiles of an elementwise kernel, of no more columns than a row has."""
+    width = row_width(problem.size("k" if "k" in problem.dims else "n"), max(_BLOCKS))
+    widest = max(width, *(tile.block for _, tile in element_tiles(device, problem, params)))
+    for block in _BLOCKS:
+        for warps in _WARPS:
+            if block <= widest and _THREAD_ELEMENTS[0] <= block // (32 * warps) <= _THREAD_ELEMENTS[1]:
+                yield ElementTile(block=block, num_warps=warps)

@@ -19,7 +19,7 @@ from bidispatch.integrations.vllm.table import Row
 from bidispatch.ops.schema import DimValue, parse_dtype
 from bidispatch.planning.plan import Plan
 from bidispatch.tune.formats import Format, format_of
-from bidispatch.tune.models import EXPERT_COUNTS, expert_shapes, model_shapes, routed_experts
+from bidispatch.tune.models import EXPERT_COUNTS, expert_shapes, model_shapes, router_shape
 
 __all__ = ["rows_of"]
 
@@ -229,21 +229,8 @@ def _experts(
     else:
         (shape,) = expert_shapes(model, ranks)
         yield _row(plan, "experts", "experts", "moe.experts", dtype, shape.dims)
-    scoring = str(config.get("scoring_func", "softmax"))
-    biased = config.get("topk_method") == "noaux_tc"
-    experts, top_k = routed_experts(model)
-    routing = {
-        "experts": experts,
-        "top_k": top_k,
-        "scoring": scoring,
-        "renormalize": bool(config.get("norm_topk_prob", True)),
-        "correction_bias": biased,
-        "n_group": int(config.get("n_group") or 1),
-        "topk_group": int(config.get("topk_group") or 1),
-        "routed_scaling_factor": float(config.get("routed_scaling_factor") or 1.0),
-    }
     for logits in ("float32", dtype):  # the gate's, which follows vLLM's version
-        yield _row(plan, "router", "router", "moe.router", logits, routing)
+        yield _row(plan, "router", "router", "moe.router", logits, router_shape(model).dims)
 
 
 def _row(plan: Plan, layer: str, kind: str, op: str, dtype: str, dims: Mapping[str, DimValue]) -> Row:
