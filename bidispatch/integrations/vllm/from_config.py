@@ -229,9 +229,8 @@ def _experts(
     else:
         (shape,) = expert_shapes(model, ranks)
         yield _row(plan, "experts", "experts", "moe.experts", dtype, shape.dims)
-    routing = router_shape(model).dims
     for logits in ("float32", dtype):  # the gate's, which follows vLLM's version
-        yield _row(plan, "router", "router", "moe.router", logits, routing)
+        yield _row(plan, "router", "router", "moe.router", logits, router_shape(model).dims)
 
 
 def _row(plan: Plan, layer: str, kind: str, op: str, dtype: str, dims: Mapping[str, DimValue]) -> Row:
