@@ -63,6 +63,10 @@ def expand(out, given, ends, old, new):
         start = end
 
 
+def nothing_sampled(out, *others):
+    out.zero_()
+
+
 KERNELS = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "init_cpu_threads_env(str ids) -> str": lambda ids: "none",
@@ -77,6 +81,12 @@ KERNELS = {
     "rejection_greedy_sample_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor targets, Tensor bonus, "
     "Tensor? greedy, int most) -> ()": rejection_greedy_sample,
     "expand_kernel_impl(Tensor(a!) out, Tensor given, Tensor ends, int old, int new) -> ()": expand,
+    # Of requests that are sampled, which only a dry run of 0.25.1 has here.
+    "sample_recovered_tokens_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor? draft_probs, "
+    "Tensor target_probs, Tensor noise, int vocabulary, bool without) -> ()": nothing_sampled,
+    "rejection_random_sample_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor? draft_probs, "
+    "Tensor target_probs, Tensor bonus, Tensor recovered, Tensor uniform, Tensor? greedy, int most, int vocabulary, "
+    "bool without) -> ()": nothing_sampled,
     "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(-1),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -65,7 +66,10 @@ def test_a_whole_engine(tmp_path: Path, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("model", "engine", "problem"),
-    [({}, {"kv_cache_dtype": "fp8"}, "kv_dtype=float8_e4m3fn"), (WINDOW, {}, "page_size=16 causal=true window=24")],
+    [
+        ({}, {"kv_cache_dtype": "fp8"}, "kv_dtype=float8_e4m3fn"),
+        (WINDOW, {}, "page_size=(16|32) causal=true window=24"),
+    ],
     ids=["fp8 cache", "sliding window"],
 )
 def test_attention_in_a_whole_engine(
@@ -75,7 +79,7 @@ def test_attention_in_a_whole_engine(
     verify(results)
     assert results["clean"]["comparisons"] > 300
     assert results["attention"]["torch_cpu.paged_attention"] > 300
-    assert any(problem in seen for seen in results["attention"])
+    assert any(re.search(problem, seen) for seen in results["attention"])
 
 
 def test_drafts_in_a_whole_engine(tmp_path: Path) -> None:
