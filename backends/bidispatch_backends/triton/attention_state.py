@@ -197,8 +197,8 @@ def _attend_tiles(
             kv = start + columns
             k_rows = _row_offsets(page, slot, stride_k_page, stride_k_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
             v_rows = _row_offsets(page, slot, stride_v_page, stride_v_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
-            # The next tile's pages a tile ahead: a load that waits for another in the same turn of the loop gets one buffer
-            # from Triton's pipeliner, whatever the stages, and would be waited for as soon as it is asked for.
+            # The next tile's pages a tile ahead: a load that waits for another in the same turn of the loop gets one
+            # buffer from Triton's pipeliner, whatever the stages, and would be waited for as soon as it is asked for.
             page, slot = _find_pages(start + BLOCK_N, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
             if ALIGNED and PAGE_SIZE >= BLOCK_N:  # the offsets are scalars
                 k_tile, v_tile = k_ptrs + k_rows, v_ptrs + v_rows
@@ -241,8 +241,8 @@ def _attend_tiles(
             total = total * decay[:, None]
             acc = acc * decay[:, None]
             if WALKS:  # noqa: SIM102 - decided when it is compiled
-                # After what scales the accumulator, by 1 here: were that not the first to read it, Triton would wait for
-                # its product as soon as it is asked for, and not in the next turn, with that of the scores.
+                # After what scales the accumulator, by 1 here: were that not the first to read it, Triton would wait
+                # for its product as soon as it is asked for, and not in the next turn, with that of the scores.
                 if starts_split:
                     folded_maximum, folded_total, folded_acc = fold(
                         folded_maximum, folded_total, folded_acc, maximum, tl.max(total, axis=1), acc
