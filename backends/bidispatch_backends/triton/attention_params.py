@@ -127,6 +127,9 @@ class AttentionTile(Tile):
     """Programs of the parallel splits a multiprocessor, at most; they share out the splits there are. Best a multiple
     of those that run at once (2 for a head of 128): once, all end together where the splits are alike; twice, the
     second ones also fill in where some splits are longer."""
+    segment_programs: int = Field(default=2, ge=0, le=64)
+    """Programs a multiprocessor where a call has as many pairs of sequence and KV head: each has a part of them, about
+    as long as the others', so best as many as run at once. 0: the splits run in parallel there too."""
     workspace_mb: int = Field(default=256, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits."""
 

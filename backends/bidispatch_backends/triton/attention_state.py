@@ -166,6 +166,7 @@ def _attend_tiles(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     WALKS: tl.constexpr,
+    SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -191,7 +192,7 @@ def _attend_tiles(
         v_ptrs = v_ptrs + (slots * stride_v_slot)[:, None]
     # A loop without turns would still work out and ask for the tiles that its first ones wait for: of a split of four
     # tiles, as many instructions as two of them.
-    if (begin < end) or WALKS:
+    if (begin < end) or not SKIPS:
         page, slot = _find_pages(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
         for start in range(begin, end, BLOCK_N):
             kv = start + columns
@@ -286,6 +287,7 @@ def attend(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     WALKS: tl.constexpr,
+    SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -293,7 +295,8 @@ def attend(
     """Attend from a fresh state over the tiles that start at begin, begin + BLOCK_N, ... below end.
 
     begin is a multiple of BLOCK_N, `low < high`; the tile's queries are at positions first..last and see [low, high)
-    between them. Without WALKS all is in one split. Returns the maximum [BLOCK_M] in units of log2, the sum of the
+    between them. Without WALKS all is in one split. SKIPS is for few tiles: a loop without any then costs nothing, and
+    the others a branch. Returns the maximum [BLOCK_M] in units of log2, the sum of the
     weights [BLOCK_M] and the accumulator [BLOCK_M, BLOCK_D]; with WALKS those of all splits, folded.
     """
     maximum, total, acc = _fresh(BLOCK_M, BLOCK_D)
@@ -345,6 +348,7 @@ def attend(
             FENCED,
             SPLITS,
             WALKS,
+            SKIPS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
@@ -383,6 +387,7 @@ def attend(
         FENCED,
         SPLITS,
         WALKS,
+        SKIPS,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
@@ -421,6 +426,7 @@ def attend(
         FENCED,
         SPLITS,
         WALKS,
+        SKIPS,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
