@@ -409,7 +409,7 @@ def segment_kernel(
             rows = (query_start + tokens).to(tl.int64)
             inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
             q_rows = rows * stride_q_token + heads * stride_q_head
-            q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside & (begin < end), other=0.0)
+            q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside, other=0.0)
             own_score_scale, own_exp2_scale = _score_scales(
                 score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP
             )
@@ -518,7 +518,7 @@ def fold_kernel(
         row = (query_start + token).to(tl.int64)
         folded = tl.full((), 0, tl.int32)
         if folded_ptr is not None:
-            folded = tl.load(folded_ptr + row * HEADS + tl.program_id(1), mask=past_limit == 0, other=0)
+            folded = tl.load(folded_ptr + row * HEADS + tl.program_id(1), mask=(splits > 0) & (base >= 0), other=0)
         if folded >= 0:  # else its result is stored
             position = kv_len - query_len + token
             low, high = visible_range(position, position, kv_len, CAUSAL, WINDOW)
