@@ -62,6 +62,12 @@ def _group(problem: Problem) -> int:
     return problem.size("num_heads") // problem.size("num_kv_heads")
 
 
+def _folded_rows(problem: Problem) -> int:
+    """Heads that a program folds behind segments, which leave it little: a power of two, of one KV head and tile."""
+    group = _group(problem)
+    return min(group & -group, 8)
+
+
 def launches(
     problem: Problem, params: AttentionParams, tile: AttentionTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
@@ -142,10 +148,21 @@ def launches(
     decoded = packed(decode.block_m) | {"KV_HEADS": kv_heads} | decode.constants
     compiled = options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers
 
-    def fold_after(*, dependent: bool = False, segments: bool = False) -> Launch:
+    def fold_after(*, dependent: bool, segments: bool = False) -> Launch:
         ends = {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
+        rows = _folded_rows(problem) if segments else 1
         constants = widths | {"HEADS": heads}
-        return fold_launch(arch, ends, data, out_strides, constants, warps=1, dependent=dependent, segments=segments)
+        return fold_launch(
+            arch,
+            ends,
+            data,
+            out_strides,
+            constants,
+            max(1, rows // 2),
+            rows=rows,
+            dependent=dependent,
+            segments=segments,
+        )
 
     def parallel(dependent: bool) -> tuple[Launch, Launch]:
         split = Launch(
@@ -172,11 +189,11 @@ def launches(
         | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale", "stride_v_scale")
         | strides
         | out_strides,
-        decoded,
+        decoded | {"DEPENDENT": bool(dependent_launch(arch))},
         compiled,
     )
     early = parallel(True) if dependent_launch(arch) else ()
-    return (*walks, *parallel(False), segment, fold_after(segments=True), *early)
+    return (*walks, *parallel(False), segment, fold_after(dependent=True, segments=True), *early)
 
 
 def bind_attention(context: BindContext) -> Kernel:
@@ -200,7 +217,7 @@ def bind_attention(context: BindContext) -> Kernel:
     log2_e = math.log2(math.e)
     walked = Packing.of(_group(problem), tile.prefill_block_m)
     blocks = kv_heads * Packing.of(_group(problem), decode.block_m).head_blocks
-    width, segments = padded(head_dim), tile.segment_programs
+    width, segments, rows = padded(head_dim), tile.segment_programs, _folded_rows(problem)
     parallel = Parallel(context, decode, heads=heads, width=width, blocks=blocks, segments=segments)
 
     def attention(
@@ -269,7 +286,7 @@ def bind_attention(context: BindContext) -> Kernel:
                     *strides,
                 )
             fold_now(
-                parallel.fold_grid(tokens, seqs),
+                parallel.fold_grid(tokens, seqs, rows if in_segments else 1),
                 seq_lens,
                 query_start_loc,
                 sinks,

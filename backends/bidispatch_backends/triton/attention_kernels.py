@@ -339,6 +339,7 @@ def segment_kernel(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     MOST_QUERIES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -464,6 +465,8 @@ def segment_kernel(
                     tl.store(totals_ptr + states, total, mask=valid)
                     tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
                 begin = stage_end
+    if DEPENDENT:  # at its end: the fold waits in places that other programs would need until then
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["max_kv", "alone", "stride_v_scale"])
@@ -490,13 +493,16 @@ def fold_kernel(
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Fold what `split_kernel` wrote: a program has a sequence, a head and every num_programs(2)-th of its tokens.
+    """Fold what `split_kernel` wrote: a program has ROWS heads of a sequence, every num_programs(2)-th of its tokens.
+
+    ROWS divides the heads of a query tile and those of a KV head.
 
     folded_ptr: of `segment_kernel`, which has folded the first splits, or all; None after `split_kernel`.
     alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
-    DEPENDENT: it is launched before `split_kernel` has ended, and waits for that before it reads what that writes.
+    DEPENDENT: it is launched before that kernel has ended, and waits for that before it reads what that writes.
     """
     seq = tl.program_id(0)
     query_start = tl.load(query_start_ptr + seq)
@@ -509,8 +515,9 @@ def fold_kernel(
     if (base < 0) & (alone == 0):
         return
 
-    head = tl.program_id(1) + tl.arange(0, 1)
-    kv_head = tl.program_id(1) // GROUP
+    first_head = tl.program_id(1) * ROWS
+    head = first_head + tl.arange(0, ROWS)
+    kv_head = first_head // GROUP
     dims = tl.arange(0, BLOCK_D)
     inside = (dims < HEAD_DIM)[None, :]
     past_limit = (splits == 0) | (base < 0)
@@ -518,15 +525,15 @@ def fold_kernel(
         row = (query_start + token).to(tl.int64)
         folded = tl.full((), 0, tl.int32)
         if folded_ptr is not None:
-            folded = tl.load(folded_ptr + row * HEADS + tl.program_id(1), mask=(splits > 0) & (base >= 0), other=0)
+            folded = tl.load(folded_ptr + row * HEADS + first_head, mask=(splits > 0) & (base >= 0), other=0)
         if folded >= 0:  # else its result is stored
             position = kv_len - query_len + token
             low, high = visible_range(position, position, kv_len, CAUSAL, WINDOW)
             begin, end = split_at(low, SPLITS), split_at(tl.maximum(high - 1, 0), SPLITS) + 1
             slot = base.to(tl.int64) + token * splits - first_split
-            maximum = tl.full((1,), float("-inf"), dtype=tl.float32)
-            total = tl.zeros((1,), dtype=tl.float32)
-            acc = tl.zeros((1, BLOCK_D), dtype=tl.float32)
+            maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+            total = tl.zeros((ROWS,), dtype=tl.float32)
+            acc = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
             if past_limit:
                 maximum = maximum * float("nan")
                 total, acc = total * float("nan"), acc * float("nan")

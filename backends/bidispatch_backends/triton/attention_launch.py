@@ -97,12 +97,14 @@ def fold_launch(
     constants: Mapping[str, Constant],
     warps: int,
     *,
+    rows: int = 1,
     dependent: bool = False,
     segments: bool = False,
 ) -> Launch:
     """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result.
 
-    dependent: launched while `split_kernel` still runs, where `dependent_launch` has options for it.
+    rows: heads of a program.
+    dependent: launched while the kernel before it still runs, where `dependent_launch` has options for it.
     segments: behind `segment_kernel`, which says in `folded_ptr` what it has folded.
     """
     early = dependent_launch(arch) if dependent else {}
@@ -115,7 +117,7 @@ def fold_launch(
         | {"out_ptr": data}
         | dict.fromkeys(("max_kv", "alone", "stride_v_scale"), "i32")
         | dict(out_strides),
-        dict(constants) | {"DEPENDENT": dependent},
+        dict(constants) | {"DEPENDENT": bool(early), "ROWS": rows},
         options(arch, warps, 1, fp_fusion=False) | early,
     )
 
@@ -173,6 +175,6 @@ class Parallel:
         """Of `segment_kernel`."""
         return (self._segments,)
 
-    def fold_grid(self, tokens: int, seqs: int) -> tuple[int, ...]:
-        """Of `fold_kernel`."""
-        return (seqs, self._heads, min(_FOLDS, self.decode.most_queries, tokens))
+    def fold_grid(self, tokens: int, seqs: int, rows: int = 1) -> tuple[int, ...]:
+        """Of `fold_kernel`. rows: heads of a program."""
+        return (seqs, self._heads // rows, min(_FOLDS, self.decode.most_queries, tokens))

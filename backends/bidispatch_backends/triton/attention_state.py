@@ -182,7 +182,10 @@ def _attend_tiles(
     # In tiles that all rows see whole, a position's slot is the same in every tile of a loop, and is added once. That
     # takes most of the arithmetic on addresses out of the loop, which else outweighs that of the softmax.
     ALIGNED: tl.constexpr = (not MASKED) and (BLOCK_N % PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0)
-    EARLY: tl.constexpr = WALKS and q.dtype != tl.float32  # whose wide tiles do not both fit shared memory
+    # Not those of float32, of which two do not both fit shared memory.
+    EARLY: tl.constexpr = (WALKS or (SKIPS and MASKED)) and q.dtype != tl.float32
+    # Of masked tiles decode has one or two, which a pipeline would only ask for later, behind its own arithmetic.
+    STAGES: tl.constexpr = 1 if SKIPS and MASKED else None
     columns = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + dims[:, None]
     v_ptrs = v_ptr + dims[None, :]
@@ -194,7 +197,7 @@ def _attend_tiles(
     # tiles, as many instructions as two of them.
     if (begin < end) or not SKIPS:
         page, slot = _find_pages(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
-        for start in range(begin, end, BLOCK_N):
+        for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             kv = start + columns
             k_rows = _row_offsets(page, slot, stride_k_page, stride_k_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
             v_rows = _row_offsets(page, slot, stride_v_page, stride_v_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
