@@ -63,16 +63,18 @@ def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
 
 
 def bind_path(
-    problem: Problem, path: str, params: AttentionParams = PARAMS, programs: int = 3, limits: Limits = LIMITS
+    problem: Problem, path: str, params: AttentionParams = PARAMS, parts: int = 3, limits: Limits = LIMITS
 ) -> Kernel:
     """One of the three paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows.
 
-    programs: of the segments, which serve calls of as many pairs of sequence and KV head.
+    parts: segments of a KV head, which serve calls of as many sequences.
     """
     (tile,) = tiles(problem, params)
     most = 0 if path == "walked" else LIMITS.max_tokens
     tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
-    tile = tile.model_copy(update={"segment_programs": programs if path == "segments" else 0})
+    tile = tile.model_copy(
+        update={"segment_programs": parts * problem.size("num_kv_heads") if path == "segments" else 0}
+    )
     return bind(problem, params=params, tile=tile, limits=limits)
 
 
@@ -222,9 +224,9 @@ def test_splits_that_follow_the_batch_are_caught() -> None:
 STEP = [(1, kv) for kv in (1, 15, 16, 17)] + [(0, 0)] + [(1, kv) for kv in (47, 48, 49, 96, 97, 223, 224, 225, 310)]
 
 
-def in_segments(problem: Problem, batch: Sequence[Any], programs: int, params: AttentionParams = PARAMS) -> Any:
-    """What the segments of so many programs give, or a failure where they are not launched."""
-    kernel = bind_path(problem, "segments", params, programs)
+def in_segments(problem: Problem, batch: Sequence[Any], parts: int, params: AttentionParams = PARAMS) -> Any:
+    """What so many segments of a KV head give, however few sequences there are."""
+    kernel = bind_path(problem, "segments", params, parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parallel, "in_segments", lambda parallel, seqs: True)
         return attend(kernel, problem, batch)
@@ -232,12 +234,12 @@ def in_segments(problem: Problem, batch: Sequence[Any], programs: int, params: A
 
 @pytest.mark.parametrize("feature", ["grouped", "window", "window, softcap and sinks", "ALiBi", "fp8 cache"])
 def test_segments_that_begin_and_end_anywhere_have_the_bits_of_splits(feature: str) -> None:
-    """From all in one program to more programs than there are splits."""
+    """From all of a KV head in one program to more programs than there are splits."""
     problem = problem_of("float16", FEATURES[feature])
     batch = paged_batch(problem, *map(list, zip(*STEP, strict=True)), padding_rows=1)
     parallel = attend(bind_path(problem, "parallel"), problem, batch)
-    for programs in (1, 3, 7, 16, 64):
-        assert same_bits(parallel[:-1], in_segments(problem, batch, programs)[:-1]), programs
+    for parts in (1, 3, 7, 16, 40):
+        assert same_bits(parallel[:-1], in_segments(problem, batch, parts)[:-1]), parts
 
 
 @pytest.mark.parametrize("feature", ["grouped", "window of 1", "window, softcap and sinks", "not causal"])
@@ -246,8 +248,8 @@ def test_segments_of_several_query_tokens_have_the_bits_of_a_prefill(feature: st
     problem = problem_of("float16", FEATURES[feature])
     batch = paged_batch(problem, [2, 8, 9, 1, 0, 30, 3], [50, 113, 96, 1, 0, 130, 3])
     walked = attend(bind_path(problem, "walked"), problem, batch)
-    for programs in (1, 3, 8, 31):
-        assert same_bits(walked, in_segments(problem, batch, programs)), programs
+    for parts in (1, 3, 8, 31):
+        assert same_bits(walked, in_segments(problem, batch, parts)), parts
 
 
 def test_segments_of_default_splits_have_the_bits_of_splits() -> None:
@@ -260,7 +262,7 @@ def test_segments_of_default_splits_have_the_bits_of_splits() -> None:
 
 
 def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the number of sequences in the call, two KV heads each, whatever their lengths."""
+    """By the number of sequences in the call, whatever their lengths."""
     problem = problem_of("float16", HEADS)
     asked = []
     original = Parallel.in_segments
@@ -269,7 +271,7 @@ def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> No
     )
     for seqs in (1, 2, 3, 4):
         batch = paged_batch(problem, [1] * seqs, [20] * seqs)
-        attend(bind_path(problem, "segments", programs=6), problem, batch)
+        attend(bind_path(problem, "segments", parts=3), problem, batch)
     assert asked == [False, False, True, True]
 
 

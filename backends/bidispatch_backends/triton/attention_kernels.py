@@ -64,7 +64,7 @@ def _parallel_sequences(
     """All sequences, [BLOCK_B], with those whose splits run in parallel told from the others, which `walk_kernel` has.
 
     Returns their numbers, query starts, query lengths, KV lengths, numbers of splits (0 of the others) and where the
-    workspace has their states. Program 0 stores the latter for the kernels that follow, -1 for the others.
+    workspace has their states. One program stores the latter for the kernels that follow, -1 for the others.
     """
     batch = tl.arange(0, BLOCK_B)
     there = batch < seqs
@@ -77,7 +77,7 @@ def _parallel_sequences(
     slot_ends = tl.cumsum(slots, 0)
     parallel = parallel & (slot_ends <= capacity)
     bases = slot_ends - slots
-    if tl.program_id(0) == 0:
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(bases_ptr + batch, tl.where(parallel, bases, -1), mask=there)
     return batch, starts, query_lens, kv_lens, tl.where(parallel, splits, 0), bases
 
@@ -347,12 +347,13 @@ def segment_kernel(
 ):
     """What `split_kernel` does, where there are enough sequences to fill the GPU without their splits.
 
-    A pair is a query tile of a sequence and its heads of one KV head. The KV tiles of all pairs stand in one order,
-    pair by pair and positions ascending, and each program has an equal part of it, moved to the next boundaries of
-    splits: a split belongs to the program that has its first tile. Of a pair that a program begins, it walks all splits
-    it has in one loop, folded as `walk_kernel` folds them, so that loads are in flight across their boundaries. Has it
-    the whole pair, it stores the result; else the folded state, in the place of the first split's. Of a pair that a
-    program before it began, which is its first one at most, it stores the state of each split as `split_kernel` does.
+    A pair is a query tile of a sequence and its heads of one KV head, which axis 0 counts. The KV tiles of the pairs of
+    a KV head stand in one order, pair by pair and positions ascending, and each program on axis 1 has an equal part of
+    it, moved to the next boundaries of splits: a split belongs to the program that has its first tile. So programs next
+    to each other read the same pages at the same time. Of a pair that a program begins, it walks all splits it has in
+    one loop, folded as `walk_kernel` folds them, so that loads are in flight across their boundaries. Has it the whole
+    pair, it stores the result; else the folded state, in the place of the first split's. Of a pair that a program
+    before it began, which is its first one at most, it stores the state of each split as `split_kernel` does.
 
     folded: [tokens, heads], for `fold_kernel`: up to which split, excluded, that token's and head's are folded; -1
     where the result is stored. Every pair's first split has a program, so none is left from an earlier call.
@@ -360,20 +361,21 @@ def segment_kernel(
     batch, _, query_lens, kv_lens, splits, bases = _parallel_sequences(
         kv_lens_ptr, query_start_ptr, bases_ptr, seqs, max_kv, capacity, CAUSAL, WINDOW, SPLITS, MOST_QUERIES, BLOCK_B
     )
-    head_blocks: tl.constexpr = KV_HEADS * ((GROUP + HEADS - 1) // HEADS)
     lows, highs = visible_range(kv_lens - query_lens, kv_lens - 1, kv_lens, CAUSAL, WINDOW)
-    seq_tiles = (tl.cdiv(highs, BLOCK_N) - lows // BLOCK_N) * tl.cdiv(query_lens, TOKENS) * head_blocks
+    seq_tiles = (tl.cdiv(highs, BLOCK_N) - lows // BLOCK_N) * tl.cdiv(query_lens, TOKENS)
     seq_tiles = tl.where(splits > 0, seq_tiles, 0)
     seq_ends = tl.cumsum(seq_tiles, 0)
     seq_starts = seq_ends - seq_tiles
     all_tiles = tl.sum(seq_tiles)
-    share, rest = all_tiles // tl.num_programs(0), all_tiles % tl.num_programs(0)
-    place = tl.program_id(0) * share + tl.minimum(tl.program_id(0), rest)
-    stop = place + share + tl.where(tl.program_id(0) < rest, 1, 0)
+    share, rest = all_tiles // tl.num_programs(1), all_tiles % tl.num_programs(1)
+    place = tl.program_id(1) * share + tl.minimum(tl.program_id(1), rest)
+    stop = place + share + tl.where(tl.program_id(1) < rest, 1, 0)
 
     dims = tl.arange(0, BLOCK_D)
+    kv_head, tile_tokens, heads, valid_heads = _rows_of_tile(tl.program_id(0), GROUP, HEADS, TOKENS, BLOCK_M)
+    score_scale, exp2_scale = _score_scales(score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP)
     while place < stop:
-        # The next sequence, once for all of its pairs: lengths are loaded again, which spares registers.
+        # A load of the sequence's lengths, which are near, spares registers.
         its = (seq_ends > place) & (seq_starts <= place)
         seq, before, base = tl.reduce(
             (tl.where(its, batch, 0), tl.where(its, seq_starts, 0), tl.where(its, bases, 0)), 0, _largest_of_three
@@ -385,86 +387,79 @@ def segment_kernel(
         first_split, seq_splits = _splits_of(query_len, kv_len, max_kv, CAUSAL, WINDOW, SPLITS)
         first_tile = low // BLOCK_N
         tiles = tl.cdiv(high, BLOCK_N) - first_tile
-        query_tiles = tl.cdiv(query_len, TOKENS)
-        seq_stop = tl.minimum(stop, before + tiles * query_tiles * head_blocks)
-        while place < seq_stop:
-            pair = (place - before) // tiles
-            pair_place = before + pair * tiles
-            next_place = tl.minimum(pair_place + tiles, seq_stop)
-            begin_split = _split_from(place - pair_place, first_tile, first_split, SPLITS, BLOCK_N)
-            end_split = _split_from(next_place - pair_place, first_tile, first_split, SPLITS, BLOCK_N)
-            place = next_place
-            # A pair's tiles of queries come one after another and share its keys.
-            first_token = pair % query_tiles * TOKENS
-            first = kv_len - query_len + first_token
-            last = tl.minimum(first + TOKENS, kv_len) - 1
-            low, high = visible_range(first, last, kv_len, CAUSAL, WINDOW)
-            begin = tl.maximum(split_start(begin_split, SPLITS), low // BLOCK_N * BLOCK_N)
-            end = tl.minimum(split_start(end_split, SPLITS), high)
-            begins_pair = begin_split <= split_at(low, SPLITS)
-            ends_pair = end == high
+        query_tile = (place - before) // tiles
+        pair_place = before + query_tile * tiles
+        next_place = tl.minimum(pair_place + tiles, stop)
+        begin_split = _split_from(place - pair_place, first_tile, first_split, SPLITS, BLOCK_N)
+        end_split = _split_from(next_place - pair_place, first_tile, first_split, SPLITS, BLOCK_N)
+        place = next_place
 
-            kv_head, tile_tokens, heads, valid = _rows_of_tile(pair // query_tiles, GROUP, HEADS, TOKENS, BLOCK_M)
-            tokens = first_token + tile_tokens
-            valid = valid & (tokens < query_len)
-            rows = (query_start + tokens).to(tl.int64)
-            inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
-            q_rows = rows * stride_q_token + heads * stride_q_head
-            q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside, other=0.0)
-            own_score_scale, own_exp2_scale = _score_scales(
-                score_scale, exp2_scale, k_scales_ptr, kv_head, stride_k_scale, SOFTCAP
+        first_token = query_tile * TOKENS
+        first = kv_len - query_len + first_token
+        last = tl.minimum(first + TOKENS, kv_len) - 1
+        low, high = visible_range(first, last, kv_len, CAUSAL, WINDOW)
+        begin = tl.maximum(split_start(begin_split, SPLITS), low // BLOCK_N * BLOCK_N)
+        end = tl.minimum(split_start(end_split, SPLITS), high)
+        begins_pair = begin_split <= split_at(low, SPLITS)
+        ends_pair = end == high
+
+        tokens = first_token + tile_tokens
+        valid = valid_heads & (tokens < query_len)
+        rows = (query_start + tokens).to(tl.int64)
+        inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        q_rows = rows * stride_q_token + heads * stride_q_head
+        q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside, other=0.0)
+        while begin < end:
+            split = split_at(begin, SPLITS)
+            stage_end = tl.where(begins_pair, end, tl.minimum(split_start(split + 1, SPLITS), end))
+            maximum, total, acc = attend(
+                q,
+                k_ptr + kv_head.to(tl.int64) * stride_k_head,
+                v_ptr + kv_head.to(tl.int64) * stride_v_head,
+                table_ptr + seq.to(tl.int64) * stride_table,
+                begin,
+                stage_end,
+                low,
+                high,
+                first,
+                last,
+                kv_len - query_len + tokens,
+                _negative_slopes(slopes_ptr, heads),
+                score_scale,
+                exp2_scale,
+                stride_k_page,
+                stride_k_slot,
+                stride_v_page,
+                stride_v_slot,
+                HEAD_DIM,
+                PAGE_SIZE,
+                CAUSAL,
+                WINDOW,
+                SOFTCAP,
+                ALIBI,
+                FENCED,
+                SPLITS,
+                True,
+                True,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
             )
-            while begin < end:
-                split = split_at(begin, SPLITS)
-                stage_end = tl.where(begins_pair, end, tl.minimum(split_start(split + 1, SPLITS), end))
-                maximum, total, acc = attend(
-                    q,
-                    k_ptr + kv_head.to(tl.int64) * stride_k_head,
-                    v_ptr + kv_head.to(tl.int64) * stride_v_head,
-                    table_ptr + seq.to(tl.int64) * stride_table,
-                    begin,
-                    stage_end,
-                    low,
-                    high,
-                    first,
-                    last,
-                    kv_len - query_len + tokens,
-                    _negative_slopes(slopes_ptr, heads),
-                    own_score_scale,
-                    own_exp2_scale,
-                    stride_k_page,
-                    stride_k_slot,
-                    stride_v_page,
-                    stride_v_slot,
-                    HEAD_DIM,
-                    PAGE_SIZE,
-                    CAUSAL,
-                    WINDOW,
-                    SOFTCAP,
-                    ALIBI,
-                    FENCED,
-                    SPLITS,
-                    True,
-                    True,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_D,
-                )
-                if begins_pair:
-                    folded = tl.where(ends_pair, -1, end_split)
-                    tl.store(folded_ptr + rows * (KV_HEADS * GROUP) + heads, tl.zeros_like(heads) + folded, mask=valid)
-                if begins_pair & ends_pair:
-                    result = finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale)
-                    out_rows = rows * stride_out_token + heads * stride_out_head
-                    result = result.to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + out_rows[:, None] + dims[None, :], result, mask=inside)
-                else:
-                    slot = tl.where(begins_pair, 0, split - first_split)
-                    states = (base.to(tl.int64) + tokens * seq_splits + slot) * (KV_HEADS * GROUP) + heads
-                    tl.store(maxima_ptr + states, maximum, mask=valid)
-                    tl.store(totals_ptr + states, total, mask=valid)
-                    tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
-                begin = stage_end
+            if begins_pair:
+                folded = tl.where(ends_pair, -1, end_split)
+                tl.store(folded_ptr + rows * (KV_HEADS * GROUP) + heads, tl.zeros_like(heads) + folded, mask=valid)
+            if begins_pair & ends_pair:
+                result = finish(maximum, total, acc, sinks_ptr, heads, v_scales_ptr, kv_head, stride_v_scale)
+                out_rows = rows * stride_out_token + heads * stride_out_head
+                result = result.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + out_rows[:, None] + dims[None, :], result, mask=inside)
+            else:
+                slot = tl.where(begins_pair, 0, split - first_split)
+                states = (base.to(tl.int64) + tokens * seq_splits + slot) * (KV_HEADS * GROUP) + heads
+                tl.store(maxima_ptr + states, maximum, mask=valid)
+                tl.store(totals_ptr + states, total, mask=valid)
+                tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
+            begin = stage_end
     if DEPENDENT:  # at its end: the fold waits in places that other programs would need until then
         cuda.gdc_launch_dependents()
 

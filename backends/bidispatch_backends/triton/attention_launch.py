@@ -168,12 +168,13 @@ class Parallel:
         Where each of its programs gets a pair of sequence and heads, or more: with fewer, most would begin within one
         that another began, and store the state of each split as `split_kernel` does.
         """
-        return bool(self.decode.most_queries and self._segments) and seqs * self._blocks >= self._segments
+        _, programs = self.segment_grid
+        return bool(self.decode.most_queries and self._segments) and seqs >= programs
 
     @property
-    def segment_grid(self) -> tuple[int, ...]:
-        """Of `segment_kernel`."""
-        return (self._segments,)
+    def segment_grid(self) -> tuple[int, int]:
+        """Of `segment_kernel`: as many programs for each tile of a token's heads."""
+        return (self._blocks, max(1, self._segments // self._blocks))
 
     def fold_grid(self, tokens: int, seqs: int, rows: int = 1) -> tuple[int, ...]:
         """Of `fold_kernel`. rows: heads of a program."""
