@@ -47,6 +47,10 @@ _EARLY_SEQS = 2
 """Sequences of a call whose fold is launched while the splits run, at most. It saves one 0.3 to 0.6 µs of 9 to 25; with
 4 to 16 of them the programs that wait cost the splits 3 to 10 % (H100, contexts of 1k to 8k)."""
 
+_SEGMENT_STATE = 4096
+"""Elements of an accumulator, of which a program of segments holds two, at most: 64 rows of 128 spill 450 bytes a thread
+on sm90, 32 rows 140, which is no more than 16 rows of 256 do without a second one."""
+
 
 def _decode_of(problem: Problem, params: AttentionParams, tile: AttentionTile, limits: Limits) -> Decode:
     """One tile for a sequence's rows, as far as tiles go; where prompts come too, for those of a decode step."""
@@ -217,7 +221,8 @@ def bind_attention(context: BindContext) -> Kernel:
     log2_e = math.log2(math.e)
     walked = Packing.of(_group(problem), tile.prefill_block_m)
     blocks = kv_heads * Packing.of(_group(problem), decode.block_m).head_blocks
-    width, segments, rows = padded(head_dim), tile.segment_programs, _folded_rows(problem)
+    width, rows = padded(head_dim), _folded_rows(problem)
+    segments = tile.segment_programs if decode.block_m * width <= _SEGMENT_STATE else 0
     parallel = Parallel(context, decode, heads=heads, width=width, blocks=blocks, segments=segments)
 
     def attention(

@@ -495,9 +495,9 @@ def fold_kernel(
 
     ROWS divides the heads of a query tile and those of a KV head.
 
-    folded_ptr: of `segment_kernel`, which has folded the first splits, or all; None after `split_kernel`.
     alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
-    DEPENDENT: it is launched before that kernel has ended, and waits for that before it reads what that writes.
+    folded_ptr: of `segment_kernel`, which has folded the first splits, or all; None after `split_kernel`.
+    DEPENDENT: it is launched before that kernel has ended, and waits for it before it reads what it writes.
     """
     seq = tl.program_id(0)
     query_start = tl.load(query_start_ptr + seq)

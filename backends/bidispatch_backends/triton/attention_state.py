@@ -298,9 +298,9 @@ def attend(
     """Attend from a fresh state over the tiles that start at begin, begin + BLOCK_N, ... below end.
 
     begin is a multiple of BLOCK_N, `low < high`; the tile's queries are at positions first..last and see [low, high)
-    between them. Without WALKS all is in one split. SKIPS is for few tiles: a loop without any then costs nothing, and
-    the others a branch. Returns the maximum [BLOCK_M] in units of log2, the sum of the
-    weights [BLOCK_M] and the accumulator [BLOCK_M, BLOCK_D]; with WALKS those of all splits, folded.
+    between them. Without WALKS all is in one split. SKIPS is for few tiles: a loop without any then costs a branch.
+    Returns the maximum [BLOCK_M] in units of log2, the sum of the weights [BLOCK_M] and the accumulator [BLOCK_M,
+    BLOCK_D]; with WALKS those of all splits, folded.
     """
     maximum, total, acc = _fresh(BLOCK_M, BLOCK_D)
     folded_maximum, folded_total, folded_acc = maximum, tl.max(total, axis=1), acc
