@@ -48,8 +48,8 @@ _EARLY_SEQS = 2
 4 to 16 of them the programs that wait cost the splits 3 to 10 % (H100, contexts of 1k to 8k)."""
 
 _SEGMENT_STATE = 4096
-"""Elements of an accumulator, of which a program of segments holds two, at most: 64 rows of 128 spill 450 bytes a thread
-on sm90, 32 rows 140, which is no more than 16 rows of 256 do without a second one."""
+"""Elements of an accumulator, at most, of which a program of segments holds two. On sm90 64 rows of 128 would spill 450
+bytes a thread; 32 rows spill 140, about as many as 16 rows of 256 with one accumulator."""
 
 
 def _decode_of(problem: Problem, params: AttentionParams, tile: AttentionTile, limits: Limits) -> Decode:
