@@ -343,9 +343,10 @@ def test_more_queries_than_bound_for_give_nan_and_leave_the_others() -> None:
     assert same_bits(out[7:], expected[7:])
 
 
-def test_equal_workspace_use_leaves_no_trace_of_earlier_calls() -> None:
+@pytest.mark.parametrize("path", ["parallel", "segments"])
+def test_equal_workspace_use_leaves_no_trace_of_earlier_calls(path: str) -> None:
     problem = problem_of("float32", {**HEADS, "window": 40})
-    kernel = bind_path(problem, "parallel")
+    kernel = bind_path(problem, path, parts=2)
     first, second = paged_batch(problem, [4, 1], [150, 90]), paged_batch(problem, [1, 3], [65, 200], seed=3)
     alone = attend(bind_path(problem, "parallel"), problem, second)
     attend(kernel, problem, first)
