@@ -175,6 +175,7 @@ def bind_mla(context: BindContext) -> Kernel:
                 query_start_loc,
                 None,
                 None,
+                None,
                 *parallel.workspace,
                 out,
                 max_kv,
