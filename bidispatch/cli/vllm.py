@@ -127,6 +127,7 @@ def check_command(
         require_control=require_control,
         engine=tuple(engine_arg or ()),
     )
+    check.need_vllm()
     report = check.check(options, say=lambda arm, text: None if as_json else render.line(f"[{arm}] {text}"))
     found = check.faults(report, require_control=require_control)
     if as_json:

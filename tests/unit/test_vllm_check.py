@@ -274,6 +274,17 @@ def test_command_line_errors(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "did you mean 'ours'" in capsys.readouterr().err
 
 
+def test_without_vllm_or_with_sizes_that_prove_nothing_no_engine_is_started(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    words = ["vllm", "check", "--model", str(tmp_path)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bidispatch.integrations.vllm.check.check", lambda *given, **named: pytest.fail("started"))
+    assert main(words) == 2
+    assert "vllm is not installed in this environment" in capsys.readouterr().err
+    assert main([*words, "--prompts", "0"]) == 2
+    assert "at least 2 prompts" in capsys.readouterr().err
+
+
 def test_what_a_process_says_is_what_the_other_reads(capfd: pytest.CaptureFixture[str]) -> None:
     program = "from bidispatch.integrations.vllm.check_child import say; say('half way')"
     said: list[str] = []

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,10 +264,23 @@ def test_attention_of_an_encoder_is_a_row() -> None:
 
 def test_what_no_layer_shows_is_named() -> None:
     parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1, data_parallel_size=2)
-    config = SimpleNamespace(parallel_config=parallel, lora_config=object(), speculative_config=object())
+    model = SimpleNamespace(enable_sleep_mode=True)
+    config = SimpleNamespace(
+        parallel_config=parallel, lora_config=object(), speculative_config=object(), model_config=model
+    )
     rows = list(adopt.around(config))
-    assert [row.layer for row in rows] == ["all_reduce", "parallel", "lora", "draft model", "sampler"]
-    assert len(table.refusals(rows)) == 4  # greedy tokens need no sampler
+    assert [row.layer for row in rows] == ["all_reduce", "parallel", "lora", "sleep", "draft model", "sampler"]
+    assert len(table.refusals(rows)) == 5  # greedy tokens need no sampler
+
+
+def test_norms_that_vllm_fuses_itself_are_named() -> None:
+    wrapper = torch.nn.Module()
+    wrapper.fuse_qkv_rmsnorm = True
+    host = SimpleNamespace(rows=[], classes=defaultdict(lambda: type("Other", (), {})))
+    adopt.adopt(host, torch.nn.ModuleDict({"mla": wrapper}), SimpleNamespace(model_config=SimpleNamespace(dtype="")))
+    (row,) = host.rows
+    assert (row.layer, row.kind, row.promised) == ("mla (norms of q and KV)", "norm", False)
+    assert "fuse_qkv_rmsnorm" in row.reason
 
 
 @pytest.mark.parametrize(

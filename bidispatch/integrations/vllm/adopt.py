@@ -43,6 +43,11 @@ def adopt(host: Host, model: Any, vllm_config: Any) -> None:
         if any(kind.__name__ in _ATTENDS for kind in type(module).__mro__):
             host.rows.append(Row.uncovered(name, "attention", _OF_ENCODERS, op="attention"))
             continue
+        if getattr(module, "fuse_qkv_rmsnorm", False):  # vLLM 0.33, layers/mla.py: then its norms are not called
+            why = (
+                "the norms of q and of the compressed KV are fused by vLLM (fuse_qkv_rmsnorm), which was not looked at"
+            )
+            host.rows.append(Row.uncovered(f"{name} (norms of q and KV)", "norm", why, op="rms_norm"))
         router = vars(module).get("router")
         if router is not None and hasattr(router, "_compute_routing"):
             _try(host, name, "router", "moe.router", lambda n=name, r=router: moe.serve_router(host, n, r, dtype))
@@ -107,6 +112,13 @@ def around(vllm_config: Any) -> Iterator[Row]:
         yield Row.uncovered("parallel", "engine", "pipeline and data parallelism were not looked at")
     if vllm_config.lora_config is not None:
         yield Row.uncovered("lora", "adapter", "adapters (LoRA) are vLLM's kernels; run without --enable-lora")
+    if getattr(getattr(vllm_config, "model_config", None), "enable_sleep_mode", False):
+        yield Row.uncovered(
+            "sleep",
+            "engine",
+            "kernels keep constants among the weights, and a sleep of level 2 discards those; run without "
+            "--enable-sleep-mode",
+        )
     if vllm_config.speculative_config is not None:
         yield Row.uncovered("draft model", "engine", "the layers of a draft model are vLLM's; run without one")
     compiled = getattr(vllm_config, "compilation_config", None)

@@ -5,6 +5,7 @@ Each arm is an engine in a process of its own: the one that is checked, and stoc
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from bidispatch.errors import UsageError, did_you_mean
 from bidispatch.integrations.vllm.check_arms import ARMS, OURS, STOCK, arguments_for, child_command, run_arm
+from bidispatch.integrations.vllm.check_rounds import need_sizes
 from bidispatch.integrations.vllm.check_steps import HAPPENINGS, Counters
 
-__all__ = ["VALUES", "CheckOptions", "check", "faults", "lines", "spec_of"]
+__all__ = ["VALUES", "CheckOptions", "check", "faults", "lines", "need_vllm", "spec_of"]
 
 VALUES = ("raw_logprobs", "raw_logits")
 
@@ -54,10 +56,17 @@ class CheckOptions:
             for word in given:
                 if word not in known:
                     raise UsageError(f"{option} {word!r} is none of {', '.join(known)}{did_you_mean(word, known)}")
+        need_sizes(self.prompts, self.longest, self.new_tokens)
         if not self.arms:
             raise UsageError(f"nothing to check: --arm takes {', '.join(ARMS)}")
         for arm in self.arms:
             arguments_for(arm, self.engine)
+
+
+def need_vllm() -> None:
+    """Raise `UsageError` where there is no vLLM to check."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError("vllm is not installed in this environment; `pip install vllm`, then check again")
 
 
 def spec_of(options: CheckOptions, arm: str) -> dict[str, Any]:

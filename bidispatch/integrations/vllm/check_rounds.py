@@ -12,7 +12,7 @@ from bidispatch.errors import UsageError
 from bidispatch.integrations.vllm.check_compare import Round, Served, compare
 from bidispatch.integrations.vllm.check_steps import Steps
 
-__all__ = ["Server", "Workload", "draw", "run"]
+__all__ = ["Server", "Workload", "draw", "need_sizes", "run"]
 
 SHORTEST = 5
 BATCHES = (2, 4, 8, 16, 32, 64)
@@ -59,6 +59,15 @@ class Workload:
         return len(self.prompts)
 
 
+def need_sizes(prompts: int, longest: int, new_tokens: int) -> None:
+    """Raise `UsageError` for sizes that prove nothing."""
+    if prompts < 2 or longest < 2 * SHORTEST or new_tokens < 2:
+        raise UsageError(
+            f"a check needs at least 2 prompts, {2 * SHORTEST} tokens in the longest and 2 new tokens, not "
+            f"{prompts}, {longest} and {new_tokens}; see --prompts, --longest and --new-tokens"
+        )
+
+
 def draw(vocabulary: int, *, prompts: int, longest: int, new_tokens: int, page: int = 16, seed: int = 0) -> Workload:
     """Prompts of 5 to `longest` tokens, equally spaced by ratio; a quarter share the beginning of another.
 
@@ -67,11 +76,7 @@ def draw(vocabulary: int, *, prompts: int, longest: int, new_tokens: int, page: 
 
     Raises `UsageError` for sizes that prove nothing.
     """
-    if prompts < 2 or longest < 2 * SHORTEST or new_tokens < 2:
-        raise UsageError(
-            f"a check needs at least 2 prompts, {2 * SHORTEST} tokens in the longest and 2 new tokens, not "
-            f"{prompts}, {longest} and {new_tokens}; see --prompts, --longest and --new-tokens"
-        )
+    need_sizes(prompts, longest, new_tokens)
     random_ = random.Random(seed)  # noqa: S311 - prompts, not secrets
     own = max(2, prompts - prompts // 4)
     lengths = [round(SHORTEST * (longest / SHORTEST) ** (index / (own - 1))) for index in range(own)]
