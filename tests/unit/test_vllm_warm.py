@@ -96,6 +96,12 @@ def test_every_rung_runs_and_every_choice_inside_one():
     assert rows_to_run(kernel) == (1, 4, 9, 16, 33, 70)
 
 
+def test_of_very_many_choices_those_of_powers_of_two_run():
+    bound = bound_of("gemm", "bfloat16", {"n": 32, "k": 64}, {})
+    kernel = Recorded(bound, (SimpleNamespace(max_m=None),), (tuple(range(1, 70, 2)),))
+    assert rows_to_run(kernel) == (1, 3, 5, 9, 17, 33, 65, 70)
+
+
 def test_on_a_processor_nothing_runs():
     bound = bound_of("gemm", "bfloat16", {"n": 32, "k": 64}, {})
     kernel = Recorded(bound)

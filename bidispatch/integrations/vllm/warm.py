@@ -21,6 +21,9 @@ __all__ = ["rows_to_run", "warm"]
 _log = logging.getLogger("vllm.bidispatch")
 
 _CACHED, _PROMPT, _OTHERS = 300, 64, 3
+_MOST_INSIDE = 32
+"""Choices inside a rung that are all run. DeepGEMM has more than a hundred, of which each may be a kernel that nvcc
+takes seconds for: of those, the ones that serve powers of two."""
 _OTHER_SIZE = 2
 """Of what is no number of rows, such as the matrices of a bmm."""
 
@@ -47,8 +50,14 @@ def rows_to_run(kernel: BoundKernel) -> tuple[int, ...]:
     """The largest rows of each rung, and of each choice that its kernel makes inside, as far as it was bound."""
     most = kernel.limits.max_tokens
     tops = {min(rung.max_m or most, most) for rung in kernel.rungs}
-    inside = {edge for edges in kernel.edges for edge in edges if edge <= most}
+    inside = sorted({edge for edges in kernel.edges for edge in edges if edge <= most})
+    if len(inside) > _MOST_INSIDE:
+        inside = [next(edge for edge in inside if edge >= rows) for rows in _powers_of_two(inside[-1])]
     return tuple(sorted({1, *tops, *inside}))
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << bits for bits in range(most.bit_length())]
 
 
 def _run_rungs(kernel: BoundKernel) -> None:
