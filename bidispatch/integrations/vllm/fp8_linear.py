@@ -14,7 +14,7 @@ import torch
 
 from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm import ops
-from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
+from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, product_text, unserved
 from bidispatch.ops.quantize import FP8, GROUP
 from bidispatch.ops.schema import DimValue
 
@@ -102,10 +102,8 @@ def _whole(host: Host, name: str, layer: Any, scheme: Any) -> None:
     weight_scaling = "tensor" if scales.numel() == 1 else "channel"
     dims: dict[str, DimValue] = {"n": n, "k": k, "out_dtype": dtype, "x_scaling": scaling}
     dims["weight_scaling"] = weight_scaling
-    # A layer may leave its bias to others, as row-parallel ones of other ranks do: both are bound.
-    wanted = (False, True) if bias is not None else (False,)
-    products = [host.take(name, "linear", "gemm.fp8", FP8, **dims, bias=each) for each in wanted]
-    setattr(layer, SERVED, (weight_scaling, quantize, products[0], products[-1] if bias is not None else ""))
+    products = host.take_product(name, "linear", "gemm.fp8", FP8, has_bias=bias is not None, **dims)
+    setattr(layer, SERVED, (weight_scaling, quantize, *products))
 
 
 def apply(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,13 +119,10 @@ def apply(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"quantises rows of {self.out_dtype} itself; leave out vLLM's fused quantisation (fuse_norm_quant, "
                 "fuse_act_quant)"
             )
-        scaling, quantize, product, product_with_bias = texts
+        scaling, quantize, *products = texts
         if scaling == "block":
-            return ops.fp8_block_linear(quantize, product, x, layer.weight, _block_scales(layer), bias)
-        if bias is not None:
-            if not product_with_bias:
-                raise SelectionError(f"{type(layer).__name__} is given a bias, but had none when it was loaded")
-            product = product_with_bias
+            return ops.fp8_block_linear(quantize, products[0], x, layer.weight, _block_scales(layer), bias)
+        product = product_text(layer, products, bias)
         scales, given = layer.weight_scale.view(-1), layer.input_scale
         whole, channels = (scales, None) if scaling == "tensor" else (None, scales)
         x_scale = None if given is None else given.view(1)

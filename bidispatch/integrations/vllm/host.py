@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from bidispatch.ops.schema import DTYPES, DimValue
 from bidispatch.planning.plan import Plan
 from bidispatch.planning.selection import Selection
 
-__all__ = ["SERVED", "Host", "Unserved", "name_of", "refuse_unserved", "unserved"]
+__all__ = ["SERVED", "Host", "Unserved", "name_of", "product_text", "refuse_unserved", "unserved"]
 
 SERVED = "bidispatch_kernels"
 """The attribute of a layer that holds the texts of its kernels."""
@@ -47,6 +47,25 @@ class Host:
         if row not in self.rows:
             self.rows.append(row)
         return text
+
+    def take_product(
+        self, layer: str, kind: str, op: str, dtype: str, *, has_bias: bool, **dims: DimValue
+    ) -> tuple[str, str]:
+        """`take` for a product: its text without a bias, and the one with, empty where the layer has none.
+
+        A layer may leave its bias to others, as row-parallel ones of other ranks do: both are bound.
+        """
+        plain = self.take(layer, kind, op, dtype, **dims, bias=False)
+        return plain, self.take(layer, kind, op, dtype, **dims, bias=True) if has_bias else ""
+
+
+def product_text(layer: Any, texts: Sequence[str], bias: torch.Tensor | None) -> str:
+    """Of `Host.take_product`'s texts the one of a call. Raises `SelectionError` for a bias that was not there."""
+    if bias is None:
+        return texts[0]
+    if not texts[1]:
+        raise SelectionError(f"{type(layer).__name__} is given a bias, but had none when it was loaded")
+    return texts[1]
 
 
 def name_of(dtype: torch.dtype, of: str) -> str:

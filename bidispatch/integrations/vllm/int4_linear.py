@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from bidispatch.errors import SelectionError
 from bidispatch.int4 import Int4Weight, from_awq, from_compressed, from_gptq
 from bidispatch.integrations.vllm import ops
-from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
+from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, product_text, unserved
 from bidispatch.ops.schema import DimValue
 
 __all__ = ["apply", "checkpoint", "serve"]
@@ -66,19 +65,17 @@ def serve(host: Host, name: str, layer: Any, scheme: Any) -> bool:
     else:
         return False
     n, k = weight.weight.shape[0], weight.weight.shape[1] * 8
-    bias = getattr(layer, "bias", None)
+    has_bias = getattr(layer, "bias", None) is not None
     dims: dict[str, DimValue] = {"n": n, "k": k, "group_size": weight.group_size}
     dims["zero_points"] = weight.zeros is not None
     dtype = name_of(weight.scales.dtype, "its scales")
-    # A layer may leave its bias to others, as row-parallel ones of other ranks do: both are bound.
-    wanted = (False, True) if bias is not None else (False,)
-    texts = [host.take(name, "linear", "gemm.int4", dtype, **dims, bias=each) for each in wanted]
+    texts = host.take_product(name, "linear", "gemm.int4", dtype, has_bias=has_bias, **dims)
     for attribute in _CHECKPOINT:
         if attribute in layer._parameters:
             delattr(layer, attribute)
     for attribute, tensor in zip(_PACKED, weight, strict=True):
         layer.register_buffer(attribute, tensor, persistent=False)
-    setattr(layer, SERVED, (texts[0], texts[-1] if bias is not None else ""))
+    setattr(layer, SERVED, texts)
     return True
 
 
@@ -89,9 +86,7 @@ def apply(original: Callable[..., Any]) -> Callable[..., Any]:
         texts = getattr(layer, SERVED, None)
         if texts is None:
             return unserved(layer, original, self, layer, x, bias)
-        if bias is not None and not texts[1]:
-            raise SelectionError(f"{type(layer).__name__} is given a bias, but had none when it was loaded")
         weight, scales, zeros = (getattr(layer, attribute) for attribute in _PACKED)
-        return ops.int4_linear(texts[0] if bias is None else texts[1], x, weight, scales, zeros, bias)
+        return ops.int4_linear(product_text(layer, texts, bias), x, weight, scales, zeros, bias)
 
     return served

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from bidispatch.errors import SelectionError
 from bidispatch.integrations.vllm import fp8_linear, int4_linear, ops
 from bidispatch.integrations.vllm.compat import UNIMPORTED
-from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, unserved
+from bidispatch.integrations.vllm.host import SERVED, Host, Unserved, name_of, product_text, unserved
 
 __all__ = ["apply", "gate_forward", "serve"]
 
@@ -77,18 +76,12 @@ def _weight(layer: Any) -> torch.Tensor:
     return weight
 
 
-def _has_bias(layer: Any) -> bool:
-    return getattr(layer, "bias", None) is not None
-
-
 def _plain(host: Host, name: str, layer: Any, kind: str, **dims: str) -> None:
     weight = _weight(layer)
     n, k = weight.shape
     dtype = name_of(weight.dtype, "its weight")
-    # A layer may leave its bias to others, as row-parallel ones of other ranks do: both are bound.
-    wanted = (False, True) if _has_bias(layer) else (False,)
-    texts = [host.take(name, kind, "gemm", dtype, n=n, k=k, bias=bias, **dims) for bias in wanted]
-    setattr(layer, SERVED, (texts[0], texts[-1] if len(texts) > 1 else ""))
+    has_bias = getattr(layer, "bias", None) is not None
+    setattr(layer, SERVED, host.take_product(name, kind, "gemm", dtype, has_bias=has_bias, n=n, k=k, **dims))
 
 
 def _gate(host: Host, name: str, layer: Any, method: type) -> None:
@@ -109,15 +102,9 @@ def apply(original: Callable[..., Any]) -> Callable[..., Any]:
         texts = getattr(layer, SERVED, None)
         if texts is None:
             return unserved(layer, original, self, layer, x, bias)
-        return _product(layer, texts, x, bias, x.dtype)
+        return ops.linear(product_text(layer, texts, bias), x, layer.weight, bias, x.dtype)
 
     return served
-
-
-def _product(layer: Any, texts: tuple[str, str], x: Any, bias: Any, out_dtype: torch.dtype) -> Any:
-    if bias is not None and not texts[1]:
-        raise SelectionError(f"{type(layer).__name__} is given a bias, but had none when it was loaded")
-    return ops.linear(texts[0] if bias is None else texts[1], x, layer.weight, bias, out_dtype)
 
 
 def gate_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +116,8 @@ def gate_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return unserved(self, original, self, x)
         kept = self.bias if self.skip_bias_add else None
         bias = None if self.skip_bias_add else self.bias
-        out = _product(self, texts, x.to(self.weight.dtype), bias, self.bidispatch_out_dtype)
+        text = product_text(self, texts, bias)
+        out = ops.linear(text, x.to(self.weight.dtype), self.weight, bias, self.bidispatch_out_dtype)
         return (out, kept) if self.return_bias else out
 
     return served
