@@ -26,7 +26,7 @@ import math
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "finish", "fold", "split_at", "split_start", "visible_range"]
+__all__ = ["attend", "finish", "fold", "fold_decays", "fold_sums", "split_at", "split_start", "visible_range"]
 
 _SUM_COLUMNS = tl.constexpr(16)  # the narrowest product every matrix unit has; all columns hold the same sum
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -442,14 +442,25 @@ def attend(
 
 
 @triton.jit
-def fold(maximum, total, acc, split_maximum, split_total, split_acc):
-    """Fold one more split into a state of maximum [rows], total [rows] and acc [rows, dims]."""
+def fold_decays(maximum, split_maximum):
+    """The maximum of a state and one more split, and what each of the two is scaled by."""
     new_maximum = tl.maximum(maximum, split_maximum)
     reference = _no_lower_than_zero(new_maximum)
-    decay = tl.exp2(maximum - reference)
-    split_decay = tl.exp2(split_maximum - reference)
-    total = tl.fma(split_total, split_decay, total * decay)
-    acc = tl.fma(split_acc, tl.zeros_like(split_acc) + split_decay[:, None], acc * decay[:, None])
+    return new_maximum, tl.exp2(maximum - reference), tl.exp2(split_maximum - reference)
+
+
+@triton.jit
+def fold_sums(value, decay, split_value, split_decay):
+    """Sums of a state with those of one more split, all of one shape: a product, then a product and sum in one."""
+    return tl.fma(split_value, split_decay, value * decay)
+
+
+@triton.jit
+def fold(maximum, total, acc, split_maximum, split_total, split_acc):
+    """Fold one more split into a state of maximum [rows], total [rows] and acc [rows, dims]."""
+    new_maximum, decay, split_decay = fold_decays(maximum, split_maximum)
+    total = fold_sums(total, decay, split_total, split_decay)
+    acc = fold_sums(acc, decay[:, None], split_acc, tl.zeros_like(split_acc) + split_decay[:, None])
     return new_maximum, total, acc
 
 
