@@ -464,6 +464,81 @@ def segment_kernel(
         cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def _fold_heads(
+    sinks_ptr,
+    v_scales_ptr,
+    folded_ptr,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
+    out_ptr,
+    first_head,
+    row,
+    token,
+    query_len,
+    kv_len,
+    base,
+    first_split,
+    splits,
+    stride_v_scale,
+    stride_out_token,
+    stride_out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Fold what is left of a token and ROWS of its heads."""
+    head = first_head + tl.arange(0, ROWS)
+    kv_head = first_head // GROUP
+    dims = tl.arange(0, BLOCK_D)
+    inside = (dims < HEAD_DIM)[None, :]
+    past_limit = (splits == 0) | (base < 0)
+    folded = tl.full((), 0, tl.int32)
+    if folded_ptr is not None:
+        folded = tl.load(folded_ptr + row * HEADS + first_head, mask=(splits > 0) & (base >= 0), other=0)
+    if folded >= 0:  # else its result is stored
+        position = kv_len - query_len + token
+        low, high = visible_range(position, position, kv_len, CAUSAL, WINDOW)
+        begin, end = split_at(low, SPLITS), split_at(tl.maximum(high - 1, 0), SPLITS) + 1
+        slot = base.to(tl.int64) + token * splits - first_split
+        maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((ROWS,), dtype=tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+        if past_limit:
+            maximum = maximum * float("nan")
+            total, acc = total * float("nan"), acc * float("nan")
+        else:
+            if folded_ptr is not None:  # noqa: SIM102 - decided when it is compiled
+                if folded > 0:
+                    state = (slot + first_split) * HEADS + head
+                    maximum = tl.load(maxima_ptr + state)
+                    total = tl.load(totals_ptr + state)
+                    acc = tl.load(accs_ptr + state[:, None] * BLOCK_D + dims[None, :])
+                    begin = tl.maximum(begin, folded)
+            for first in tl.range(begin, end, _AT_ONCE, num_stages=3):
+                for step in tl.static_range(_AT_ONCE):
+                    split = first + step
+                    state = (slot + split) * HEADS + head
+                    there = state * 0 + split < end
+                    maximum, total, acc = fold(
+                        maximum,
+                        total,
+                        acc,
+                        tl.load(maxima_ptr + state, mask=there, other=float("-inf")),
+                        tl.load(totals_ptr + state, mask=there, other=0.0),
+                        tl.load(accs_ptr + state[:, None] * BLOCK_D + dims[None, :], mask=there[:, None], other=0.0),
+                    )
+        result = finish(maximum, total, acc, sinks_ptr, head, v_scales_ptr, kv_head, stride_v_scale)
+        out_ptrs = out_ptr + row * stride_out_token + (head * stride_out_head)[:, None] + dims[None, :]
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["max_kv", "alone", "stride_v_scale"])
 def fold_kernel(
     kv_lens_ptr,
@@ -489,11 +564,13 @@ def fold_kernel(
     SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Fold what `split_kernel` wrote: a program has ROWS heads of a sequence, every num_programs(2)-th of its tokens.
+    """Fold what `split_kernel` wrote: a program has SPAN heads of a sequence, every num_programs(2)-th of its tokens.
 
-    ROWS divides the heads of a query tile and those of a KV head.
+    It folds ROWS heads at once, which divide SPAN, those of a query tile and those of a KV head. SPAN divides HEADS; it
+    is more than ROWS where so few are left to fold that programs without any would take the time.
 
     alone: 1 where no `walk_kernel` follows. A sequence that would be left to it is beyond the limits, and gives NaN.
     folded_ptr: of `segment_kernel`, which has folded the first splits, or all; None after `split_kernel`.
@@ -510,54 +587,72 @@ def fold_kernel(
     if (base < 0) & (alone == 0):
         return
 
-    first_head = tl.program_id(1) * ROWS
-    head = first_head + tl.arange(0, ROWS)
-    kv_head = first_head // GROUP
-    dims = tl.arange(0, BLOCK_D)
-    inside = (dims < HEAD_DIM)[None, :]
-    past_limit = (splits == 0) | (base < 0)
+    first_head = tl.program_id(1) * SPAN
     for token in range(tl.program_id(2), query_len, tl.num_programs(2)):
         row = (query_start + token).to(tl.int64)
-        folded = tl.full((), 0, tl.int32)
-        if folded_ptr is not None:
-            folded = tl.load(folded_ptr + row * HEADS + first_head, mask=(splits > 0) & (base >= 0), other=0)
-        if folded >= 0:  # else its result is stored
-            position = kv_len - query_len + token
-            low, high = visible_range(position, position, kv_len, CAUSAL, WINDOW)
-            begin, end = split_at(low, SPLITS), split_at(tl.maximum(high - 1, 0), SPLITS) + 1
-            slot = base.to(tl.int64) + token * splits - first_split
-            maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-            total = tl.zeros((ROWS,), dtype=tl.float32)
-            acc = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-            if past_limit:
-                maximum = maximum * float("nan")
-                total, acc = total * float("nan"), acc * float("nan")
-            else:
-                if folded_ptr is not None:  # noqa: SIM102 - decided when it is compiled
-                    if folded > 0:
-                        state = (slot + first_split) * HEADS + head
-                        maximum = tl.load(maxima_ptr + state)
-                        total = tl.load(totals_ptr + state)
-                        acc = tl.load(accs_ptr + state[:, None] * BLOCK_D + dims[None, :])
-                        begin = tl.maximum(begin, folded)
-                for first in tl.range(begin, end, _AT_ONCE, num_stages=3):
-                    for step in tl.static_range(_AT_ONCE):
-                        split = first + step
-                        state = (slot + split) * HEADS + head
-                        there = state * 0 + split < end
-                        maximum, total, acc = fold(
-                            maximum,
-                            total,
-                            acc,
-                            tl.load(maxima_ptr + state, mask=there, other=float("-inf")),
-                            tl.load(totals_ptr + state, mask=there, other=0.0),
-                            tl.load(
-                                accs_ptr + state[:, None] * BLOCK_D + dims[None, :], mask=there[:, None], other=0.0
-                            ),
-                        )
-            result = finish(maximum, total, acc, sinks_ptr, head, v_scales_ptr, kv_head, stride_v_scale)
-            out_ptrs = out_ptr + row * stride_out_token + (head * stride_out_head)[:, None] + dims[None, :]
-            tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
+        if SPAN == ROWS:
+            _fold_heads(
+                sinks_ptr,
+                v_scales_ptr,
+                folded_ptr,
+                maxima_ptr,
+                totals_ptr,
+                accs_ptr,
+                out_ptr,
+                first_head,
+                row,
+                token,
+                query_len,
+                kv_len,
+                base,
+                first_split,
+                splits,
+                stride_v_scale,
+                stride_out_token,
+                stride_out_head,
+                HEADS,
+                GROUP,
+                HEAD_DIM,
+                CAUSAL,
+                WINDOW,
+                SPLITS,
+                ROWS,
+                BLOCK_D,
+            )
+        else:
+            there = (splits > 0) & (base >= 0)
+            heads = first_head + tl.arange(0, SPAN)
+            folded = tl.load(folded_ptr + row * HEADS + heads, mask=there & (heads < HEADS), other=0)
+            if tl.max(folded, 0) >= 0:
+                for head in range(first_head, first_head + SPAN, ROWS):
+                    _fold_heads(
+                        sinks_ptr,
+                        v_scales_ptr,
+                        folded_ptr,
+                        maxima_ptr,
+                        totals_ptr,
+                        accs_ptr,
+                        out_ptr,
+                        head,
+                        row,
+                        token,
+                        query_len,
+                        kv_len,
+                        base,
+                        first_split,
+                        splits,
+                        stride_v_scale,
+                        stride_out_token,
+                        stride_out_head,
+                        HEADS,
+                        GROUP,
+                        HEAD_DIM,
+                        CAUSAL,
+                        WINDOW,
+                        SPLITS,
+                        ROWS,
+                        BLOCK_D,
+                    )
 
 
 @triton.jit(do_not_specialize=["seqs", "max_kv", "stride_table", "stride_k_scale", "stride_v_scale"])

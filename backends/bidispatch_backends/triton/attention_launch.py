@@ -99,12 +99,13 @@ def fold_launch(
     warps: int,
     *,
     rows: int = 1,
+    span: int = 0,
     dependent: bool = False,
     segments: bool = False,
 ) -> Launch:
     """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result.
 
-    rows: heads of a program.
+    rows: heads that a program folds at once. span: all of its heads, by default those.
     dependent: launched while the kernel before it still runs, where `dependent_launch` has options for it.
     segments: behind `segment_kernel`, which says in `folded_ptr` what it has folded.
     """
@@ -118,7 +119,7 @@ def fold_launch(
         | {"out_ptr": data}
         | dict.fromkeys(("max_kv", "alone", "stride_v_scale"), "i32")
         | dict(out_strides),
-        dict(constants) | {"DEPENDENT": bool(early), "ROWS": rows},
+        dict(constants) | {"DEPENDENT": bool(early), "ROWS": rows, "SPAN": span or rows},
         options(arch, warps, 1, fp_fusion=False) | early,
     )
 
@@ -127,9 +128,20 @@ class Parallel:
     """A bound kernel's workspace of splits, and what a call needs to know of its limits."""
 
     def __init__(
-        self, context: BindContext, decode: Decode, *, heads: int, width: int, blocks: int, segments: int = 0
+        self,
+        context: BindContext,
+        decode: Decode,
+        *,
+        heads: int,
+        width: int,
+        blocks: int,
+        segments: int = 0,
+        running: int = 0,
     ) -> None:
-        """blocks: tiles of one token's heads. segments: programs of `segment_kernel` a multiprocessor, if any."""
+        """blocks: tiles of one token's heads. segments: programs of `segment_kernel` a multiprocessor, if any.
+
+        running: what each of these programs holds of its own in memory, in float32.
+        """
         limits, tile = context.limits, context.tile
         self.decode = decode
         self._heads, self._limits = heads, limits
@@ -145,8 +157,10 @@ class Parallel:
         states = decode.capacity * heads if decode.most_queries else 0
         seqs = limits.max_seqs if decode.most_queries else 0
         sizes = ((seqs, torch.int32), *((count, torch.float32) for count in (states, states, states * width)))
-        folded = limits.max_tokens * heads if segments and states else 0
-        *workspace, self.folded = empties(context, *sizes, (folded, torch.int32))
+        folded, running = (limits.max_tokens * heads, self._segments * running) if states and segments else (0, 0)
+        *workspace, self.folded, self.running = empties(
+            context, *sizes, (folded, torch.int32), (running, torch.float32)
+        )
         self.workspace = tuple(workspace)
         self.bases = self.workspace[0]
 
@@ -169,14 +183,14 @@ class Parallel:
         Where each of its programs gets a pair of sequence and heads, or more: with fewer, most would begin within one
         that another began, and store the state of each split as `split_kernel` does.
         """
-        _, programs = self.segment_grid
+        programs = self.segment_grid[1]
         return bool(self.decode.most_queries and self._segments) and seqs >= programs
 
     @property
-    def segment_grid(self) -> tuple[int, int]:
+    def segment_grid(self) -> tuple[int, ...]:
         """Of `segment_kernel`: as many programs for each tile of a token's heads."""
         return (self._blocks, max(1, self._segments // self._blocks))
 
-    def fold_grid(self, tokens: int, seqs: int, rows: int = 1) -> tuple[int, ...]:
-        """Of `fold_kernel`. rows: heads of a program."""
-        return (seqs, self._heads // rows, min(_FOLDS, self.decode.most_queries, tokens))
+    def fold_grid(self, tokens: int, seqs: int, span: int = 1) -> tuple[int, ...]:
+        """Of `fold_kernel`. span: heads of a program."""
+        return (seqs, self._heads // span, min(_FOLDS, self.decode.most_queries, tokens))

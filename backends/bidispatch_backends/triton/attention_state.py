@@ -450,8 +450,8 @@ def fold_decays(maximum, split_maximum):
 
 
 @triton.jit
-def fold_sums(value, decay, split_value, split_decay):
-    """Sums of a state with those of one more split, all of one shape: a product, then a product and sum in one."""
+def fold_sums(split_value, split_decay, value, decay):
+    """Sums of a state with those of one more split, of one shape: a product, then a product and a sum in one."""
     return tl.fma(split_value, split_decay, value * decay)
 
 
@@ -459,8 +459,8 @@ def fold_sums(value, decay, split_value, split_decay):
 def fold(maximum, total, acc, split_maximum, split_total, split_acc):
     """Fold one more split into a state of maximum [rows], total [rows] and acc [rows, dims]."""
     new_maximum, decay, split_decay = fold_decays(maximum, split_maximum)
-    total = fold_sums(total, decay, split_total, split_decay)
-    acc = fold_sums(acc, decay[:, None], split_acc, tl.zeros_like(split_acc) + split_decay[:, None])
+    total = fold_sums(split_total, split_decay, total, decay)
+    acc = fold_sums(split_acc, tl.zeros_like(split_acc) + split_decay[:, None], acc, decay[:, None])
     return new_maximum, total, acc
 
 

@@ -9,7 +9,8 @@ bits.
 """
 
 # Kernel arguments are Triton values, which no annotation describes.
-# ruff: noqa: ANN001, ANN201, ANN202
+# RET505: a branch on a constexpr must be an `if` of its own, or both sides are compiled.
+# ruff: noqa: ANN001, ANN201, ANN202, RET505
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -513,7 +514,8 @@ def _weigh(
     """Take the scores of a tile of this side, add the values of the other's before it, hand over the weights.
 
     FRESH: it begins a split, so that no maximum is carried on. use, others_use: how many tiles of this side were before
-    this one, and of the other before its own. Returns the sums, which hold the tile before.
+    this one, and of the other before its own. Returns the sums, which hold the tile before; with FRESH also the maximum at
+    that tile, as rows of the accumulator have it.
     """
     (
         q_left,
@@ -545,6 +547,7 @@ def _weigh(
     scores = _scores(q_left, q_right, q_rope, kv_left, kv_right, kv_rope, buffer, BLOCK_N, SCORES)
     hopper.mbarrier.wait(weights_ready.index(OTHER), others_use % 2)
     if FRESH:
+        others_maximum = maxima_shared.index(OTHER).load(gl.SliceLayout(1, VALUES))
         before = gl.full((_ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     else:
         before = maxima_shared.index(OTHER).load(gl.SliceLayout(1, SCORES))
@@ -575,7 +578,10 @@ def _weigh(
         decays_shared.index(SIDE),
         weights_ready.index(SIDE),
     )
-    return total, acc
+    if FRESH:
+        return total, acc, others_maximum
+    else:
+        return total, acc
 
 
 @gluon.jit
@@ -607,7 +613,9 @@ def _own_values(SIDE: gl.constexpr, total, acc, step, shared, HALF: gl.constexpr
 @gluon.jit
 def _others_values(SIDE: gl.constexpr, total, acc, step, others_use, shared, HALF: gl.constexpr):
     """Add the values of an item's last tile, where it is the other side's. Its weights and maxima are kept."""
-    _q0, _q1, _q2, kv_left, kv_right, _k2, weights_shared, _m, decays_shared, ones, _r, free, weights_ready, _wf = shared
+    _q0, _q1, _q2, kv_left, kv_right, _k2, weights_shared, _m, decays_shared, ones, _r, free, weights_ready, _wf = (
+        shared
+    )
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _SUM_COLUMNS, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, HALF, 16])
     OTHER: gl.constexpr = 1 - SIDE
@@ -729,7 +737,19 @@ def _attend(
             first_own = (base_step + SIDE) % 2
             if first_own == 0:
                 total, acc = _first_tile(
-                    SIDE, total, acc, begin, full_end, positions, high, base_step, base_step // 2, shared, scale, BLOCK_N, HALF
+                    SIDE,
+                    total,
+                    acc,
+                    begin,
+                    full_end,
+                    positions,
+                    high,
+                    base_step,
+                    base_step // 2,
+                    shared,
+                    scale,
+                    BLOCK_N,
+                    HALF,
                 )
             for tile in range(2 - first_own, tiles, 2):
                 step = base_step + tile
@@ -776,44 +796,9 @@ def _attend(
             base_step += tiles
 
 
-@gluon.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table"])
-def seesaw_split_kernel(
-    q_ptr,
-    kv_ptr,
-    table_ptr,
-    kv_lens_ptr,
-    query_start_ptr,
-    bases_ptr,
-    maxima_ptr,
-    totals_ptr,
-    accs_ptr,
-    exp2_scale,
-    seqs,
-    max_kv,
-    capacity,
-    stride_table,
-    stride_q_token,
-    stride_q_head,
-    stride_page,
-    stride_slot,
-    NUM_HEADS: gl.constexpr,
-    HEADS: gl.constexpr,
-    TOKENS: gl.constexpr,
-    RANK: gl.constexpr,
-    ROPE: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    SPLITS: gl.constexpr,
-    MOST_QUERIES: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_L: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-):
-    """`latent_split_kernel`, launched with WARPS, for SEESAW_ROWS rows and what `mla_params.seesaws` names."""
-    gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
-    HALF: gl.constexpr = BLOCK_L // 2
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
+@gluon.jit
+def _allocate(dtype: gl.constexpr, BLOCK_N: gl.constexpr, HALF: gl.constexpr, ROPE: gl.constexpr):
+    """A program's shared memory: queries, KV tiles, what the sides hand over, items, and their barriers."""
     Q_WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, HALF], dtype)
     Q_NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, ROPE], dtype)
     KV_WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HALF], dtype)
@@ -855,6 +840,56 @@ def seesaw_split_kernel(
     hopper.mbarrier.init(q_free, count=2)
     hopper.fence_async_shared()
     barrier()
+    queries = (q_left, q_right, q_rope)
+    tiles = (kv_left, kv_right, kv_rope)
+    handed = (weights, maxima, decays, ones)
+    return queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free
+
+
+@gluon.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table"])
+def seesaw_split_kernel(
+    q_ptr,
+    kv_ptr,
+    table_ptr,
+    kv_lens_ptr,
+    query_start_ptr,
+    bases_ptr,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
+    exp2_scale,
+    seqs,
+    max_kv,
+    capacity,
+    stride_table,
+    stride_q_token,
+    stride_q_head,
+    stride_page,
+    stride_slot,
+    NUM_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    RANK: gl.constexpr,
+    ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    SPLITS: gl.constexpr,
+    MOST_QUERIES: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_L: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+):
+    """`latent_split_kernel`, launched with WARPS, for SEESAW_ROWS rows and what `mla_params.seesaws` names."""
+    gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
+    HALF: gl.constexpr = BLOCK_L // 2
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free = _allocate(
+        dtype, BLOCK_N, HALF, ROPE
+    )
+    q_left, q_right, q_rope = queries
+    kv_left, kv_right, kv_rope = tiles
+    weights, maxima, decays, ones = handed
     attend = (
         q_left,
         q_right,
