@@ -71,13 +71,9 @@ def _send(items, item_ready, item_free, number, fields):
 
 
 @gluon.jit
-def _receive(items, item_ready, item_free, number):
-    """The next item's integers."""
-    hopper.mbarrier.wait(item_ready.index(number % 2), number // 2 % 2)
-    fields = items.index(number % 2).load(gl.BlockedLayout([1], [32], [_WARPS], [0]))
-    barrier()
-    hopper.mbarrier.arrive(item_free.index(number % 2))
-    return fields
+def _read(items, number):
+    """The integers of an item that has been received."""
+    return items.index(number % 2).load(gl.BlockedLayout([1], [32], [_WARPS], [0]))
 
 
 @gluon.jit
@@ -468,11 +464,9 @@ def _attend(
     own_uses = gl.program_id(0) * 0
     others_uses = gl.program_id(0) * 0
     number = gl.program_id(0) * 0
-    fields = _receive(items, item_ready, item_free, number)
-    whole = _field(fields, 10)
-    while whole >= 0:
-        slot = _field(fields, 0)
-        seq_splits = _field(fields, 1)
+    hopper.mbarrier.wait(item_ready.index(0), 0)
+    fields = _read(items, number)
+    while _field(fields, 10) >= 0:
         query_len = _field(fields, 2)
         first_token = _field(fields, 3)
         first = _field(fields, 4)
@@ -480,7 +474,6 @@ def _attend(
         begin = _field(fields, 6)
         end = _field(fields, 7)
         head_block = _field(fields, 8)
-        query_start = _field(fields, 9)
         tiles = gl.cdiv(end - begin, BLOCK_N)
         score_tokens, _, _ = _rows_of(
             head_block, first_token, query_len, gl.SliceLayout(1, SCORES), NUM_HEADS, HEADS, TOKENS
@@ -564,6 +557,17 @@ def _attend(
         own_uses += (tiles + OTHER) // 2
         others_uses += (tiles + SIDE) // 2
         there = last_split > first_split
+        # Read again, so that no register holds them meanwhile.
+        fields = _read(items, number)
+        slot = _field(fields, 0)
+        seq_splits = _field(fields, 1)
+        query_len = _field(fields, 2)
+        first_token = _field(fields, 3)
+        head_block = _field(fields, 8)
+        query_start = _field(fields, 9)
+        whole = _field(fields, 10)
+        barrier()
+        hopper.mbarrier.arrive(item_free.index(number % 2))
         tokens, heads, valid = _rows_of(head_block, first_token, query_len, PIECE_ROWS, NUM_HEADS, HEADS, TOKENS)
         dims = SIDE * HALF + gl.arange(0, _PIECE, layout=gl.SliceLayout(0, MATRIX))
         loaded = _load_first(own_running, there)
@@ -596,8 +600,8 @@ def _attend(
                 gl.store(maxima_ptr + states, maximum, mask=valid)
                 gl.store(totals_ptr + states, row_total, mask=valid)
         number += 1
-        fields = _receive(items, item_ready, item_free, number)
-        whole = _field(fields, 10)
+        hopper.mbarrier.wait(item_ready.index(number % 2), number // 2 % 2)
+        fields = _read(items, number)
 
 
 @gluon.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table"])
