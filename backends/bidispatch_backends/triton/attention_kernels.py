@@ -620,10 +620,10 @@ def fold_kernel(
                 BLOCK_D,
             )
         else:
-            there = (splits > 0) & (base >= 0)
-            heads = first_head + tl.arange(0, SPAN)
-            folded = tl.load(folded_ptr + row * HEADS + heads, mask=there & (heads < HEADS), other=0)
-            if tl.max(folded, 0) >= 0:
+            left = tl.full((), 0, tl.int32)
+            if (splits > 0) & (base >= 0):
+                left = tl.max(tl.load(folded_ptr + row * HEADS + first_head + tl.arange(0, SPAN)), 0)
+            if left >= 0:  # else all results are stored
                 for head in range(first_head, first_head + SPAN, ROWS):
                     _fold_heads(
                         sinks_ptr,

@@ -34,14 +34,14 @@ from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws, w
 from bidispatch_backends.triton.mla_runs import MOST_IDLE
 from bidispatch_backends.triton.mla_segments import latent_segment_kernel
 
-__all__ = ["bind_mla", "launches"]
+__all__ = ["Runs", "bind_mla", "launches"]
 
 _FOLD_WARPS = 4
 _MOST_FOLDED = 16
 """Heads of a program that folds behind segments, at most: they leave it little, mostly nothing."""
 
 
-class _Runs(Parallel):
+class Runs(Parallel):
     """Of `latent_segment_kernel`, whose programs have one order of all pairs."""
 
     def in_segments(self, seqs: int) -> bool:
@@ -194,7 +194,7 @@ def bind_mla(context: BindContext) -> Kernel:
     heads, rank = problem.size("num_heads"), problem.size("kv_lora_rank")
     walked = Packing.of(heads, tile.prefill_block_m)
     blocks = Packing.of(heads, decode.block_m).head_blocks
-    parallel = _Runs(
+    parallel = Runs(
         context,
         decode,
         heads=heads,
