@@ -98,23 +98,23 @@ def in_segments(problem: Problem, batch: Sequence[Any], programs: int, params: M
         return attend(kernel, problem, batch)
 
 
-@pytest.mark.parametrize("shape", ["small", "18 heads, more than a tile has rows", "3 heads"])
+@pytest.mark.parametrize("shape", ["small", "18 heads, more than a tile has rows"])
 def test_segments_that_begin_and_end_anywhere_have_the_bits_of_splits(shape: str) -> None:
     """From all in one program to more programs than there are splits."""
     problem = problem_of(SHAPES[shape])
     batch = latent_batch(problem, *map(list, zip(*STEP, strict=True)), padding_rows=1)
     parallel = attend(bind_path(problem, "parallel"), problem, batch)
-    for programs in (1, 3, 7, 13, 16, 26, 40):
+    for programs in (1, 7, 13, 26):
         assert same_bits(parallel[:-1], in_segments(problem, batch, programs)[:-1]), programs
 
 
-@pytest.mark.parametrize("shape", ["small", "18 heads, more than a tile has rows", "3 heads"])
+@pytest.mark.parametrize("shape", ["18 heads, more than a tile has rows", "3 heads"])
 def test_segments_of_several_query_tokens_have_the_bits_of_a_prefill(shape: str) -> None:
     """In one query tile and in several, which see other positions; of some sequences only the first tiles are there."""
     problem = problem_of(SHAPES[shape])
-    batch = latent_batch(problem, [2, 8, 9, 1, 0, 30, 3, 4], [50, 113, 96, 1, 0, 130, 3, 97])
+    batch = latent_batch(problem, [2, 8, 9, 1, 0, 17, 4], [50, 113, 96, 1, 0, 130, 97])
     walked = attend(bind_path(problem, "walked"), problem, batch)
-    for programs in (1, 3, 8, 31):
+    for programs in (1, 8, 19):
         assert same_bits(walked, in_segments(problem, batch, programs)), programs
 
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention whose bits for a query depend on its own position and cache alone: launches and binding.
 
 As in `attention`: `latent_split_kernel` and `fold_kernel` serve sequences of few query tokens, `latent_segment_kernel`
-and `fold_kernel` those of calls of many sequences, `latent_walk_kernel` the others. The absorbed form serves every phase,
-so that a prefill has the bits of decode.
+and `fold_kernel` those of calls of many sequences, `latent_walk_kernel` the others. The absorbed form serves every
+phase, so that a prefill has the bits of decode.
 """
 
 from __future__ import annotations

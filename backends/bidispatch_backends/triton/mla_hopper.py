@@ -514,8 +514,8 @@ def _weigh(
     """Take the scores of a tile of this side, add the values of the other's before it, hand over the weights.
 
     FRESH: it begins a split, so that no maximum is carried on. use, others_use: how many tiles of this side were before
-    this one, and of the other before its own. Returns the sums, which hold the tile before; with FRESH also the maximum at
-    that tile, as rows of the accumulator have it.
+    this one, and of the other before its own. Returns the sums, which hold the tile before; with FRESH also that tile's
+    maximum, as rows of the accumulator have it.
     """
     (
         q_left,

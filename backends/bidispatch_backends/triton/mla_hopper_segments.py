@@ -1,20 +1,21 @@
 """Latent attention's runs of splits on Hopper: `latent_segment_kernel` with the roles of `mla_hopper`, in Gluon.
 
-A split of 64 rows is 128 KB in fp32, as much as the KV of 114 positions. Here it is not stored for another kernel: where
-a split ends, each of the two warpgroups that attend folds its half of the accumulator's columns into a running state. It
-has no place in registers or shared memory, which the accumulator and the KV tiles fill, so it lies in global memory of
-the program's own, 17 MB for 132 programs, which the L2 cache keeps; a thread reads what it wrote itself, so that nothing
-has to be waited for but the loads. The stream of KV tiles does not stop there: the first side takes the scores of the
-next split's first tile and hands its weights over before it folds, and the other one folds meanwhile.
+A split of 64 rows is 128 KB in fp32, as much as the KV of 114 positions. Here it is not stored for another kernel:
+where a split ends, each of the two warpgroups that attend folds its half of the accumulator's columns into a running
+state. That has no place in registers or shared memory, which the accumulator and the KV tiles fill, so it lies in
+global memory of the program's own, 17 MB for 132 programs, for the L2 cache to keep. A thread reads what it wrote
+itself, so that nothing has to be waited for but the loads. The stream of KV tiles does not stop there: side 0 takes the
+scores of the next split's first tile and hands its weights over before it folds; side 1 folds meanwhile.
 
-For that, the tiles of an item belong to the sides in turn from its first on, and splits hold tiles in pairs, so that a
-split begins with a tile of side 0 and ends with one of side 1.
+For that, an item's tiles belong to the sides in turn from its first on, and splits hold tiles in pairs: a split begins
+with a tile of side 0 and ends with one of side 1.
 """
 
 # Kernel arguments are Triton values, which no annotation describes.
-# RET505, SIM108: a branch on a constexpr must be an `if` of its own, or both sides are compiled.
-# ruff: noqa: ANN001, ANN201, ANN202, RET505, SIM108
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# RET505: a branch on a constexpr must be an `if` of its own, or both sides are compiled.
+# RUF005: Triton has no unpacking.
+# ruff: noqa: ANN001, ANN201, ANN202, RET505, RUF005
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -89,7 +90,7 @@ def _sequences(
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Every sequence's number, query tiles and KV tiles (0 where it is left), and where the workspace has its states."""
+    """Every sequence's number, query tiles and KV tiles (0 where it is left), and where its states begin."""
     batch, _starts, query_lens, kv_lens, slot_starts, parallel, item_starts, item_ends = _work_list(
         query_start_ptr, kv_lens_ptr, seqs, max_kv, capacity, TOKENS, SPLITS, MOST_QUERIES, BLOCK_B
     )
@@ -290,7 +291,7 @@ def _pieces(acc, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _in_memory(piece):
-    """A piece as the running state lies in memory: [16, 128], of which a thread has 4 elements of a row, a warp the row.
+    """A piece as the running state lies in memory: [16, 128], of which a warp has a row, a thread 4 elements of it.
 
     Of the matrix unit's layout a thread has 2 elements of a row and of the one 8 below, in each 8 columns.
     """

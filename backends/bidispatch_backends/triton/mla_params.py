@@ -48,8 +48,8 @@ class MlaTile(AttentionTile):
     decode_overlap: bool = False
     """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
     segment_programs: int = Field(default=0, ge=0, le=64)
-    """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks runs
-    of splits. Best as many as run at once. 0: the splits run in parallel there too."""
+    """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks
+    runs of splits. Best as many as run at once. 0: the splits run in parallel there too."""
     workspace_mb: int = Field(default=1024, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
     KB for 128 heads."""

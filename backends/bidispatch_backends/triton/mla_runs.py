@@ -1,9 +1,9 @@
-"""How latent attention's calls of many sequences are cut into runs of splits, for `mla_segments` and `mla_hopper_segments`.
+"""How calls of many sequences are cut into runs of splits, for `mla_segments` and `mla_hopper_segments`.
 
 A pair is a query tile of a sequence and a block of its heads. The KV tiles of all pairs stand in one order: by block of
-heads, then by the number of the query tile, then by sequence, positions ascending. Each program has an equal part of it,
-moved to the next boundaries of splits: a split belongs to the program that has its first tile. So the programs that have
-the same keys for other heads or later tokens of a sequence read them at about the same time.
+heads, then by the number of the query tile, then by sequence, positions ascending. Each program has an equal part of
+it, moved to the next boundaries of splits: a split belongs to the program that has its first tile. So the programs that
+have the same keys for other heads or later tokens of a sequence read them at about the same time.
 """
 
 # Kernel arguments are Triton values, which no annotation describes.

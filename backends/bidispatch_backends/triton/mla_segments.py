@@ -1,4 +1,4 @@
-"""Latent attention's calls of many sequences: programs that walk runs of splits. Its twin is in `mla_hopper_segments`."""
+"""Latent attention's calls of many sequences: programs that walk runs of splits. `mla_hopper_segments` has its twin."""
 
 # Kernel arguments are Triton values, which no annotation describes.
 # ruff: noqa: ANN001, ANN201
@@ -68,7 +68,7 @@ def latent_segment_kernel(
     running: used by the twin alone.
     """
     head_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
-    batch, _, query_lens, kv_lens, splits, bases = _parallel_sequences(
+    batch, _starts, query_lens, kv_lens, splits, bases = _parallel_sequences(
         kv_lens_ptr, query_start_ptr, bases_ptr, seqs, max_kv, capacity, True, 0, SPLITS, MOST_QUERIES, BLOCK_B
     )
     query_tiles = tl.where(splits > 0, tl.cdiv(query_lens, TOKENS), 0)
@@ -80,17 +80,17 @@ def latent_segment_kernel(
         query_start = tl.load(query_start_ptr + seq)
         query_len = tl.load(query_start_ptr + seq + 1) - query_start
         kv_len = tl.load(kv_lens_ptr + seq)
-        _, seq_splits = _splits_of(query_len, kv_len, max_kv, True, 0, SPLITS)
+        _first_split, seq_splits = _splits_of(query_len, kv_len, max_kv, True, 0, SPLITS)
         first_token = query_tile * TOKENS
         first = kv_len - query_len + first_token
         last = tl.minimum(first + TOKENS, kv_len) - 1
-        _, high = visible_range(first, last, kv_len, True, 0)
+        _low, high = visible_range(first, last, kv_len, True, 0)
         next_place = tl.minimum(first_place + tiles, stop)
         split, end_split, begin, end = run_of(place - first_place, next_place - first_place, high, SPLITS, BLOCK_N)
         begins_pair, ends_pair = split == 0, end == high
         place = next_place
 
-        _, tile_tokens, heads, valid = _rows_of_tile(head_block, NUM_HEADS, HEADS, TOKENS, BLOCK_M)
+        _kv_head, tile_tokens, heads, valid = _rows_of_tile(head_block, NUM_HEADS, HEADS, TOKENS, BLOCK_M)
         tokens = first_token + tile_tokens
         valid = valid & (tokens < query_len)
         rows = (query_start + tokens).to(tl.int64)
