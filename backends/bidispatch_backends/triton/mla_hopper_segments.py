@@ -318,6 +318,13 @@ def _running(running_ptr, place: gl.constexpr):
 
 
 @gluon.jit
+def _hidden(running_ptr, number):
+    """The same pointer, of which the compiler works out no addresses in front of the loops, to hold them there."""
+    none = gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+    return running_ptr + none * 32
+
+
+@gluon.jit
 def _load_running(running_ptr, place: gl.constexpr, there):
     """A piece of the running state; zeros where there is none yet. Past the L1 cache, where it would not last."""
     pointers = _running(running_ptr, place)
@@ -539,7 +546,10 @@ def _attend(
                     split_maximum = maxima_shared.index(SIDE).load(gl.SliceLayout(1, VALUES))
                     barrier()
                 maximum, row_total, decay, split_decay = _fold_rows(maximum, row_total, split_maximum, total, SIDE)
-                _fold_split(acc, own_running, split > first_split, decay, split_decay, HALF)
+                _fold_split(acc, _hidden(own_running, split), split > first_split, decay, split_decay, HALF)
+                # So that the compiler keeps these apart: it would have both accumulators at once in part, and spill
+                # (Triton 3.9).
+                barrier()
                 total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
                 acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
                 if SIDE == 0:
@@ -571,7 +581,8 @@ def _attend(
         hopper.mbarrier.arrive(item_free.index(number % 2))
         tokens, heads, valid = _rows_of(head_block, first_token, query_len, PIECE_ROWS, NUM_HEADS, HEADS, TOKENS)
         dims = SIDE * HALF + gl.arange(0, _PIECE, layout=gl.SliceLayout(0, MATRIX))
-        loaded = _load_first(own_running, there)
+        running_now = _hidden(own_running, number)
+        loaded = _load_first(running_now, there)
         if whole > 0:
             # Side 1 is told the totals in the place of decays, as if they were another tile's of side 0.
             if SIDE == 0:
@@ -589,13 +600,13 @@ def _attend(
             rows = (query_start + tokens).to(gl.int64) * stride_out_token + heads * stride_out_head
             out_ptrs = out_ptr + rows[:, None] + dims[None, :]
             _store_last(
-                True, acc, loaded, own_running, there, decay, split_decay, maximum, row_total, out_ptrs, valid, HALF
+                True, acc, loaded, running_now, there, decay, split_decay, maximum, row_total, out_ptrs, valid, HALF
             )
         else:
             states = (slot.to(gl.int64) + tokens * seq_splits) * NUM_HEADS + heads
             state_ptrs = accs_ptr + states[:, None] * (2 * HALF) + dims[None, :]
             _store_last(
-                False, acc, loaded, own_running, there, decay, split_decay, maximum, row_total, state_ptrs, valid, HALF
+                False, acc, loaded, running_now, there, decay, split_decay, maximum, row_total, state_ptrs, valid, HALF
             )
             if SIDE == 0:
                 gl.store(maxima_ptr + states, maximum, mask=valid)
