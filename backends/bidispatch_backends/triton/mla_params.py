@@ -168,6 +168,8 @@ def mla_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iter
         if rows > most or not _fits(device.arch, problem, params, rows, stages):
             continue
         shape = {f"{phase}_block_m": rows, f"{phase}_warps": warps, f"{phase}_stages": stages}
+        if phase == "decode" and rows < _ASYNC_ROWS:  # segments of such tiles have not been timed
+            shape["segment_programs"] = 0
         for count in counts:
             tile = default.model_copy(update=shape | {"decode_programs": count})
             if tile != default:
