@@ -494,9 +494,20 @@ def _first_tile(
 
 
 @gluon.jit
+def _ask(step, shared, BLOCK_N: gl.constexpr):
+    """Ask for the scores of a tile, once it is there."""
+    q_left, q_right, q_rope, kv_left, kv_right, kv_rope, _w, _m, _d, _o, ready, _f, _wr, _wf = shared
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_N, 16])
+    buffer = step % _BUFFERS
+    hopper.mbarrier.wait(ready.index(buffer), step // _BUFFERS % 2)
+    return _scores(q_left, q_right, q_rope, kv_left, kv_right, kv_rope, buffer, BLOCK_N, SCORES)
+
+
+@gluon.jit
 def _weigh(
     SIDE: gl.constexpr,
     FRESH: gl.constexpr,
+    scores,
     total,
     acc,
     start,
@@ -511,24 +522,25 @@ def _weigh(
     BLOCK_N: gl.constexpr,
     HALF: gl.constexpr,
 ):
-    """Take the scores of a tile of this side, add the values of the other's before it, hand over the weights.
+    """From the scores of a tile of this side, being asked for: add the values of the other's before it, hand over the
+    weights.
 
     FRESH: it begins a split, so that no maximum is carried on. use, others_use: how many tiles of this side were before
     this one, and of the other before its own. Returns the sums, which hold the tile before; with FRESH also that tile's
     maximum, as rows of the accumulator have it.
     """
     (
-        q_left,
-        q_right,
-        q_rope,
+        _q_left,
+        _q_right,
+        _q_rope,
         kv_left,
         kv_right,
-        kv_rope,
+        _kv_rope,
         weights_shared,
         maxima_shared,
         decays_shared,
         ones,
-        ready,
+        _ready,
         free,
         weights_ready,
         weights_free,
@@ -541,10 +553,7 @@ def _weigh(
         values = kv_left
     else:
         values = kv_right
-    buffer = step % _BUFFERS
     before_buffer = (step - 1) % _BUFFERS
-    hopper.mbarrier.wait(ready.index(buffer), step // _BUFFERS % 2)
-    scores = _scores(q_left, q_right, q_rope, kv_left, kv_right, kv_rope, buffer, BLOCK_N, SCORES)
     hopper.mbarrier.wait(weights_ready.index(OTHER), others_use % 2)
     if FRESH:
         others_maximum = maxima_shared.index(OTHER).load(gl.SliceLayout(1, VALUES))
@@ -756,6 +765,7 @@ def _attend(
                 total, acc = _weigh(
                     SIDE,
                     False,
+                    _ask(step, shared, BLOCK_N),
                     total,
                     acc,
                     begin + tile * BLOCK_N,

@@ -42,6 +42,7 @@ from bidispatch_backends.triton.mla_hopper import (
     _SUM_COLUMNS,
     _WARPS,
     _allocate,
+    _ask,
     _copy_tile,
     _field,
     _find,
@@ -403,6 +404,9 @@ def _fold_split(acc, running_ptr, there, decay, split_decay, HALF: gl.constexpr)
         if place + _AHEAD < HALF // _PIECE:
             loaded = loaded + (_load_running(running_ptr, place + _AHEAD, there),)
         gl.store(_running(running_ptr, place), rows)
+    # So that the compiler keeps what follows apart: it would hold a part of two accumulators at once, and spill them
+    # (Triton 3.9).
+    barrier()
 
 
 @gluon.jit
@@ -506,6 +510,7 @@ def _attend(
                 total, acc = _weigh(
                     SIDE,
                     False,
+                    _ask(step, shared, BLOCK_N),
                     total,
                     acc,
                     begin + tile * BLOCK_N,
@@ -523,11 +528,14 @@ def _attend(
                 total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
             own = stop + (2 - SIDE)
             if split < last_split:
-                step = base_step + stop
+                # Scores of the split that follows are asked for before the fold.
+                there, running_now = split > first_split, _hidden(own_running, split)
+                step = base_step + stop + SIDE
                 if SIDE == 0:
                     total, acc, split_maximum = _weigh(
                         SIDE,
                         True,
+                        _ask(step, shared, BLOCK_N),
                         total,
                         acc,
                         begin + stop * BLOCK_N,
@@ -542,18 +550,44 @@ def _attend(
                         BLOCK_N,
                         HALF,
                     )
+                    maximum, row_total, decay, split_decay = _fold_rows(maximum, row_total, split_maximum, total, SIDE)
+                    _fold_split(acc, running_now, there, decay, split_decay, HALF)
+                    total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
+                    acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
+                    total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
                 else:
                     split_maximum = maxima_shared.index(SIDE).load(gl.SliceLayout(1, VALUES))
                     barrier()
-                maximum, row_total, decay, split_decay = _fold_rows(maximum, row_total, split_maximum, total, SIDE)
-                _fold_split(acc, _hidden(own_running, split), split > first_split, decay, split_decay, HALF)
-                # So that the compiler keeps these apart: it would have both accumulators at once in part, and spill
-                # (Triton 3.9).
-                barrier()
-                total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
-                acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
-                if SIDE == 0:
-                    total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
+                    maximum, row_total, decay, split_decay = _fold_rows(maximum, row_total, split_maximum, total, SIDE)
+                    if stop + 1 < tiles:
+                        scores = _ask(step, shared, BLOCK_N)
+                        _fold_split(acc, running_now, there, decay, split_decay, HALF)
+                        total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
+                        acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
+                        total, acc = _weigh(
+                            SIDE,
+                            False,
+                            scores,
+                            total,
+                            acc,
+                            begin + (stop + 1) * BLOCK_N,
+                            full_end,
+                            positions,
+                            high,
+                            step,
+                            own_uses + (stop + 1) // 2,
+                            others_uses + stop // 2,
+                            shared,
+                            scale,
+                            BLOCK_N,
+                            HALF,
+                        )
+                        total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
+                        own = stop + 3
+                    else:
+                        _fold_split(acc, running_now, there, decay, split_decay, HALF)
+                        total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
+                        acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
         # The last scores have been taken; the queries of the next item may come.
         barrier()
         hopper.mbarrier.arrive(q_free)
