@@ -50,7 +50,7 @@ def bind_path(
     (tile,) = tiles(problem, params)
     most = 0 if path == "walked" else LIMITS.max_tokens
     tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
-    tile = tile.model_copy(update={"segment_programs": programs if path == "segments" else 0})
+    tile = tile.model_copy(update={"segment_programs": programs if path == "segments" else 0, "decode_overlap": False})
     return bind(problem, params=params, tile=tile, limits=limits)
 
 
@@ -125,7 +125,13 @@ def test_segments_leave_what_the_workspace_has_no_room_for_to_the_walk() -> None
     (tile,) = tiles(problem, params)
     room = (1 << 20) // (problem.size("num_heads") * (problem.size("kv_lora_rank") + 2) * 4)
     assert 5 * params.splits_up_to(500) < room < 14 * 5 * params.splits_up_to(500)
-    sizes = {"workspace_mb": 1, "decode_block_m": 16, "prefill_block_m": 16, "segment_programs": 5}
+    sizes = {
+        "workspace_mb": 1,
+        "decode_block_m": 16,
+        "prefill_block_m": 16,
+        "segment_programs": 5,
+        "decode_overlap": False,
+    }
     out = attend(bind(problem, params=params, tile=tile.model_copy(update=sizes), limits=LIMITS), problem, batch)
     assert same_bits(out, attend(bind_path(problem, "walked", params), problem, batch))
 

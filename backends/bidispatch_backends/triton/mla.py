@@ -146,7 +146,8 @@ def launches(
             split, kernel=seesaw_split_kernel, options=options(arch, WARPS, 1, fp_fusion=False), unaligned=split
         )
     fold = fold_launch(arch, neither, data, out_strides, fold_constants, _FOLD_WARPS)
-    if not tile.segment_programs:
+    walked = walks_runs(arch, problem, params, tile, decode.block_b) and not triton.knobs.runtime.interpret
+    if not tile.segment_programs or (tile.decode_overlap and not walked):
         return (*walks, split, fold)
 
     segment_types = inputs | {"folded_ptr": index, "running_ptr": pointer("float32")} | workspace_types()
@@ -157,7 +158,7 @@ def launches(
         packed(min(tile.decode_block_m, tile.prefill_block_m)) | decode.constants,
         options(arch, tile.prefill_warps, tile.prefill_stages, fp_fusion=False),
     )
-    if walks_runs(arch, problem, params, tile, decode.block_b) and not triton.knobs.runtime.interpret:
+    if walked:
         segment = replace(
             segment,
             kernel=seesaw_segment_kernel,
@@ -200,7 +201,7 @@ def bind_mla(context: BindContext) -> Kernel:
         heads=heads,
         width=padded(rank),
         blocks=blocks,
-        segments=tile.segment_programs,
+        segments=tile.segment_programs if segments else 0,
         running=decode.block_m * padded(rank) if segments and segments[0].unaligned else 0,
     )
     log2_e, span = math.log2(math.e), _folded_span(heads)

@@ -49,7 +49,8 @@ class MlaTile(AttentionTile):
     """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
     segment_programs: int = Field(default=0, ge=0, le=64)
     """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks
-    runs of splits. Best as many as run at once. 0: the splits run in parallel there too."""
+    runs of splits. Best as many as run at once. 0: the splits run in parallel there too, as they do where
+    decode_overlap is set and `walks_runs` does not hold."""
     workspace_mb: int = Field(default=1024, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
     KB for 128 heads."""
@@ -168,8 +169,6 @@ def mla_tiles_for(device: Device, problem: Problem, params: Any, m: int) -> Iter
         if rows > most or not _fits(device.arch, problem, params, rows, stages):
             continue
         shape = {f"{phase}_block_m": rows, f"{phase}_warps": warps, f"{phase}_stages": stages}
-        if phase == "decode" and rows < _ASYNC_ROWS:  # segments of such tiles have not been timed
-            shape["segment_programs"] = 0
         for count in counts:
             tile = default.model_copy(update=shape | {"decode_programs": count})
             if tile != default:
