@@ -21,6 +21,12 @@ from bidispatch_backends.triton.mla import Runs
 NAME = "triton.mla"
 EDGES = [1, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 1536, 8191, 8192, 8193, 9216]
 LENGTH = 9300
+STEPS = Limits(256, 256, 131072, 1)
+
+
+def speculative(tokens):
+    """For calls of several query tokens a sequence. One bound for all, as far as kernels are compiled for it."""
+    return Limits(tokens, 256, 131072, 16)
 
 
 def bound(problem, device, limits, scratch=None, **sizes):
@@ -44,7 +50,7 @@ def problem_of(heads, dtype="bfloat16", **dims):
 def prefill(problem, device, length=LENGTH, **paging):
     """The tensors of one sequence, and its whole prefill."""
     arguments = latent_batch(problem, [length], [length], device="cuda", **paging)
-    return arguments, bound(problem, device, Limits(length, 1, 131072, length))(*arguments)
+    return arguments, bound(problem, device, Limits(length, 1, 131072, length), decode_query_len=0)(*arguments)
 
 
 def steps(arguments, ends, queries):
@@ -72,7 +78,7 @@ WAYS = [
     {"segment_programs": 1},
     {"segment_programs": 3},
     {"segment_programs": 1, "decode_overlap": False},  # the Triton kernel
-    {"segment_programs": 1, "workspace_mb": 64},
+    {"segment_programs": 1, "workspace_mb": 64},  # some sequences are left to the walk
     {"segment_programs": 0},
     {"decode_query_len": 0},
 ]
@@ -92,7 +98,7 @@ def test_segments_have_the_bits_of_prefill(heads):
         ends = [ends[i] for i in torch.randperm(count, generator=random)]
         rows, batch = steps(arguments, ends, [1] * count)
         for sizes in WAYS:
-            out = bound(problem, device, Limits(count, count, 131072, 1), **sizes)(*batch)
+            out = bound(problem, device, STEPS, **sizes)(*batch)
             assert same_bits(out, whole[rows]), (count, sizes)
     (reference,) = load_attribute(ops.get("attention.mla").reference)(problem, *batch, 192**-0.5)
     assert float((whole[rows].double() - reference).norm() / reference.norm()) < 1e-2
@@ -109,14 +115,13 @@ def test_alike_sequences_have_the_bits_of_prefill(heads, context):
     for count in (16, 64, 66, 128, 132, 200, 256):
         rows, batch = steps(arguments, [context] * count, [1] * count)
         for sizes in WAYS[:3]:
-            out = bound(problem, device, Limits(count, count, 131072, 1), **sizes)(*batch)
+            out = bound(problem, device, STEPS, **sizes)(*batch)
             assert same_bits(out, whole[rows]), (count, sizes)
 
 
 @pytest.mark.usefixtures("in_segments")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 64), ("float16", 16)])
 def test_speculative_decode_in_segments_has_the_bits_of_prefill(heads, page_size, dtype):
     """One to four queries, all alike or mixed; five and more take another tile. Empty sequences stand behind them."""
     device = Device.detect()
@@ -134,7 +139,7 @@ def test_speculative_decode_in_segments_has_the_bits_of_prefill(heads, page_size
             batch[3] = torch.cat([batch[3], batch[3].new_zeros(3)])
             batch[4] = torch.cat([batch[4], batch[4][-1:].expand(3)])
             for sizes in WAYS:
-                out = bound(problem, device, Limits(len(rows), count + 3, 131072, most), **sizes)(*batch)
+                out = bound(problem, device, speculative(len(rows)), **sizes)(*batch)
                 assert same_bits(out, whole[rows]), (most, alike, sizes)
 
 
@@ -148,7 +153,7 @@ def test_long_sequences_among_short_ones_and_prompts_have_the_bits_of_prefill():
     ends = [max(end, query) for end, query in zip(ends, queries, strict=True)]
     rows, batch = steps(arguments, ends, queries)
     for sizes in WAYS:
-        out = bound(problem, device, Limits(8192, 128, 131072), **sizes)(*batch)
+        out = bound(problem, device, Limits(8192, 256, 131072), **sizes)(*batch)
         assert same_bits(out, whole[rows]), sizes
 
 
@@ -160,7 +165,7 @@ def test_a_call_below_and_one_above_the_threshold_agree(heads, monkeypatch):
     asked = []
     original = Runs.in_segments
     monkeypatch.setattr(Runs, "in_segments", lambda runs, seqs: asked.append(original(runs, seqs)) or asked[-1])
-    kernel = bound(problem, device, Limits(256, 256, 131072, 1), segment_programs=1)
+    kernel = bound(problem, device, STEPS, segment_programs=1)
     for count in (1, 32, 48, 64, 112, 128, 256):
         rows, batch = steps(arguments, [1 + 37 * i % LENGTH for i in range(count)], [1] * count)
         assert same_bits(kernel(*batch), whole[rows]), count
@@ -175,7 +180,7 @@ def test_sequences_past_the_limits_give_nan_and_leave_the_others():
     arguments, whole = prefill(problem, device)
     ends = [LENGTH, 500, 3000, 4097] * 20
     rows, batch = steps(arguments, ends, [1] * len(ends))
-    out = bound(problem, device, Limits(80, 80, 4096, 1), segment_programs=1)(*batch)
+    out = bound(problem, device, Limits(256, 256, 4096, 1), segment_programs=1)(*batch)
     past = torch.tensor(ends, device=out.device) > 4096
     assert out[past].isnan().all()
     assert same_bits(out[~past], whole[rows][~past])
@@ -190,7 +195,7 @@ def test_what_the_workspace_held_changes_nothing(heads, poison):
     arguments, whole = prefill(problem, device)
     scratch = Scratch()
     rows, batch = steps(arguments, [1 + 97 * i % LENGTH for i in range(150)], [1] * 150)
-    kernel = bound(problem, device, Limits(150, 150, 131072, 1), scratch, segment_programs=1)
+    kernel = bound(problem, device, STEPS, scratch, segment_programs=1)
     for _ in range(2):
         for block in scratch._blocks.values():
             block[: block.numel() // 4 * 4].view(torch.float32).fill_(poison)
@@ -203,11 +208,11 @@ def test_infinities_and_nan_of_one_sequence_do_not_reach_another():
     device = Device.detect()
     problem = problem_of(128)
     batch = latent_batch(problem, [1] * 140, [900] * 140, device="cuda", sequence_seeds=list(range(140)))
-    clean = {n: bound(problem, device, Limits(140, 140, 4096, 1), segment_programs=n)(*batch) for n in (0, 1)}
+    clean = {n: bound(problem, device, Limits(256, 256, 4096, 1), segment_programs=n)(*batch) for n in (0, 1)}
     assert same_bits(clean[0], clean[1])
     for seq, value in ((3, float("inf")), (70, float("nan")), (71, float("-inf"))):
         batch[1][batch[2][seq, 2].long(), 5, :7] = value
-    out = {n: bound(problem, device, Limits(140, 140, 4096, 1), segment_programs=n)(*batch) for n in (0, 1)}
+    out = {n: bound(problem, device, Limits(256, 256, 4096, 1), segment_programs=n)(*batch) for n in (0, 1)}
     others = [i for i in range(140) if i not in (3, 70, 71)]
     assert same_bits(out[1][others], clean[0][others])
     assert torch.equal(out[0].isnan(), out[1].isnan())
@@ -221,7 +226,7 @@ def test_a_graph_captured_at_the_longest_context_serves_short_ones(heads):
     problem = problem_of(heads)
     arguments, whole = prefill(problem, device, max_pages=131072 // problem.size("page_size"))
     count = 200
-    attend = bound(problem, device, Limits(count, count, 131072, 1), segment_programs=1)
+    attend = bound(problem, device, STEPS, segment_programs=1)
     _, static = steps(arguments, [LENGTH] * count, [1] * count)
     out = torch.empty(count, heads, 512, dtype=torch.bfloat16, device="cuda")
     attend(*static, out=out)
@@ -250,4 +255,4 @@ def test_a_run_that_is_not_folded_is_caught():
     params = implementation.params(kv_split=4096)
     ((_, tile),) = implementation.tiles(device, problem, params)
     rung = Rung(implementation, params, tile.model_copy(update={"segment_programs": 1}))
-    assert not same_bits(bind(problem, device, (rung,), Limits(140, 140, 131072, 1))(*batch), whole[rows])
+    assert not same_bits(bind(problem, device, (rung,), STEPS)(*batch), whole[rows])
