@@ -326,12 +326,18 @@ def _hidden(running_ptr, number):
 
 
 @gluon.jit
-def _load_running(running_ptr, place: gl.constexpr, there):
-    """A piece of the running state; zeros where there is none yet. Past the L1 cache, where it would not last."""
-    pointers = _running(running_ptr, place)
+def _of_warps(warps):
+    """Which elements of a piece, as it lies in memory, are the first warps': those of 16 rows each."""
     ROW: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [_WARPS, 1], [1, 0])
-    mask = gl.full((_WARPS * _PIECE // 8, 128), there, gl.int1, ROW)
-    return gl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+    rows = gl.arange(0, _WARPS * _PIECE // 8, layout=gl.SliceLayout(1, ROW))
+    columns = gl.arange(0, 128, layout=gl.SliceLayout(0, ROW))
+    return (rows % _WARPS < warps)[:, None] & (columns >= 0)[None, :]
+
+
+@gluon.jit
+def _load_running(running_ptr, place: gl.constexpr, warps):
+    """A piece of the running state, of so many warps; zeros for the others. Past the L1 cache: it would not last there."""
+    return gl.load(_running(running_ptr, place), mask=_of_warps(warps), other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -360,11 +366,11 @@ def _fold_rows(maximum, total, split_maximum, split_total, SIDE: gl.constexpr):
 
 
 @gluon.jit
-def _load_first(running_ptr, there):
+def _load_first(running_ptr, warps):
     """The first pieces of the running state."""
     loaded = ()
     for place in gl.static_range(_AHEAD):
-        loaded = loaded + (_load_running(running_ptr, place, there),)
+        loaded = loaded + (_load_running(running_ptr, place, warps),)
     return loaded
 
 
@@ -374,7 +380,7 @@ def _store_last(
     acc,
     loaded,
     running_ptr,
-    there,
+    before,
     decay,
     split_decay,
     maximum,
@@ -388,22 +394,25 @@ def _store_last(
     for place in gl.static_range(HALF // _PIECE):
         piece = _fold_piece(pieces[place], loaded[place], decay, split_decay)
         if place + _AHEAD < HALF // _PIECE:
-            loaded = loaded + (_load_running(running_ptr, place + _AHEAD, there),)
+            loaded = loaded + (_load_running(running_ptr, place + _AHEAD, before),)
         if WHOLE:
             piece = finish(maximum, total, piece, None, None, None, 0, 0)
         gl.store(pointers + place * _PIECE, piece.to(pointers.dtype.element_ty), mask=valid[:, None])
 
 
 @gluon.jit
-def _fold_split(acc, running_ptr, there, decay, split_decay, HALF: gl.constexpr):
-    """Fold a split's accumulator into the running state in memory."""
+def _fold_split(acc, running_ptr, before, warps, decay, split_decay, HALF: gl.constexpr):
+    """Fold a split's accumulator into the running state in memory.
+
+    warps: those whose rows there are, so that few rows take less traffic. before: as many, or none for a first split.
+    """
     pieces = _pieces(acc, HALF)
-    loaded = _load_first(running_ptr, there)
+    loaded = _load_first(running_ptr, before)
     for place in gl.static_range(HALF // _PIECE):
         rows = _in_memory(_fold_piece(pieces[place], loaded[place], decay, split_decay))
         if place + _AHEAD < HALF // _PIECE:
-            loaded = loaded + (_load_running(running_ptr, place + _AHEAD, there),)
-        gl.store(_running(running_ptr, place), rows)
+            loaded = loaded + (_load_running(running_ptr, place + _AHEAD, before),)
+        gl.store(_running(running_ptr, place), rows, mask=_of_warps(warps))
     # So that the compiler keeps what follows apart: it would hold a part of two accumulators at once, and spill them
     # (Triton 3.9).
     barrier()
@@ -492,6 +501,7 @@ def _attend(
         )
         positions = first - first_token + score_tokens
         full_end = gl.minimum(first + 1, high)
+        warps = (gl.minimum(query_len - first_token, TOKENS) * HEADS + 15) // 16
         maximum = gl.full((_ROWS,), float("-inf"), gl.float32, PIECE_ROWS)
         row_total = gl.full((_ROWS,), 0.0, gl.float32, PIECE_ROWS)
         total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
@@ -529,7 +539,7 @@ def _attend(
             own = stop + (2 - SIDE)
             if split < last_split:
                 # Scores of the split that follows are asked for before the fold.
-                there, running_now = split > first_split, _hidden(own_running, split)
+                before, running_now = gl.where(split > first_split, warps, 0), _hidden(own_running, split)
                 step = base_step + stop + SIDE
                 if SIDE == 0:
                     total, acc, split_maximum = _weigh(
@@ -551,7 +561,7 @@ def _attend(
                         HALF,
                     )
                     maximum, row_total, decay, split_decay = _fold_rows(maximum, row_total, split_maximum, total, SIDE)
-                    _fold_split(acc, running_now, there, decay, split_decay, HALF)
+                    _fold_split(acc, running_now, before, warps, decay, split_decay, HALF)
                     total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
                     acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
                     total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
@@ -561,7 +571,7 @@ def _attend(
                     maximum, row_total, decay, split_decay = _fold_rows(maximum, row_total, split_maximum, total, SIDE)
                     if stop + 1 < tiles:
                         scores = _ask(step, shared, BLOCK_N)
-                        _fold_split(acc, running_now, there, decay, split_decay, HALF)
+                        _fold_split(acc, running_now, before, warps, decay, split_decay, HALF)
                         total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
                         acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
                         total, acc = _weigh(
@@ -585,7 +595,7 @@ def _attend(
                         total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
                         own = stop + 3
                     else:
-                        _fold_split(acc, running_now, there, decay, split_decay, HALF)
+                        _fold_split(acc, running_now, before, warps, decay, split_decay, HALF)
                         total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
                         acc = gl.zeros((_ROWS, HALF), gl.float32, VALUES)
         # The last scores have been taken; the queries of the next item may come.
@@ -601,7 +611,7 @@ def _attend(
         base_step += tiles
         own_uses += (tiles + OTHER) // 2
         others_uses += (tiles + SIDE) // 2
-        there = last_split > first_split
+        before = gl.where(last_split > first_split, warps, 0)
         # Read again, so that no register holds them meanwhile.
         fields = _read(items, number)
         slot = _field(fields, 0)
@@ -616,7 +626,7 @@ def _attend(
         tokens, heads, valid = _rows_of(head_block, first_token, query_len, PIECE_ROWS, NUM_HEADS, HEADS, TOKENS)
         dims = SIDE * HALF + gl.arange(0, _PIECE, layout=gl.SliceLayout(0, MATRIX))
         running_now = _hidden(own_running, number)
-        loaded = _load_first(running_now, there)
+        loaded = _load_first(running_now, before)
         if whole > 0:
             # Side 1 is told the totals in the place of decays, as if they were another tile's of side 0.
             if SIDE == 0:
@@ -634,13 +644,13 @@ def _attend(
             rows = (query_start + tokens).to(gl.int64) * stride_out_token + heads * stride_out_head
             out_ptrs = out_ptr + rows[:, None] + dims[None, :]
             _store_last(
-                True, acc, loaded, running_now, there, decay, split_decay, maximum, row_total, out_ptrs, valid, HALF
+                True, acc, loaded, running_now, before, decay, split_decay, maximum, row_total, out_ptrs, valid, HALF
             )
         else:
             states = (slot.to(gl.int64) + tokens * seq_splits) * NUM_HEADS + heads
             state_ptrs = accs_ptr + states[:, None] * (2 * HALF) + dims[None, :]
             _store_last(
-                False, acc, loaded, running_now, there, decay, split_decay, maximum, row_total, state_ptrs, valid, HALF
+                False, acc, loaded, running_now, before, decay, split_decay, maximum, row_total, state_ptrs, valid, HALF
             )
             if SIDE == 0:
                 gl.store(maxima_ptr + states, maximum, mask=valid)
