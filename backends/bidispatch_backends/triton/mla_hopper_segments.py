@@ -336,7 +336,7 @@ def _of_warps(warps):
 
 @gluon.jit
 def _load_running(running_ptr, place: gl.constexpr, warps):
-    """A piece of the running state, of so many warps; zeros for the others. Past the L1 cache: it would not last there."""
+    """A piece of the running state, of so many warps; zeros for others. Past the L1 cache: it would not stay there."""
     return gl.load(_running(running_ptr, place), mask=_of_warps(warps), other=0.0, cache_modifier=".cg")
 
 
