@@ -104,7 +104,7 @@ def test_segments_that_begin_and_end_anywhere_have_the_bits_of_splits(shape: str
     problem = problem_of(SHAPES[shape])
     batch = latent_batch(problem, *map(list, zip(*STEP, strict=True)), padding_rows=1)
     parallel = attend(bind_path(problem, "parallel"), problem, batch)
-    for programs in (1, 7, 13, 26):
+    for programs in (1, 7, 13, 26) if shape == "small" else (7, 26):
         assert same_bits(parallel[:-1], in_segments(problem, batch, programs)[:-1]), programs
 
 
@@ -119,12 +119,12 @@ def test_segments_of_several_query_tokens_have_the_bits_of_a_prefill(shape: str)
 
 
 def test_segments_leave_what_the_workspace_has_no_room_for_to_the_walk() -> None:
-    problem = problem_of(SMALL)
+    problem = problem_of({**SMALL, "num_heads": 8})
     params = MlaParams(kv_split=16, block_n=16)
-    batch = latent_batch(problem, [5] * 14 + [1, 20], [500] * 14 + [100, 40])
+    batch = latent_batch(problem, [5] * 7 + [1, 20], [500] * 7 + [100, 40])
     (tile,) = tiles(problem, params)
     room = (1 << 20) // (problem.size("num_heads") * (problem.size("kv_lora_rank") + 2) * 4)
-    assert 5 * params.splits_up_to(500) < room < 14 * 5 * params.splits_up_to(500)
+    assert 5 * params.splits_up_to(500) < room < 7 * 5 * params.splits_up_to(500)
     sizes = {
         "workspace_mb": 1,
         "decode_block_m": 16,
@@ -213,7 +213,7 @@ def rows_that_differ(problem: Problem, kernel_for: Callable[[int], Kernel], leng
 def test_a_sequence_has_the_same_bits_however_it_is_served(shape: str) -> None:
     problem = problem_of(SHAPES[shape])
     kernels = {path: bind_path(problem, path) for path in PATHS}
-    for few in ("parallel", "segments"):
+    for few in ("parallel", "segments") if shape in ("small", "3 heads") else ("parallel",):
         differ = rows_that_differ(problem, lambda tokens, few=few: kernels[few if tokens < 12 else "walked"])
         assert differ == dict.fromkeys(differ, 0)
 
