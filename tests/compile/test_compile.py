@@ -450,19 +450,19 @@ def test_shapes_of_experts_to_try_compile_and_fit(arch: str) -> None:
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_attention_shapes_to_try_compile_and_fit(phase: str) -> None:
-    """Those of the kernel that a shape changes; the other phase's is the default's."""
+    """Those of the kernels that a shape changes; the other phase's is the default's."""
     registry = Registry()
     register(registry)
     found = registry.get("triton.paged_attention")
     problem = _problem("attention", head_dim=128, **HEADS)
     device = Device(ARCHS["sm90"], "sm90", predicted=True)
     tiles = load_attribute(found.search)(device, problem, found.params(), 1 if phase == "decode" else 8192)
-    kernel = {"decode": "split_kernel", "prefill": "walk_kernel"}[phase]
+    kernels = {"decode": ("split_kernel", "segment_kernel"), "prefill": ("walk_kernel",)}[phase]
     binaries = {
         variant.key: variant
         for tile in tiles
         for variant in variants(found.name, problem, found.params(), tile, ARCHS["sm90"])
-        if variant.kernel.fn.__name__ == kernel and variant.constants.get("bases_ptr", "") is not None
+        if variant.kernel.fn.__name__ in kernels and variant.constants.get("bases_ptr", "") is not None
     }
     assert len(binaries) >= 5
     assert shared_memory_faults("sm90", binaries) == []

@@ -1,4 +1,5 @@
-"""`triton.paged_attention` on a GPU: splits that grow with the position, speculative decode, sequences that are walked.
+"""`triton.paged_attention` on a GPU: splits that grow with the position, speculative decode, sequences that are walked,
+many sequences.
 
 Shown against the same rows of one prefill, which is near the fp64 reference.
 """
@@ -73,10 +74,40 @@ def test_decode_is_prefill_on_both_sides_of_every_size_of_split(dims):
     assert float((whole[rows].double() - reference).norm() / reference.norm()) < 1e-2
 
 
-def test_a_graph_captured_at_the_longest_context_serves_short_ones():
+SMALL = {"num_heads": 64, "num_kv_heads": 8, "head_dim": 64}
+MANY = 264
+"""Sequences that are enough for segments, of any of the numbers of programs below."""
+
+
+@pytest.mark.parametrize("dims", [*FEATURES, FP8, SMALL, {"num_heads": 16, "num_kv_heads": 16}], ids=str)
+def test_many_sequences_in_segments_have_the_bits_of_prefill(dims):
+    """Wherever a program's part begins and ends, among empty sequences, and as few sequences have, in splits."""
+    device = Device.detect()
+    problem = ops.get("attention").problem("bfloat16", {**HEADS, **dims})
+    length = 20000
+    arguments = paged_batch(problem, [length], [length], device="cuda")
+    whole = bound(problem, device, Limits(length, 1, length, length))(*arguments)
+    edges = [1, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097, 4608, 16384, 16385, 17408, length]
+    random = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 3000, (MANY - len(edges),), generator=random).tolist()
+    for queries in (1, 2, 5, 16):
+        ends = [max(end, queries) for end in [*edges, *lengths]]
+        ends = [ends[i] for i in torch.randperm(MANY, generator=random)]
+        rows, batch = steps(problem, arguments, ends, queries)
+        batch[3] = torch.cat([batch[3], batch[3][:3]])
+        batch[4] = torch.cat([batch[4], batch[4].new_zeros(3)])
+        batch[5] = torch.cat([batch[5], batch[5][-1:].expand(3)])
+        limits = Limits(len(rows), MANY + 3, 131072, queries)
+        for sizes in ({}, *({"segment_programs": n} for n in (0, 1, 3, 8)), {"workspace_mb": 8}):
+            out = bound(problem, device, limits, **sizes)(*batch)
+            assert same_bits(out, whole[rows]), (queries, sizes)
+
+
+@pytest.mark.parametrize("batch", [16, MANY])
+def test_a_graph_captured_at_the_longest_context_serves_short_ones(batch):
     device = Device.detect()
     problem = ops.get("attention").problem("bfloat16", HEADS)
-    length, batch = 9000, 16
+    length = 9000
     arguments = paged_batch(problem, [length], [length], device="cuda", max_pages=131072 // 16)
     whole = bound(problem, device, Limits(length, 1, 131072, length))(*arguments)
     attend = bound(problem, device, Limits(batch, batch, 131072, 1))

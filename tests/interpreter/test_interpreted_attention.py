@@ -16,6 +16,7 @@ from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
 from bidispatch_backends.triton.attention import launches
+from bidispatch_backends.triton.attention_launch import Parallel
 from bidispatch_backends.triton.attention_params import AttentionParams
 
 FP8 = "float8_e4m3fn"
@@ -41,6 +42,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fp8 cache": {**HEADS, "kv_dtype": FP8},
     "fp8 cache and softcap": {**HEADS, "kv_dtype": FP8, "softcap": 5.0},
 }
+PATHS = ("parallel", "segments", "walked")
 # The features that issue tables list, of which every pair of values is in one of `pairs_of(CHOICES)`.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "head_dim": (64, 80, 96, 128, 192, 256),
@@ -60,12 +62,20 @@ def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
     return ops.get("attention").problem(dtype, dims)
 
 
-def bind_path(problem: Problem, path: str, params: AttentionParams = PARAMS) -> Kernel:
-    """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
+def bind_path(
+    problem: Problem, path: str, params: AttentionParams = PARAMS, parts: int = 3, limits: Limits = LIMITS
+) -> Kernel:
+    """One of the three paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows.
+
+    parts: segments of a KV head, which serve calls of as many sequences.
+    """
     (tile,) = tiles(problem, params)
-    most = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    most = 0 if path == "walked" else LIMITS.max_tokens
     tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
-    return bind(problem, params=params, tile=tile, limits=LIMITS)
+    tile = tile.model_copy(
+        update={"segment_programs": parts * problem.size("num_kv_heads") if path == "segments" else 0}
+    )
+    return bind(problem, params=params, tile=tile, limits=limits)
 
 
 def attend(kernel: Kernel, problem: Problem, batch: Sequence[Any]) -> torch.Tensor:
@@ -77,15 +87,17 @@ def attend(kernel: Kernel, problem: Problem, batch: Sequence[Any]) -> torch.Tens
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_both_paths_agree_in_every_bit_and_with_the_reference(feature: str, dtype: str) -> None:
+def test_the_paths_agree_in_every_bit_and_with_the_reference(feature: str, dtype: str) -> None:
     problem = problem_of(dtype, FEATURES[feature])
     batch = paged_batch(problem, QUERIES, KVS, padding_rows=2)
     walked = attend(bind_path(problem, "walked"), problem, batch)
     parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    in_segments = attend(bind_path(problem, "segments"), problem, batch)
     rows = sum(QUERIES)
     assert same_bits(walked[:rows], parallel[:rows])
+    assert same_bits(walked[:rows], in_segments[:rows])
     assert relative_error(walked[:rows], reference(problem, batch)[0][:rows]) < TOLERANCE[dtype]
-    for out in (walked, parallel):
+    for out in (walked, parallel, in_segments):
         assert out[rows:].isnan().all(), "rows that no sequence owns were written"
 
 
@@ -110,6 +122,7 @@ def test_features_combine(dims: dict[str, Any]) -> None:
     batch = paged_batch(problem, [1, 3, 20], [120, 60, 70], sequence_seeds=[7, 8, 9])
     walked = attend(bind_path(problem, "walked"), problem, batch)
     assert same_bits(walked, attend(bind_path(problem, "parallel"), problem, batch))
+    assert same_bits(walked, attend(bind_path(problem, "segments"), problem, batch))
     assert relative_error(walked, reference(problem, batch)[0]) < TOLERANCE["float16"]
     chunk = paged_batch(problem, [7, 2], [70, 59], sequence_seeds=[9, 8], page_seed=3)
     again = attend(bind_path(problem, "walked"), problem, chunk)
@@ -125,7 +138,7 @@ def test_speculative_decode_packs_tokens_and_heads_into_one_tile() -> None:
     packed = tile.model_copy(update={"prefill_block_m": 64, "decode_registers": 0})
     narrow = packed.model_copy(update={"prefill_block_m": 16})
     limits = Limits(64, 8, 512, 8)
-    _, _, split, _ = launches(problem, PARAMS, packed, SM90.arch, limits)
+    _, _, split, *_ = launches(problem, PARAMS, packed, SM90.arch, limits)
     assert (split.constants["BLOCK_M"], split.constants["TOKENS"]) == (64, 8)
     outs = [attend(bind(problem, params=PARAMS, tile=t, limits=limits), problem, batch) for t in (packed, narrow)]
     assert same_bits(*outs)
@@ -190,9 +203,10 @@ def rows_that_differ(problem: Problem, kernel_for: Any, length: int = 110) -> di
 @pytest.mark.parametrize("feature", ["grouped", "window, softcap and sinks", "group of 3, head_dim 80, page of 5"])
 def test_a_sequence_has_the_same_bits_however_it_is_served(feature: str, dtype: str) -> None:
     problem = problem_of(dtype, FEATURES[feature])
-    kernels = {path: bind_path(problem, path) for path in ("parallel", "walked")}
-    differ = rows_that_differ(problem, lambda tokens: kernels["parallel" if tokens < 12 else "walked"])
-    assert differ == dict.fromkeys(differ, 0)
+    kernels = {path: bind_path(problem, path) for path in ("parallel", "segments", "walked")}
+    for few in ("parallel", "segments"):
+        differ = rows_that_differ(problem, lambda tokens, few=few: kernels[few if tokens < 12 else "walked"])
+        assert differ == dict.fromkeys(differ, 0)
 
 
 def test_splits_that_follow_the_batch_are_caught() -> None:
@@ -205,7 +219,81 @@ def test_splits_that_follow_the_batch_are_caught() -> None:
     assert differ["in chunks"] > 0
 
 
-@pytest.mark.parametrize("path", ["parallel", "walked"])
+# Query and KV lengths of a decode step: nothing, one position, both sides of a tile's, a split's and a size's boundary,
+# and a padding sequence of a captured batch.
+STEP = [(1, kv) for kv in (1, 15, 16, 17)] + [(0, 0)] + [(1, kv) for kv in (47, 48, 49, 96, 97, 223, 224, 225, 310)]
+
+
+def in_segments(problem: Problem, batch: Sequence[Any], parts: int, params: AttentionParams = PARAMS) -> Any:
+    """What so many segments of a KV head give, however few sequences there are."""
+    kernel = bind_path(problem, "segments", params, parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parallel, "in_segments", lambda parallel, seqs: True)
+        return attend(kernel, problem, batch)
+
+
+@pytest.mark.parametrize("feature", ["grouped", "window", "window, softcap and sinks", "ALiBi", "fp8 cache"])
+def test_segments_that_begin_and_end_anywhere_have_the_bits_of_splits(feature: str) -> None:
+    """From all of a KV head in one program to more programs than there are splits."""
+    problem = problem_of("float16", FEATURES[feature])
+    batch = paged_batch(problem, *map(list, zip(*STEP, strict=True)), padding_rows=1)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    for parts in (1, 3, 7, 16, 40):
+        assert same_bits(parallel[:-1], in_segments(problem, batch, parts)[:-1]), parts
+
+
+@pytest.mark.parametrize("feature", ["grouped", "window of 1", "window, softcap and sinks", "not causal"])
+def test_segments_of_several_query_tokens_have_the_bits_of_a_prefill(feature: str) -> None:
+    """In one query tile and in several, which see other positions."""
+    problem = problem_of("float16", FEATURES[feature])
+    batch = paged_batch(problem, [2, 8, 9, 1, 0, 30, 3], [50, 113, 96, 1, 0, 130, 3])
+    walked = attend(bind_path(problem, "walked"), problem, batch)
+    for parts in (1, 3, 8, 31):
+        assert same_bits(walked, in_segments(problem, batch, parts)), parts
+
+
+def test_segments_of_default_splits_have_the_bits_of_splits() -> None:
+    problem = problem_of("float16", {"head_dim": 16, "num_heads": 2, "num_kv_heads": 1, "page_size": 64})
+    batch = paged_batch(problem, [1] * 7, [64, 255, 256, 257, 1100, 5, 700])
+    params = AttentionParams(kv_split="64/128@256")
+    parallel = attend(bind_path(problem, "parallel", params, limits=Limits(16, 16, 2048)), problem, batch)
+    kernel = bind_path(problem, "segments", params, 4, Limits(16, 16, 2048))
+    assert same_bits(parallel, attend(kernel, problem, batch))
+
+
+def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of sequences in the call, whatever their lengths."""
+    problem = problem_of("float16", HEADS)
+    asked = []
+    original = Parallel.in_segments
+    monkeypatch.setattr(
+        Parallel, "in_segments", lambda parallel, seqs: asked.append(original(parallel, seqs)) or asked[-1]
+    )
+    for seqs in (1, 2, 3, 4):
+        batch = paged_batch(problem, [1] * seqs, [20] * seqs)
+        attend(bind_path(problem, "segments", parts=3), problem, batch)
+    assert asked == [False, False, True, True]
+
+
+def test_a_segment_that_carries_its_state_across_splits_is_caught() -> None:
+    """Negative control: one split of all positions, as a loop without folds has them."""
+    problem = problem_of("float16", HEADS)
+    batch = paged_batch(problem, [1] * 4, [310] * 4)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    assert same_bits(parallel, in_segments(problem, batch, 5))
+    assert not same_bits(parallel, in_segments(problem, batch, 5, AttentionParams(kv_split=320, block_n=16)))
+
+
+def test_a_padding_sequence_of_one_query_and_no_positions_is_what_it_is_without_segments() -> None:
+    problem = problem_of("float16", HEADS)
+    batch = paged_batch(problem, [1] * 5, [97, 20, 1, 60, 33])
+    batch[4][1] = 0
+    batch[4][4] = 0
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    assert same_bits(parallel, in_segments(problem, batch, 3))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_caches_may_be_strided_views(path: str) -> None:
     """As vLLM holds them: keys and values interleaved, heads before slots."""
     problem = problem_of("float32", HEADS)
@@ -221,7 +309,7 @@ def test_caches_may_be_strided_views(path: str) -> None:
     assert same_bits(plain, attend(bind_path(problem, path), problem, strided))
 
 
-@pytest.mark.parametrize("path", ["parallel", "walked"])
+@pytest.mark.parametrize("path", PATHS)
 def test_pages_behind_the_window_are_not_read(path: str) -> None:
     """An engine frees them: their table entries then name a page of another sequence, NaN here."""
     problem = problem_of("float32", {**HEADS, "window": 20})
@@ -232,7 +320,7 @@ def test_pages_behind_the_window_are_not_read(path: str) -> None:
     assert same_bits(before, attend(bind_path(problem, path), problem, batch))
 
 
-@pytest.mark.parametrize("path", ["parallel", "walked"])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -> None:
     problem = problem_of("float32", HEADS)
     batch = paged_batch(problem, [2, 2], [40, 120])
@@ -255,9 +343,10 @@ def test_more_queries_than_bound_for_give_nan_and_leave_the_others() -> None:
     assert same_bits(out[7:], expected[7:])
 
 
-def test_equal_workspace_use_leaves_no_trace_of_earlier_calls() -> None:
+@pytest.mark.parametrize("path", ["parallel", "segments"])
+def test_equal_workspace_use_leaves_no_trace_of_earlier_calls(path: str) -> None:
     problem = problem_of("float32", {**HEADS, "window": 40})
-    kernel = bind_path(problem, "parallel")
+    kernel = bind_path(problem, path, parts=2)
     first, second = paged_batch(problem, [4, 1], [150, 90]), paged_batch(problem, [1, 3], [65, 200], seed=3)
     alone = attend(bind_path(problem, "parallel"), problem, second)
     attend(kernel, problem, first)

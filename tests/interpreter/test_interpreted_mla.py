@@ -16,6 +16,7 @@ from bidispatch.ops.reference.mla import latent_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
 from bidispatch.runtime.scratch import Scratch
+from bidispatch_backends.triton.mla import Runs
 from bidispatch_backends.triton.mla_params import MlaParams
 
 PARAMS = MlaParams(kv_split="48/64@96/80@224", block_n=16)
@@ -29,6 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "3 heads": {**SMALL, "num_heads": 3},
     "DeepSeek-V3 in 8 shards": {"num_heads": 16},
 }
+PATHS = ("parallel", "segments", "walked")
 # Query and KV lengths: a decode, a prefill, an empty sequence, a chunk behind a prefix, a whole split, a first token.
 QUERIES, KVS = [1, 18, 0, 5, 1, 1], [100, 18, 0, 60, 48, 1]
 
@@ -38,12 +40,18 @@ def problem_of(dims: dict[str, Any]) -> Problem:
     return ops.get("attention.mla").problem("float16", dims)
 
 
-def bind_path(problem: Problem, path: str, params: MlaParams = PARAMS) -> Kernel:
-    """One of the two paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows."""
+def bind_path(
+    problem: Problem, path: str, params: MlaParams = PARAMS, programs: int = 3, limits: Limits = LIMITS
+) -> Kernel:
+    """One of the three paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows.
+
+    programs: of the segments.
+    """
     (tile,) = tiles(problem, params)
-    most = {"parallel": LIMITS.max_tokens, "walked": 0}[path]
+    most = 0 if path == "walked" else LIMITS.max_tokens
     tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
-    return bind(problem, params=params, tile=tile, limits=LIMITS)
+    tile = tile.model_copy(update={"segment_programs": programs if path == "segments" else 0, "decode_overlap": False})
+    return bind(problem, params=params, tile=tile, limits=limits)
 
 
 def attend(kernel: Kernel, problem: Problem, batch: Sequence[Any]) -> torch.Tensor:
@@ -54,15 +62,17 @@ def attend(kernel: Kernel, problem: Problem, batch: Sequence[Any]) -> torch.Tens
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_paths_agree_in_every_bit_and_with_the_reference(shape: str) -> None:
+def test_the_paths_agree_in_every_bit_and_with_the_reference(shape: str) -> None:
     problem = problem_of(SHAPES[shape])
     batch = latent_batch(problem, QUERIES, KVS, padding_rows=2)
     walked = attend(bind_path(problem, "walked"), problem, batch)
     parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    segments = attend(bind_path(problem, "segments"), problem, batch)
     rows = sum(QUERIES)
     assert same_bits(walked[:rows], parallel[:rows])
+    assert same_bits(walked[:rows], segments[:rows])
     assert relative_error(walked[:rows], reference(problem, batch)[0][:rows]) < TOLERANCE["float16"]
-    for out in (walked, parallel):
+    for out in (walked, parallel, segments):
         assert out[rows:].isnan().all(), "rows that no sequence owns were written"
 
 
@@ -73,6 +83,99 @@ def test_default_params_and_tiles_are_near_the_reference(distribution: str) -> N
     batch = latent_batch(problem, [1, 40, 12], [1100, 40, 90], distribution=distribution)
     kernel = bind(problem, limits=Limits(1024, 16, 2048))
     assert relative_error(attend(kernel, problem, batch), reference(problem, batch)[0]) < TOLERANCE["float16"]
+
+
+# Query and KV lengths of a decode step: nothing, one position, both sides of a tile's, a split's and a size's boundary,
+# and a padding sequence of a captured batch.
+STEP = [(1, kv) for kv in (1, 15, 16, 17)] + [(0, 0)] + [(1, kv) for kv in (47, 48, 49, 96, 97, 223, 224, 225, 310)]
+
+
+def in_segments(problem: Problem, batch: Sequence[Any], programs: int, params: MlaParams = PARAMS) -> torch.Tensor:
+    """What so many programs give, however few sequences there are."""
+    kernel = bind_path(problem, "segments", params, programs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runs, "in_segments", lambda runs, seqs: True)
+        return attend(kernel, problem, batch)
+
+
+@pytest.mark.parametrize("shape", ["small", "18 heads, more than a tile has rows"])
+def test_segments_that_begin_and_end_anywhere_have_the_bits_of_splits(shape: str) -> None:
+    """From all in one program to more programs than there are splits."""
+    problem = problem_of(SHAPES[shape])
+    batch = latent_batch(problem, *map(list, zip(*STEP, strict=True)), padding_rows=1)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    for programs in (1, 7, 13, 26) if shape == "small" else (7, 26):
+        assert same_bits(parallel[:-1], in_segments(problem, batch, programs)[:-1]), programs
+
+
+@pytest.mark.parametrize("shape", ["18 heads, more than a tile has rows", "3 heads"])
+def test_segments_of_several_query_tokens_have_the_bits_of_a_prefill(shape: str) -> None:
+    """In one query tile and in several, which see other positions; of some sequences only the first tiles are there."""
+    problem = problem_of(SHAPES[shape])
+    batch = latent_batch(problem, [2, 8, 9, 1, 0, 17, 4], [50, 113, 96, 1, 0, 130, 97])
+    walked = attend(bind_path(problem, "walked"), problem, batch)
+    for programs in (1, 8, 19):
+        assert same_bits(walked, in_segments(problem, batch, programs)), programs
+
+
+def test_segments_leave_what_the_workspace_has_no_room_for_to_the_walk() -> None:
+    problem = problem_of({**SMALL, "num_heads": 8})
+    params = MlaParams(kv_split=16, block_n=16)
+    batch = latent_batch(problem, [5] * 7 + [1, 20], [500] * 7 + [100, 40])
+    (tile,) = tiles(problem, params)
+    room = (1 << 20) // (problem.size("num_heads") * (problem.size("kv_lora_rank") + 2) * 4)
+    assert 5 * params.splits_up_to(500) < room < 7 * 5 * params.splits_up_to(500)
+    sizes = {
+        "workspace_mb": 1,
+        "decode_block_m": 16,
+        "prefill_block_m": 16,
+        "segment_programs": 5,
+        "decode_overlap": False,
+    }
+    out = attend(bind(problem, params=params, tile=tile.model_copy(update=sizes), limits=LIMITS), problem, batch)
+    assert same_bits(out, attend(bind_path(problem, "walked", params), problem, batch))
+
+
+def test_a_segment_that_carries_its_state_across_splits_is_caught() -> None:
+    """Negative control: one split of all positions, as a loop without folds has them."""
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1] * 4, [310] * 4)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    assert same_bits(parallel, in_segments(problem, batch, 5))
+    assert not same_bits(parallel, in_segments(problem, batch, 5, MlaParams(kv_split=320, block_n=16)))
+
+
+def test_few_pairs_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of sequences in the call, whatever their lengths; two blocks of heads are two pairs."""
+    asked = []
+    original = Runs.in_segments
+    monkeypatch.setattr(Runs, "in_segments", lambda runs, seqs: asked.append(original(runs, seqs)) or asked[-1])
+    for shape, blocks in (("small", 1), ("18 heads, more than a tile has rows", 2)):
+        problem = problem_of(SHAPES[shape])
+        for seqs in (1, 2, 3, 4):
+            batch = latent_batch(problem, [1] * seqs, [20] * seqs)
+            attend(bind_path(problem, "segments", programs=4), problem, batch)
+        assert asked == [seqs * blocks >= 4 for seqs in (1, 2, 3, 4)]
+        asked.clear()
+
+
+def test_a_padding_sequence_of_one_query_and_no_positions_is_what_it_is_without_segments() -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1] * 5, [97, 20, 1, 60, 33])
+    batch[3][1] = 0
+    batch[3][4] = 0
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    assert same_bits(parallel, in_segments(problem, batch, 3))
+
+
+@pytest.mark.parametrize("path", ["parallel", "segments"])
+def test_no_call_leaves_a_trace_in_the_workspace(path: str) -> None:
+    problem = problem_of(SMALL)
+    kernel = bind_path(problem, path, programs=2)
+    first, second = latent_batch(problem, [4, 1], [150, 90]), latent_batch(problem, [1, 3], [65, 200], seed=3)
+    alone = attend(bind_path(problem, "parallel"), problem, second)
+    attend(kernel, problem, first)
+    assert same_bits(alone, attend(kernel, problem, second))
 
 
 def rows_that_differ(problem: Problem, kernel_for: Callable[[int], Kernel], length: int = 110) -> dict[str, int]:
@@ -109,9 +212,10 @@ def rows_that_differ(problem: Problem, kernel_for: Callable[[int], Kernel], leng
 )
 def test_a_sequence_has_the_same_bits_however_it_is_served(shape: str) -> None:
     problem = problem_of(SHAPES[shape])
-    kernels = {path: bind_path(problem, path) for path in ("parallel", "walked")}
-    differ = rows_that_differ(problem, lambda tokens: kernels["parallel" if tokens < 12 else "walked"])
-    assert differ == dict.fromkeys(differ, 0)
+    kernels = {path: bind_path(problem, path) for path in PATHS}
+    for few in ("parallel", "segments") if shape in ("small", "3 heads") else ("parallel",):
+        differ = rows_that_differ(problem, lambda tokens, few=few: kernels[few if tokens < 12 else "walked"])
+        assert differ == dict.fromkeys(differ, 0)
 
 
 def test_splits_that_follow_the_batch_are_caught() -> None:
@@ -124,7 +228,7 @@ def test_splits_that_follow_the_batch_are_caught() -> None:
     assert differ["in chunks"] > 0
 
 
-@pytest.mark.parametrize("path", ["parallel", "walked"])
+@pytest.mark.parametrize("path", PATHS)
 def test_queries_cache_and_output_may_be_strided_views(path: str) -> None:
     problem = problem_of(SMALL)
     batch = latent_batch(problem, QUERIES, KVS)
@@ -141,7 +245,7 @@ def test_queries_cache_and_output_may_be_strided_views(path: str) -> None:
     assert wide_out.isnan().all(), "memory around the output was written"
 
 
-@pytest.mark.parametrize("path", ["parallel", "walked"])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_sequence_past_the_limits_gives_nan_and_leaves_the_others(path: str) -> None:
     problem = problem_of(SMALL)
     batch = latent_batch(problem, [2, 2], [40, 120])

@@ -21,7 +21,8 @@ from bidispatch.runtime.arguments import check_tensors, tensor_specs
 from bidispatch.runtime.context import BindContext, Limits
 from bidispatch_backends.torch_cpu.mla import bind_attention_mla
 from bidispatch_backends.torch_cpu.params import AttentionParams
-from bidispatch_backends.triton.mla_params import MlaParams, mla_tiles, mla_tiles_for, seesaws
+from bidispatch_backends.triton.mla import launches
+from bidispatch_backends.triton.mla_params import MlaParams, mla_tiles, mla_tiles_for, seesaws, walks_runs
 
 CPU = Device.parse("cpu")
 MLA = ops.get("attention.mla")
@@ -168,6 +169,34 @@ def test_decode_overlaps_where_the_kernel_was_made_for_it(arch, dims, seqs, serv
     assert seesaws(ARCHS[arch], problem, params, tile, seqs) is served
     assert not seesaws(ARCHS[arch], problem, params, tile.model_copy(update={"decode_overlap": False}), seqs)
     assert not seesaws(ARCHS[arch], problem, MlaParams(block_n=64), tile, seqs)
+
+
+@pytest.mark.parametrize(
+    ("splits", "served"), [(MlaParams().kv_split, True), (64, True), (96, False), ("64/96@128", False)]
+)
+def test_splits_of_tiles_in_pairs_are_walked_in_runs_on_hopper(splits, served):
+    """A split must end with a tile of one warpgroup and begin with one of the other."""
+    device, problem, _ = hopper(128)
+    params = MlaParams(kv_split=splits)
+    ((_, tile),) = mla_tiles(device, problem, params)
+    assert tile.segment_programs == 1
+    assert walks_runs(device.arch, problem, params, tile, 256) is served
+    assert not walks_runs(device.arch, problem, params, tile, 1024)
+    kernels = [launch.kernel.fn.__name__ for launch in launches(problem, params, tile, device.arch)]
+    assert kernels[-2:] == (
+        ["seesaw_segment_kernel", "fold_kernel"] if served else ["seesaw_split_kernel", "fold_kernel"]
+    )
+
+
+def test_only_hopper_has_segments_by_default():
+    for arch in ("sm80", "sm89", "sm100", "gfx942"):
+        device = Device(ARCHS[arch], arch, predicted=True)
+        problem, params = MLA.problem("bfloat16", {"num_heads": 128}), MlaParams()
+        ((_, tile),) = mla_tiles(device, problem, params)
+        assert tile.segment_programs == 0
+        assert len(launches(problem, params, tile, device.arch)) == 4
+        some = tile.model_copy(update={"segment_programs": 2})
+        assert len(launches(problem, params, some, device.arch)) == 6
 
 
 @pytest.mark.parametrize(("dims", "why"), [({"kv_lora_rank": 1024}, "kv_lora_rank"), ({"rope_dim": 128}, "rope_dim")])

@@ -102,10 +102,25 @@ def test_shapes_to_try_start_with_the_default_and_change_one_phase(arch: str, to
     tiles = list(attention_tiles_for(device(arch), problem(), params, tokens))
     assert tiles[0] == default
     assert len(tiles) == len(set(tiles)) >= (3 if arch.startswith("sm") else 1)
-    other = "prefill" if tokens <= 256 else "decode"
+    others = ("prefill",) if tokens <= 256 else ("decode", "segment")
     for tile in tiles:
         fields = {name for name, value in tile if value != getattr(default, name)}
-        assert not any(name.startswith(other) for name in fields)
+        assert not any(name.startswith(others) for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim", "programs"),
+    [
+        ("sm90", "bfloat16", 128, 2),
+        ("sm90", "bfloat16", 256, 1),
+        ("sm80", "bfloat16", 128, 2),
+        ("sm86", "bfloat16", 128, 1),
+        ("sm86", "bfloat16", 64, 2),
+    ],
+)
+def test_segments_have_as_many_programs_as_run_at_once(arch: str, dtype: str, head_dim: int, programs: int) -> None:
+    ((_, tile),) = attention_tiles(device(arch), problem(dtype, head_dim=head_dim), AttentionParams())
+    assert tile.segment_programs == programs
 
 
 @pytest.mark.parametrize(

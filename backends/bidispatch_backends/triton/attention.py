@@ -4,6 +4,7 @@ The kernels are in `attention_kernels`, the arithmetic that they share in `atten
 
 - `split_kernel` and `fold_kernel`, for sequences of few query tokens (decode, speculative decode, short chunks);
   `launches` has them twice where a fold may start early;
+- `segment_kernel` and `fold_kernel` instead, in calls of many sequences;
 - `walk_kernel`, for the others, unless the limits rule them out; its twin in `attention_hopper` where `overlaps` holds.
 """
 
@@ -20,7 +21,7 @@ from bidispatch.errors import UsageError
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel, Limits, need_max_seq_len, need_positive_scale
 from bidispatch_backends.triton.attention_hopper import overlapped_walk_kernel
-from bidispatch_backends.triton.attention_kernels import split_kernel, walk_kernel
+from bidispatch_backends.triton.attention_kernels import segment_kernel, split_kernel, walk_kernel
 from bidispatch_backends.triton.attention_launch import (
     SERVER,
     Decode,
@@ -47,6 +48,10 @@ _EARLY_SEQS = 2
 """Sequences of a call whose fold is launched while the splits run, at most. It saves one 0.3 to 0.6 µs of 9 to 25; with
 4 to 16 of them the programs that wait cost the splits 3 to 10 % (H100, contexts of 1k to 8k)."""
 
+_SEGMENT_STATE = 4096
+"""Elements of an accumulator, at most, of which a program of segments holds two. On sm90 64 rows of 128 would spill 450
+bytes a thread; 32 rows spill 140, about as many as 16 rows of 256 with one accumulator."""
+
 
 def _decode_of(problem: Problem, params: AttentionParams, tile: AttentionTile, limits: Limits) -> Decode:
     """One tile for a sequence's rows, as far as tiles go; where prompts come too, for those of a decode step."""
@@ -62,10 +67,17 @@ def _group(problem: Problem) -> int:
     return problem.size("num_heads") // problem.size("num_kv_heads")
 
 
+def _folded_rows(problem: Problem) -> int:
+    """Heads that a program folds behind segments, which leave it little: a power of two, of one KV head and tile."""
+    group = _group(problem)
+    return min(group & -group, 8)
+
+
 def launches(
     problem: Problem, params: AttentionParams, tile: AttentionTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
-    """The launches of `walk_kernel` for all sequences and for those that are left, `split_kernel` and `fold_kernel`.
+    """The launches of `walk_kernel` for all sequences and for those that are left, `split_kernel` and `fold_kernel`,
+    `segment_kernel` and `fold_kernel`, and the second and third once more where a fold may start early.
 
     limits: by default those of a server, with decode steps of one token.
     """
@@ -138,6 +150,25 @@ def launches(
         once = options(arch, WARPS, 1, fp_fusion=False)
         walks = tuple(replace(walk, kernel=overlapped_walk_kernel, options=once, unaligned=walk) for walk in walks)
 
+    decoded = packed(decode.block_m) | {"KV_HEADS": kv_heads} | decode.constants
+    compiled = options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers
+
+    def fold_after(*, dependent: bool, segments: bool = False) -> Launch:
+        ends = {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
+        rows = _folded_rows(problem) if segments else 1
+        constants = widths | {"HEADS": heads}
+        return fold_launch(
+            arch,
+            ends,
+            data,
+            out_strides,
+            constants,
+            max(1, rows // 2),
+            rows=rows,
+            dependent=dependent,
+            segments=segments,
+        )
+
     def parallel(dependent: bool) -> tuple[Launch, Launch]:
         split = Launch(
             split_kernel,
@@ -147,16 +178,27 @@ def launches(
             | scales
             | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale")
             | strides,
-            packed(decode.block_m) | {"KV_HEADS": kv_heads, "DEPENDENT": dependent} | decode.constants,
-            options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
+            decoded | {"DEPENDENT": dependent},
+            compiled,
         )
-        ends = {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
-        return split, fold_launch(
-            arch, ends, data, out_strides, widths | {"HEADS": heads}, warps=1, dependent=dependent
-        )
+        return split, fold_after(dependent=dependent)
 
+    segment = Launch(
+        segment_kernel,
+        inputs
+        | optional
+        | {"folded_ptr": index}
+        | workspace_types()
+        | {"out_ptr": data}
+        | scales
+        | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale", "stride_v_scale")
+        | strides
+        | out_strides,
+        decoded | {"DEPENDENT": bool(dependent_launch(arch))},
+        compiled,
+    )
     early = parallel(True) if dependent_launch(arch) else ()
-    return (*walks, *parallel(False), *early)
+    return (*walks, *parallel(False), segment, fold_after(dependent=True, segments=True), *early)
 
 
 def bind_lone_queries(context: BindContext, others: Kernel) -> Kernel:
@@ -193,14 +235,18 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     need_max_seq_len(context)
-    walk_all, walk_rest, split, fold, *early = launches(problem, params, tile, context.device.arch, limits)
+    walk_all, walk_rest, split, fold, segment, segment_fold, *early = launches(
+        problem, params, tile, context.device.arch, limits
+    )
     decode = _decode_of(problem, params, tile, limits)
     heads, kv_heads, head_dim = (problem.size(dim) for dim in ("num_heads", "num_kv_heads", "head_dim"))
     softcap = float(problem["softcap"])
     log2_e = math.log2(math.e)
     walked = Packing.of(_group(problem), tile.prefill_block_m)
     blocks = kv_heads * Packing.of(_group(problem), decode.block_m).head_blocks
-    parallel = Parallel(context, decode, heads=heads, width=padded(head_dim), blocks=blocks)
+    width, rows = padded(head_dim), _folded_rows(problem)
+    segments = tile.segment_programs if decode.block_m * width <= _SEGMENT_STATE else 0
+    parallel = Parallel(context, decode, heads=heads, width=width, blocks=blocks, segments=segments)
 
     def attention(
         q: torch.Tensor,
@@ -231,27 +277,51 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
         if left and others:
             others(*inputs, sinks, alibi_slopes, k_scale, v_scale, scale, out)
         if decode.most_queries:
-            split_now, fold_now = early if early and seqs <= _EARLY_SEQS else (split, fold)
-            split_now(
-                parallel.split_grid(tokens),
-                *inputs,
-                alibi_slopes,
-                k_scale,
-                *parallel.workspace,
-                *scales,
-                seqs,
-                max_kv,
-                decode.capacity,
-                table_stride,
-                k_stride,
-                *strides,
-            )
+            if in_segments := parallel.in_segments(seqs):
+                fold_now = segment_fold
+                segment(
+                    parallel.segment_grid,
+                    *inputs,
+                    sinks,
+                    alibi_slopes,
+                    k_scale,
+                    v_scale,
+                    parallel.folded,
+                    *parallel.workspace,
+                    out,
+                    *scales,
+                    seqs,
+                    max_kv,
+                    decode.capacity,
+                    table_stride,
+                    k_stride,
+                    v_stride,
+                    *strides,
+                    *out_strides,
+                )
+            else:
+                split_now, fold_now = early if early and seqs <= _EARLY_SEQS else (split, fold)
+                split_now(
+                    parallel.split_grid(tokens),
+                    *inputs,
+                    alibi_slopes,
+                    k_scale,
+                    *parallel.workspace,
+                    *scales,
+                    seqs,
+                    max_kv,
+                    decode.capacity,
+                    table_stride,
+                    k_stride,
+                    *strides,
+                )
             fold_now(
-                parallel.fold_grid(tokens, seqs),
+                parallel.fold_grid(tokens, seqs, rows if in_segments else 1),
                 seq_lens,
                 query_start_loc,
                 sinks,
                 v_scale,
+                parallel.folded if in_segments else None,
                 *parallel.workspace,
                 out,
                 max_kv,

@@ -98,22 +98,28 @@ def fold_launch(
     constants: Mapping[str, Constant],
     warps: int,
     *,
+    rows: int = 1,
+    span: int = 0,
     dependent: bool = False,
+    segments: bool = False,
 ) -> Launch:
     """`fold_kernel` for one problem. optional: `sinks_ptr` and `v_scales_ptr`. data: the type of the result.
 
-    dependent: launched while `split_kernel` still runs, where `dependent_launch` has options for it.
+    rows: heads that a program folds at once. span: all of its heads, by default those.
+    dependent: launched while the kernel before it still runs, where `dependent_launch` has options for it.
+    segments: behind `segment_kernel`, which says in `folded_ptr` what it has folded.
     """
     early = dependent_launch(arch) if dependent else {}
     return Launch(
         fold_kernel,
         dict.fromkeys(("kv_lens_ptr", "query_start_ptr"), pointer("int32"))
         | dict(optional)
+        | {"folded_ptr": pointer("int32") if segments else None}
         | workspace_types()
         | {"out_ptr": data}
         | dict.fromkeys(("max_kv", "alone", "stride_v_scale"), "i32")
         | dict(out_strides),
-        dict(constants) | {"DEPENDENT": dependent},
+        dict(constants) | {"DEPENDENT": bool(early), "ROWS": rows, "SPAN": span or rows},
         options(arch, warps, 1, fp_fusion=False) | early,
     )
 
@@ -121,22 +127,41 @@ def fold_launch(
 class Parallel:
     """A bound kernel's workspace of splits, and what a call needs to know of its limits."""
 
-    def __init__(self, context: BindContext, decode: Decode, *, heads: int, width: int, blocks: int) -> None:
-        """blocks: tiles of one token's heads."""
+    def __init__(
+        self,
+        context: BindContext,
+        decode: Decode,
+        *,
+        heads: int,
+        width: int,
+        blocks: int,
+        segments: int = 0,
+        running: int = 0,
+    ) -> None:
+        """blocks: tiles of one token's heads. segments: programs of `segment_kernel` a multiprocessor, if any.
+
+        running: what each of these programs holds of its own in memory, in float32.
+        """
         limits, tile = context.limits, context.tile
         self.decode = decode
         self._heads, self._limits = heads, limits
         self._page_size = context.problem.size("page_size")
         self._splits = context.params.splits_up_to(limits.max_seq_len)
         self._longest_query = limits.max_query_len or limits.max_tokens
-        self._work = self._splits * blocks
+        self._blocks = blocks
+        units = context.device.compute_units or _UNITS
         on_gpu = context.device.arch.vendor != "cpu"
-        self._programs = tile.decode_programs * (context.device.compute_units or _UNITS) if on_gpu else 4
+        self._programs = tile.decode_programs * units if on_gpu else 4
+        self._segments = segments * (units if on_gpu else 1)
 
         states = decode.capacity * heads if decode.most_queries else 0
         seqs = limits.max_seqs if decode.most_queries else 0
         sizes = ((seqs, torch.int32), *((count, torch.float32) for count in (states, states, states * width)))
-        self.workspace = empties(context, *sizes)
+        folded, running = (limits.max_tokens * heads, self._segments * running) if states and segments else (0, 0)
+        *workspace, self.folded, self.running = empties(
+            context, *sizes, (folded, torch.int32), (running, torch.float32)
+        )
+        self.workspace = tuple(workspace)
         self.bases = self.workspace[0]
 
     def max_kv(self, block_table: torch.Tensor) -> int:
@@ -150,8 +175,22 @@ class Parallel:
 
     def split_grid(self, tokens: int) -> tuple[int, ...]:
         """Of the splits: no more programs than there can be work."""
-        return (min(self._programs, tokens * self._work),)
+        return (min(self._programs, tokens * self._splits * self._blocks),)
 
-    def fold_grid(self, tokens: int, seqs: int) -> tuple[int, ...]:
-        """Of `fold_kernel`."""
-        return (seqs, self._heads, min(_FOLDS, self.decode.most_queries, tokens))
+    def in_segments(self, seqs: int) -> bool:
+        """Whether a call's splits are left to `segment_kernel`.
+
+        Where each of its programs gets a pair of sequence and heads, or more: with fewer, most would begin within one
+        that another began, and store the state of each split as `split_kernel` does.
+        """
+        programs = self.segment_grid[1]
+        return bool(self.decode.most_queries and self._segments) and seqs >= programs
+
+    @property
+    def segment_grid(self) -> tuple[int, ...]:
+        """Of `segment_kernel`: as many programs for each tile of a token's heads."""
+        return (self._blocks, max(1, self._segments // self._blocks))
+
+    def fold_grid(self, tokens: int, seqs: int, span: int = 1) -> tuple[int, ...]:
+        """Of `fold_kernel`. span: heads of a program."""
+        return (seqs, self._heads // span, min(_FOLDS, self.decode.most_queries, tokens))

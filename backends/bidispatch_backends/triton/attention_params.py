@@ -127,6 +127,9 @@ class AttentionTile(Tile):
     """Programs of the parallel splits a multiprocessor, at most; they share out the splits there are. Best a multiple
     of those that run at once (2 for a head of 128): once, all end together where the splits are alike; twice, the
     second ones also fill in where some splits are longer."""
+    segment_programs: int = Field(default=2, ge=0, le=64)
+    """Programs a multiprocessor where a call has as many pairs of sequence and KV head: each has a part of them, about
+    as long as the others', so best as many as run at once. 0: the splits run in parallel there too."""
     workspace_mb: int = Field(default=256, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits."""
 
@@ -166,7 +169,12 @@ def overlaps(arch: Arch, problem: Problem, params: Any, tile: AttentionTile) -> 
 
 
 def fits_shared_memory(arch: Arch, problem: Problem, params: Any, rows: int, stages: int, width: int = 0) -> bool:
-    """Whether a program's keys, values, queries and weights fit its shared memory.
+    """Whether a program's keys, values, queries and weights fit its shared memory. width: as in `_shared_memory`."""
+    return _shared_memory(problem, params, rows, stages, width) <= arch.shared_memory
+
+
+def _shared_memory(problem: Problem, params: Any, rows: int, stages: int, width: int = 0) -> int:
+    """Bytes of a program's keys, values, queries and weights, about.
 
     Triton holds a buffer of keys and values less than there are stages. Those of an fp8 cache are held again in q's
     dtype. A few KB are left to reductions. width: of the head, rounded up; by default the problem's.
@@ -175,7 +183,7 @@ def fits_shared_memory(arch: Arch, problem: Problem, params: Any, rows: int, sta
     wide, cached = BYTES[problem.dtype], BYTES[str(problem["kv_dtype"])]
     buffers = max(1, stages - 1) * cached + (wide if cached != wide else 0)
     needed: int = 2 * params.block_n * width * buffers + rows * (width + params.block_n) * wide
-    return needed + 4 * _KB <= arch.shared_memory
+    return needed + 4 * _KB
 
 
 def _stages(arch: Arch, problem: Problem, params: Any, rows: int) -> int:
@@ -199,13 +207,15 @@ def attention_tiles(device: Device, problem: Problem, params: Any) -> tuple[tupl
         warps = 8
     elif not single and arch.family == "sm90":
         prefill, warps = 128, 8  # wgmma: keys are read half as often as with 64 rows
+    stages = _stages(arch, problem, params, _MATRIX_ROWS)
     tile = AttentionTile(
         decode_block_m=_MATRIX_ROWS,
         decode_warps=4,
-        decode_stages=_stages(arch, problem, params, _MATRIX_ROWS),
+        decode_stages=stages,
         # Two programs of 255 registers a multiprocessor: three of 168, which spill, were 1 to 5 % slower on an H100
         # from 16 sequences of 8192 on, and as fast below.
         decode_registers=0,
+        segment_programs=2 if 2 * _shared_memory(problem, params, _MATRIX_ROWS, stages) <= arch.shared_memory else 1,
         prefill_block_m=prefill,
         prefill_warps=warps,
         prefill_stages=_stages(arch, problem, params, prefill),

@@ -26,7 +26,7 @@ import math
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "finish", "fold", "split_at", "split_start", "visible_range"]
+__all__ = ["attend", "finish", "fold", "fold_decays", "fold_sums", "split_at", "split_start", "visible_range"]
 
 _SUM_COLUMNS = tl.constexpr(16)  # the narrowest product every matrix unit has; all columns hold the same sum
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -166,6 +166,7 @@ def _attend_tiles(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     WALKS: tl.constexpr,
+    SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -181,7 +182,10 @@ def _attend_tiles(
     # In tiles that all rows see whole, a position's slot is the same in every tile of a loop, and is added once. That
     # takes most of the arithmetic on addresses out of the loop, which else outweighs that of the softmax.
     ALIGNED: tl.constexpr = (not MASKED) and (BLOCK_N % PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0)
-    EARLY: tl.constexpr = WALKS and q.dtype != tl.float32  # whose wide tiles do not both fit shared memory
+    # Not those of float32, of which two do not both fit shared memory.
+    EARLY: tl.constexpr = (WALKS or (SKIPS and MASKED)) and q.dtype != tl.float32
+    # Of masked tiles decode has one or two, which a pipeline would only ask for later, behind its own arithmetic.
+    STAGES: tl.constexpr = 1 if SKIPS and MASKED else None
     columns = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + dims[:, None]
     v_ptrs = v_ptr + dims[None, :]
@@ -189,68 +193,71 @@ def _attend_tiles(
         slots = (columns % PAGE_SIZE).to(tl.int64)
         k_ptrs = k_ptrs + (slots * stride_k_slot)[None, :]
         v_ptrs = v_ptrs + (slots * stride_v_slot)[:, None]
-    page, slot = _find_pages(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
-    for start in range(begin, end, BLOCK_N):
-        kv = start + columns
-        k_rows = _row_offsets(page, slot, stride_k_page, stride_k_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
-        v_rows = _row_offsets(page, slot, stride_v_page, stride_v_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
-        # The next tile's pages a tile ahead: a load that waits for another in the same turn of the loop gets one buffer
-        # from Triton's pipeliner, whatever the stages, and would be waited for as soon as it is asked for.
-        page, slot = _find_pages(start + BLOCK_N, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
-        if ALIGNED and PAGE_SIZE >= BLOCK_N:  # the offsets are scalars
-            k_tile, v_tile = k_ptrs + k_rows, v_ptrs + v_rows
-        else:
-            k_tile, v_tile = k_ptrs + k_rows[None, :], v_ptrs + v_rows[:, None]
-        k = _load_rows(k_tile, (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
-        if EARLY:  # with the keys, so that one wait and one barrier serve both
-            v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
-        scores = tl.dot(q, _widen(k, q.dtype, FENCED), input_precision="ieee")
-        if SOFTCAP:
-            # tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|) cannot overflow. The cap itself is in exp2_scale.
-            u = scores * score_scale
-            e = tl.exp2(tl.abs(u) * (-2.0 * _LOG2_E))
-            scores = tl.where(u < 0.0, e - 1.0, 1.0 - e) / (1.0 + e)
-        scale = exp2_scale
-        if ALIBI:
-            distance = tl.abs(positions[:, None] - kv[None, :]).to(tl.float32)
-            scores = tl.fma(scores, tl.zeros_like(scores) + exp2_scale, distance * negative_slopes[:, None])
-            scale = 1.0
-        if MASKED:
-            visible = ((kv >= low) & (kv < high))[None, :]
-            if CAUSAL:
-                visible = visible & (kv[None, :] <= positions[:, None])
-            if WINDOW > 0:
-                visible = visible & (kv[None, :] > positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
+    # A loop without turns would still work out and ask for the tiles that its first ones wait for: of a split of four
+    # tiles, as many instructions as two of them.
+    if (begin < end) or not SKIPS:
+        page, slot = _find_pages(begin, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
+        for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+            kv = start + columns
+            k_rows = _row_offsets(page, slot, stride_k_page, stride_k_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
+            v_rows = _row_offsets(page, slot, stride_v_page, stride_v_slot, PAGE_SIZE, BLOCK_N, ALIGNED)
+            # The next tile's pages a tile ahead: a load that waits for another in the same turn of the loop gets one
+            # buffer from Triton's pipeliner, whatever the stages, and would be waited for as soon as it is asked for.
+            page, slot = _find_pages(start + BLOCK_N, pages_ptr, low, high, PAGE_SIZE, BLOCK_N, ALIGNED)
+            if ALIGNED and PAGE_SIZE >= BLOCK_N:  # the offsets are scalars
+                k_tile, v_tile = k_ptrs + k_rows, v_ptrs + v_rows
+            else:
+                k_tile, v_tile = k_ptrs + k_rows[None, :], v_ptrs + v_rows[:, None]
+            k = _load_rows(k_tile, (dims < HEAD_DIM)[:, None], HEAD_DIM, BLOCK_D)
+            if EARLY:  # with the keys, so that one wait and one barrier serve both
+                v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
+            scores = tl.dot(q, _widen(k, q.dtype, FENCED), input_precision="ieee")
+            if SOFTCAP:
+                # tanh(|u|) = (1 - e) / (1 + e) with e = exp(-2 |u|) cannot overflow. The cap itself is in exp2_scale.
+                u = scores * score_scale
+                e = tl.exp2(tl.abs(u) * (-2.0 * _LOG2_E))
+                scores = tl.where(u < 0.0, e - 1.0, 1.0 - e) / (1.0 + e)
+            scale = exp2_scale
+            if ALIBI:
+                distance = tl.abs(positions[:, None] - kv[None, :]).to(tl.float32)
+                scores = tl.fma(scores, tl.zeros_like(scores) + exp2_scale, distance * negative_slopes[:, None])
+                scale = 1.0
+            if MASKED:
+                visible = ((kv >= low) & (kv < high))[None, :]
+                if CAUSAL:
+                    visible = visible & (kv[None, :] <= positions[:, None])
+                if WINDOW > 0:
+                    visible = visible & (kv[None, :] > positions[:, None] - WINDOW)
+                scores = tl.where(visible, scores, float("-inf"))
 
-        before = maximum
-        starts_split = False
-        if WALKS:
-            starts_split = start == boundary
-            before = tl.where(starts_split, float("-inf"), maximum)
-        new_maximum = tl.maximum(before, tl.max(scores, axis=1) * scale)
-        reference = _no_lower_than_zero(new_maximum)
-        weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - reference[:, None]))
-        weights = weights.to(q.dtype)
-        decay = tl.exp2(before - reference)
-        if WALKS:
-            decay = tl.where(starts_split, 1.0, decay)
-        total = total * decay[:, None]
-        acc = acc * decay[:, None]
-        if WALKS:  # noqa: SIM102 - decided when it is compiled
-            # After what scales the accumulator, by 1 here: were that not the first to read it, Triton would wait for
-            # its product as soon as it is asked for, and not in the next turn, with that of the scores.
-            if starts_split:
-                folded_maximum, folded_total, folded_acc = fold(
-                    folded_maximum, folded_total, folded_acc, maximum, tl.max(total, axis=1), acc
-                )
-                _, total, acc = _fresh(BLOCK_M, BLOCK_D)
-                boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
-        if not EARLY:
-            v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
-        total = tl.dot(weights, ones, total, input_precision="ieee")
-        acc = tl.dot(weights, _widen(v, q.dtype, FENCED), acc, input_precision="ieee")
-        maximum = new_maximum
+            before = maximum
+            starts_split = False
+            if WALKS:
+                starts_split = start == boundary
+                before = tl.where(starts_split, float("-inf"), maximum)
+            new_maximum = tl.maximum(before, tl.max(scores, axis=1) * scale)
+            reference = _no_lower_than_zero(new_maximum)
+            weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - reference[:, None]))
+            weights = weights.to(q.dtype)
+            decay = tl.exp2(before - reference)
+            if WALKS:
+                decay = tl.where(starts_split, 1.0, decay)
+            total = total * decay[:, None]
+            acc = acc * decay[:, None]
+            if WALKS:  # noqa: SIM102 - decided when it is compiled
+                # After what scales the accumulator, by 1 here: were that not the first to read it, Triton would wait
+                # for its product as soon as it is asked for, and not in the next turn, with that of the scores.
+                if starts_split:
+                    folded_maximum, folded_total, folded_acc = fold(
+                        folded_maximum, folded_total, folded_acc, maximum, tl.max(total, axis=1), acc
+                    )
+                    _, total, acc = _fresh(BLOCK_M, BLOCK_D)
+                    boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
+            if not EARLY:
+                v = _load_rows(v_tile, (dims < HEAD_DIM)[None, :], HEAD_DIM, BLOCK_D)
+            total = tl.dot(weights, ones, total, input_precision="ieee")
+            acc = tl.dot(weights, _widen(v, q.dtype, FENCED), acc, input_precision="ieee")
+            maximum = new_maximum
     return maximum, total, acc, folded_maximum, folded_total, folded_acc, boundary
 
 
@@ -283,6 +290,7 @@ def attend(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     WALKS: tl.constexpr,
+    SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -290,8 +298,9 @@ def attend(
     """Attend from a fresh state over the tiles that start at begin, begin + BLOCK_N, ... below end.
 
     begin is a multiple of BLOCK_N, `low < high`; the tile's queries are at positions first..last and see [low, high)
-    between them. Without WALKS all is in one split. Returns the maximum [BLOCK_M] in units of log2, the sum of the
-    weights [BLOCK_M] and the accumulator [BLOCK_M, BLOCK_D]; with WALKS those of all splits, folded.
+    between them. Without WALKS all is in one split. SKIPS is for few tiles: a loop without any then costs a branch.
+    Returns the maximum [BLOCK_M] in units of log2, the sum of the weights [BLOCK_M] and the accumulator [BLOCK_M,
+    BLOCK_D]; with WALKS those of all splits, folded.
     """
     maximum, total, acc = _fresh(BLOCK_M, BLOCK_D)
     folded_maximum, folded_total, folded_acc = maximum, tl.max(total, axis=1), acc
@@ -342,6 +351,7 @@ def attend(
             FENCED,
             SPLITS,
             WALKS,
+            SKIPS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
@@ -380,6 +390,7 @@ def attend(
         FENCED,
         SPLITS,
         WALKS,
+        SKIPS,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
@@ -418,6 +429,7 @@ def attend(
         FENCED,
         SPLITS,
         WALKS,
+        SKIPS,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
@@ -430,14 +442,25 @@ def attend(
 
 
 @triton.jit
-def fold(maximum, total, acc, split_maximum, split_total, split_acc):
-    """Fold one more split into a state of maximum [rows], total [rows] and acc [rows, dims]."""
+def fold_decays(maximum, split_maximum):
+    """The maximum of a state and one more split, and what each of the two is scaled by."""
     new_maximum = tl.maximum(maximum, split_maximum)
     reference = _no_lower_than_zero(new_maximum)
-    decay = tl.exp2(maximum - reference)
-    split_decay = tl.exp2(split_maximum - reference)
-    total = tl.fma(split_total, split_decay, total * decay)
-    acc = tl.fma(split_acc, tl.zeros_like(split_acc) + split_decay[:, None], acc * decay[:, None])
+    return new_maximum, tl.exp2(maximum - reference), tl.exp2(split_maximum - reference)
+
+
+@triton.jit
+def fold_sums(split_value, split_decay, value, decay):
+    """Sums of a state with those of one more split, of one shape: a product, then a product and a sum in one."""
+    return tl.fma(split_value, split_decay, value * decay)
+
+
+@triton.jit
+def fold(maximum, total, acc, split_maximum, split_total, split_acc):
+    """Fold one more split into a state of maximum [rows], total [rows] and acc [rows, dims]."""
+    new_maximum, decay, split_decay = fold_decays(maximum, split_maximum)
+    total = fold_sums(split_total, split_decay, total, decay)
+    acc = fold_sums(split_acc, tl.zeros_like(split_acc) + split_decay[:, None], acc, decay[:, None])
     return new_maximum, total, acc
 
 

@@ -1,7 +1,8 @@
 """Multi-head latent attention whose bits for a query depend on its own position and cache alone: launches and binding.
 
-As in `attention`: `latent_split_kernel` and `fold_kernel` serve sequences of few query tokens, `latent_walk_kernel` the
-others. The absorbed form serves every phase, so that a prefill has the bits of decode.
+As in `attention`: `latent_split_kernel` and `fold_kernel` serve sequences of few query tokens, `latent_segment_kernel`
+and `fold_kernel` those of calls of many sequences, `latent_walk_kernel` the others. The absorbed form serves every
+phase, so that a prefill has the bits of decode.
 """
 
 from __future__ import annotations
@@ -26,13 +27,40 @@ from bidispatch_backends.triton.attention_launch import (
 from bidispatch_backends.triton.attention_params import padded
 from bidispatch_backends.triton.hopper import WARPS
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer
-from bidispatch_backends.triton.mla_hopper import seesaw_split_kernel
+from bidispatch_backends.triton.mla_hopper import SEESAW_ROWS, seesaw_split_kernel
+from bidispatch_backends.triton.mla_hopper_segments import seesaw_segment_kernel
 from bidispatch_backends.triton.mla_kernels import latent_split_kernel, latent_walk_kernel
-from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws
+from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws, walks_runs
+from bidispatch_backends.triton.mla_runs import MOST_IDLE
+from bidispatch_backends.triton.mla_segments import latent_segment_kernel
 
-__all__ = ["bind_mla", "launches"]
+__all__ = ["Runs", "bind_mla", "launches"]
 
 _FOLD_WARPS = 4
+_MOST_FOLDED = 16
+"""Heads of a program that folds behind segments, at most: they leave it little, mostly nothing."""
+
+
+class Runs(Parallel):
+    """Of `latent_segment_kernel`, whose programs have one order of all pairs."""
+
+    def in_segments(self, seqs: int) -> bool:
+        """Whether a call's splits are left to it: where each program gets a pair, but for as many as `part_of` idles.
+
+        With fewer, most would begin within a pair that another began, and store the state of each split.
+        """
+        (programs,) = self.segment_grid
+        idle = programs - seqs * self._blocks
+        return bool(self.decode.most_queries and programs) and idle * MOST_IDLE <= programs
+
+    @property
+    def segment_grid(self) -> tuple[int, ...]:
+        return (self._segments,)
+
+
+def _folded_span(heads: int) -> int:
+    """Heads of a program that folds behind segments: a power of two that divides those of a query tile and all."""
+    return min(heads & -heads, _MOST_FOLDED)
 
 
 def _decode_of(problem: Problem, params: MlaParams, tile: MlaTile, limits: Limits) -> Decode:
@@ -44,7 +72,7 @@ def launches(
     problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
     """The launches of `latent_walk_kernel` for all sequences and for those that are left, `latent_split_kernel` and
-    `fold_kernel`.
+    `fold_kernel`, and, where the tile has segments, `latent_segment_kernel` and `fold_kernel`.
 
     limits: by default those of a server, with decode steps of one token.
     """
@@ -117,7 +145,39 @@ def launches(
         split = replace(
             split, kernel=seesaw_split_kernel, options=options(arch, WARPS, 1, fp_fusion=False), unaligned=split
         )
-    return (*walks, split, fold_launch(arch, neither, data, out_strides, fold_constants, warps=_FOLD_WARPS))
+    fold = fold_launch(arch, neither, data, out_strides, fold_constants, _FOLD_WARPS)
+    walked = walks_runs(arch, problem, params, tile, decode.block_b) and not triton.knobs.runtime.interpret
+    if not tile.segment_programs or (tile.decode_overlap and not walked):
+        return (*walks, split, fold)
+
+    segment_types = inputs | {"folded_ptr": index, "running_ptr": pointer("float32")} | workspace_types()
+    segment = Launch(
+        latent_segment_kernel,
+        segment_types | {"out_ptr": data} | sizes("seqs", "max_kv", "capacity", "stride_table") | strides | out_strides,
+        # It holds two accumulators, as the walk does.
+        packed(min(tile.decode_block_m, tile.prefill_block_m)) | decode.constants,
+        options(arch, tile.prefill_warps, tile.prefill_stages, fp_fusion=False),
+    )
+    if walked:
+        segment = replace(
+            segment,
+            kernel=seesaw_segment_kernel,
+            constants=packed(SEESAW_ROWS) | decode.constants,
+            options=options(arch, WARPS, 1, fp_fusion=False),
+            unaligned=segment,
+        )
+    segment_fold = fold_launch(
+        arch,
+        neither,
+        data,
+        out_strides,
+        fold_constants,
+        _FOLD_WARPS,
+        span=_folded_span(heads),
+        dependent=True,
+        segments=True,
+    )
+    return (*walks, split, fold, segment, segment_fold)
 
 
 def bind_mla(context: BindContext) -> Kernel:
@@ -130,13 +190,21 @@ def bind_mla(context: BindContext) -> Kernel:
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     need_max_seq_len(context)
-    walk_all, walk_rest, split, fold = launches(problem, params, tile, context.device.arch, limits)
+    walk_all, walk_rest, split, fold, *segments = launches(problem, params, tile, context.device.arch, limits)
     decode = _decode_of(problem, params, tile, limits)
     heads, rank = problem.size("num_heads"), problem.size("kv_lora_rank")
     walked = Packing.of(heads, tile.prefill_block_m)
     blocks = Packing.of(heads, decode.block_m).head_blocks
-    parallel = Parallel(context, decode, heads=heads, width=padded(rank), blocks=blocks)
-    log2_e = math.log2(math.e)
+    parallel = Runs(
+        context,
+        decode,
+        heads=heads,
+        width=padded(rank),
+        blocks=blocks,
+        segments=tile.segment_programs if segments else 0,
+        running=decode.block_m * padded(rank) if segments and segments[0].unaligned else 0,
+    )
+    log2_e, span = math.log2(math.e), _folded_span(heads)
 
     def mla(
         q: torch.Tensor,
@@ -158,23 +226,43 @@ def bind_mla(context: BindContext) -> Kernel:
         walk, walk_bases = walk_all, None
         left = parallel.leaves(tokens)
         if decode.most_queries:
-            split(
-                parallel.split_grid(tokens),
-                *inputs,
-                *parallel.workspace,
-                exp2_scale,
-                seqs,
-                max_kv,
-                decode.capacity,
-                table_stride,
-                *strides,
-            )
-            fold(
-                parallel.fold_grid(tokens, seqs),
+            if in_segments := parallel.in_segments(seqs):
+                segment, fold_now = segments
+                segment(
+                    parallel.segment_grid,
+                    *inputs,
+                    parallel.folded,
+                    parallel.running,
+                    *parallel.workspace,
+                    out,
+                    exp2_scale,
+                    seqs,
+                    max_kv,
+                    decode.capacity,
+                    table_stride,
+                    *strides,
+                    *out_strides,
+                )
+            else:
+                fold_now = fold
+                split(
+                    parallel.split_grid(tokens),
+                    *inputs,
+                    *parallel.workspace,
+                    exp2_scale,
+                    seqs,
+                    max_kv,
+                    decode.capacity,
+                    table_stride,
+                    *strides,
+                )
+            fold_now(
+                parallel.fold_grid(tokens, seqs, span if in_segments else 1),
                 seq_lens,
                 query_start_loc,
                 None,
                 None,
+                parallel.folded if in_segments else None,
                 *parallel.workspace,
                 out,
                 max_kv,

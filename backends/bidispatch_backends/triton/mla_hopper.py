@@ -9,7 +9,8 @@ bits.
 """
 
 # Kernel arguments are Triton values, which no annotation describes.
-# ruff: noqa: ANN001, ANN201, ANN202
+# RET505: a branch on a constexpr must be an `if` of its own, or both sides are compiled.
+# ruff: noqa: ANN001, ANN201, ANN202, RET505
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -441,6 +442,214 @@ def _values(total, acc, decays, weights, ones, values, SUMMED: gl.constexpr, SUM
 
 
 @gluon.jit
+def _first_tile(
+    SIDE: gl.constexpr,
+    total,
+    acc,
+    start,
+    full_end,
+    positions,
+    high,
+    step,
+    use,
+    shared,
+    scale,
+    BLOCK_N: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """An item's first tile, where it is this side's. use: how many tiles of this side were before it."""
+    (
+        q_left,
+        q_right,
+        q_rope,
+        kv_left,
+        kv_right,
+        kv_rope,
+        weights_shared,
+        maxima_shared,
+        decays_shared,
+        _ones,
+        ready,
+        _free,
+        weights_ready,
+        weights_free,
+    ) = shared
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_N, 16])
+    hopper.mbarrier.wait(ready.index(step % _BUFFERS), step // _BUFFERS % 2)
+    scores = _scores(q_left, q_right, q_rope, kv_left, kv_right, kv_rope, step % _BUFFERS, BLOCK_N, SCORES)
+    scores = hopper.warpgroup_mma_wait(0, deps=[scores])
+    none = gl.full((_ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    weights, maximum, decay = _softmax(scores, none, start, full_end, positions, high, scale, BLOCK_N, SCORES)
+    hopper.mbarrier.wait(weights_free.index(SIDE), (use + 1) % 2)
+    _hand_over(
+        weights,
+        maximum,
+        decay,
+        weights_shared.index(SIDE),
+        maxima_shared.index(SIDE),
+        decays_shared.index(SIDE),
+        weights_ready.index(SIDE),
+    )
+    return _own_values(SIDE, total, acc, step, shared, HALF)
+
+
+@gluon.jit
+def _ask(step, shared, BLOCK_N: gl.constexpr):
+    """Ask for the scores of a tile, once it is there."""
+    q_left, q_right, q_rope, kv_left, kv_right, kv_rope, _w, _m, _d, _o, ready, _f, _wr, _wf = shared
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_N, 16])
+    buffer = step % _BUFFERS
+    hopper.mbarrier.wait(ready.index(buffer), step // _BUFFERS % 2)
+    return _scores(q_left, q_right, q_rope, kv_left, kv_right, kv_rope, buffer, BLOCK_N, SCORES)
+
+
+@gluon.jit
+def _weigh(
+    SIDE: gl.constexpr,
+    FRESH: gl.constexpr,
+    scores,
+    total,
+    acc,
+    start,
+    full_end,
+    positions,
+    high,
+    step,
+    use,
+    others_use,
+    shared,
+    scale,
+    BLOCK_N: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """From the scores of a tile of this side, being asked for: add the values of the other's before it, hand over the
+    weights.
+
+    FRESH: it begins a split, so that no maximum is carried on. use, others_use: how many tiles of this side were before
+    this one, and of the other before its own. Returns the sums, which hold the tile before; with FRESH also that tile's
+    maximum, as rows of the accumulator have it.
+    """
+    (
+        _q_left,
+        _q_right,
+        _q_rope,
+        kv_left,
+        kv_right,
+        _kv_rope,
+        weights_shared,
+        maxima_shared,
+        decays_shared,
+        ones,
+        _ready,
+        free,
+        weights_ready,
+        weights_free,
+    ) = shared
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _SUM_COLUMNS, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, HALF, 16])
+    OTHER: gl.constexpr = 1 - SIDE
+    if SIDE == 0:  # noqa: SIM108 - decided when it is compiled
+        values = kv_left
+    else:
+        values = kv_right
+    before_buffer = (step - 1) % _BUFFERS
+    hopper.mbarrier.wait(weights_ready.index(OTHER), others_use % 2)
+    if FRESH:
+        others_maximum = maxima_shared.index(OTHER).load(gl.SliceLayout(1, VALUES))
+        before = gl.full((_ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    else:
+        before = maxima_shared.index(OTHER).load(gl.SliceLayout(1, SCORES))
+    total, acc = _values(
+        total,
+        acc,
+        decays_shared.index(OTHER),
+        weights_shared.index(OTHER),
+        ones,
+        values.index(before_buffer),
+        SIDE == 0,
+        SUMS,
+        VALUES,
+    )
+    scores = hopper.warpgroup_mma_wait(2 - SIDE, deps=[scores])
+    weights, maximum, decay = _softmax(scores, before, start, full_end, positions, high, scale, BLOCK_N, SCORES)
+    # Over by now. The buffer goes back before the weights are handed over: it is what the copies wait for.
+    total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
+    hopper.mbarrier.arrive(free.index(before_buffer))
+    hopper.mbarrier.arrive(weights_free.index(OTHER))
+    hopper.mbarrier.wait(weights_free.index(SIDE), (use + 1) % 2)
+    _hand_over(
+        weights,
+        maximum,
+        decay,
+        weights_shared.index(SIDE),
+        maxima_shared.index(SIDE),
+        decays_shared.index(SIDE),
+        weights_ready.index(SIDE),
+    )
+    if FRESH:
+        return total, acc, others_maximum
+    else:
+        return total, acc
+
+
+@gluon.jit
+def _own_values(SIDE: gl.constexpr, total, acc, step, shared, HALF: gl.constexpr):
+    """Add the values of a tile of this side, whose weights are handed over."""
+    _q0, _q1, _q2, kv_left, kv_right, _k2, weights_shared, _m, decays_shared, ones, _r, free, _wr, _wf = shared
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _SUM_COLUMNS, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, HALF, 16])
+    if SIDE == 0:  # noqa: SIM108 - decided when it is compiled
+        values = kv_left
+    else:
+        values = kv_right
+    total, acc = _values(
+        total,
+        acc,
+        decays_shared.index(SIDE),
+        weights_shared.index(SIDE),
+        ones,
+        values.index(step % _BUFFERS),
+        SIDE == 0,
+        SUMS,
+        VALUES,
+    )
+    total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
+    hopper.mbarrier.arrive(free.index(step % _BUFFERS))
+    return total, acc
+
+
+@gluon.jit
+def _others_values(SIDE: gl.constexpr, total, acc, step, others_use, shared, HALF: gl.constexpr):
+    """Add the values of an item's last tile, where it is the other side's. Its weights and maxima are kept."""
+    _q0, _q1, _q2, kv_left, kv_right, _k2, weights_shared, _m, decays_shared, ones, _r, free, weights_ready, _wf = (
+        shared
+    )
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, _SUM_COLUMNS, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, HALF, 16])
+    OTHER: gl.constexpr = 1 - SIDE
+    if SIDE == 0:  # noqa: SIM108 - decided when it is compiled
+        values = kv_left
+    else:
+        values = kv_right
+    hopper.mbarrier.wait(weights_ready.index(OTHER), others_use % 2)
+    total, acc = _values(
+        total,
+        acc,
+        decays_shared.index(OTHER),
+        weights_shared.index(OTHER),
+        ones,
+        values.index(step % _BUFFERS),
+        SIDE == 0,
+        SUMS,
+        VALUES,
+    )
+    total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
+    hopper.mbarrier.arrive(free.index(step % _BUFFERS))
+    return total, acc
+
+
+@gluon.jit
 def _attend(
     SIDE: gl.constexpr,
     attended,
@@ -488,10 +697,22 @@ def _attend(
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, HALF, 16])
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OTHER: gl.constexpr = 1 - SIDE
-    if SIDE == 0:  # noqa: SIM108 - decided when it is compiled
-        values = kv_left
-    else:
-        values = kv_right
+    shared = (
+        q_left,
+        q_right,
+        q_rope,
+        kv_left,
+        kv_right,
+        kv_rope,
+        weights_shared,
+        maxima_shared,
+        decays_shared,
+        ones,
+        ready,
+        free,
+        weights_ready,
+        weights_free,
+    )
     _batch, _starts, _query_lens, _kv_lens, _slot_starts, _parallel, _item_starts, item_ends = _work_list(
         query_start_ptr, kv_lens_ptr, seqs, max_kv, capacity, TOKENS, SPLITS, MOST_QUERIES, BLOCK_B
     )
@@ -524,115 +745,48 @@ def _attend(
             # A tile belongs to the side that its number in the program has as its parity.
             first_own = (base_step + SIDE) % 2
             if first_own == 0:
-                hopper.mbarrier.wait(ready.index(base_step % _BUFFERS), base_step // _BUFFERS % 2)
-                scores = _scores(
-                    q_left,
-                    q_right,
-                    q_rope,
-                    kv_left,
-                    kv_right,
-                    kv_rope,
-                    base_step % _BUFFERS,
-                    BLOCK_N,
-                    SCORES,
-                )
-                scores = hopper.warpgroup_mma_wait(0, deps=[scores])
-                none = gl.full((_ROWS,), float("-inf"), gl.float32, SCORE_ROWS)
-                weights, maximum, decay = _softmax(
-                    scores, none, begin, full_end, positions, high, scale, BLOCK_N, SCORES
-                )
-                hopper.mbarrier.wait(weights_free.index(SIDE), (base_step // 2 + 1) % 2)
-                _hand_over(
-                    weights,
-                    maximum,
-                    decay,
-                    weights_shared.index(SIDE),
-                    maxima_shared.index(SIDE),
-                    decays_shared.index(SIDE),
-                    weights_ready.index(SIDE),
-                )
-                total, acc = _values(
+                total, acc = _first_tile(
+                    SIDE,
                     total,
                     acc,
-                    decays_shared.index(SIDE),
-                    weights_shared.index(SIDE),
-                    ones,
-                    values.index(base_step % _BUFFERS),
-                    SIDE == 0,
-                    SUMS,
-                    VALUES,
+                    begin,
+                    full_end,
+                    positions,
+                    high,
+                    base_step,
+                    base_step // 2,
+                    shared,
+                    scale,
+                    BLOCK_N,
+                    HALF,
                 )
-                total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
-                hopper.mbarrier.arrive(free.index(base_step % _BUFFERS))
             for tile in range(2 - first_own, tiles, 2):
                 step = base_step + tile
-                buffer = step % _BUFFERS
-                before_buffer = (step - 1) % _BUFFERS
-                hopper.mbarrier.wait(ready.index(buffer), step // _BUFFERS % 2)
-                scores = _scores(q_left, q_right, q_rope, kv_left, kv_right, kv_rope, buffer, BLOCK_N, SCORES)
-                hopper.mbarrier.wait(weights_ready.index(OTHER), (step - 1) // 2 % 2)
-                before = maxima_shared.index(OTHER).load(SCORE_ROWS)
-                total, acc = _values(
+                total, acc = _weigh(
+                    SIDE,
+                    False,
+                    _ask(step, shared, BLOCK_N),
                     total,
                     acc,
-                    decays_shared.index(OTHER),
-                    weights_shared.index(OTHER),
-                    ones,
-                    values.index(before_buffer),
-                    SIDE == 0,
-                    SUMS,
-                    VALUES,
+                    begin + tile * BLOCK_N,
+                    full_end,
+                    positions,
+                    high,
+                    step,
+                    step // 2,
+                    (step - 1) // 2,
+                    shared,
+                    scale,
+                    BLOCK_N,
+                    HALF,
                 )
-                scores = hopper.warpgroup_mma_wait(2 - SIDE, deps=[scores])
-                weights, maximum, decay = _softmax(
-                    scores, before, begin + tile * BLOCK_N, full_end, positions, high, scale, BLOCK_N, SCORES
-                )
-                # Over by now. The buffer goes back before the weights are handed over: it is what the copies wait for.
-                total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
-                hopper.mbarrier.arrive(free.index(before_buffer))
-                hopper.mbarrier.arrive(weights_free.index(OTHER))
-                hopper.mbarrier.wait(weights_free.index(SIDE), (step // 2 + 1) % 2)
-                _hand_over(
-                    weights,
-                    maximum,
-                    decay,
-                    weights_shared.index(SIDE),
-                    maxima_shared.index(SIDE),
-                    decays_shared.index(SIDE),
-                    weights_ready.index(SIDE),
-                )
-                total, acc = _values(
-                    total,
-                    acc,
-                    decays_shared.index(SIDE),
-                    weights_shared.index(SIDE),
-                    ones,
-                    values.index(buffer),
-                    SIDE == 0,
-                    SUMS,
-                    VALUES,
-                )
-                total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
-                hopper.mbarrier.arrive(free.index(buffer))
+                total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
             last_step = base_step + tiles - 1
             # The last scores have been taken; the queries of the next item may come.
             barrier()
             hopper.mbarrier.arrive(q_free)
             if last_step % 2 == OTHER:
-                hopper.mbarrier.wait(weights_ready.index(OTHER), last_step // 2 % 2)
-                total, acc = _values(
-                    total,
-                    acc,
-                    decays_shared.index(OTHER),
-                    weights_shared.index(OTHER),
-                    ones,
-                    values.index(last_step % _BUFFERS),
-                    SIDE == 0,
-                    SUMS,
-                    VALUES,
-                )
-                total, acc = hopper.warpgroup_mma_wait(0, deps=[total, acc])
-                hopper.mbarrier.arrive(free.index(last_step % _BUFFERS))
+                total, acc = _others_values(SIDE, total, acc, last_step, last_step // 2, shared, HALF)
             tokens, heads, valid = _rows_of(
                 work, first_token, query_len, gl.SliceLayout(1, VALUES), NUM_HEADS, HEADS, TOKENS
             )
@@ -652,44 +806,9 @@ def _attend(
             base_step += tiles
 
 
-@gluon.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table"])
-def seesaw_split_kernel(
-    q_ptr,
-    kv_ptr,
-    table_ptr,
-    kv_lens_ptr,
-    query_start_ptr,
-    bases_ptr,
-    maxima_ptr,
-    totals_ptr,
-    accs_ptr,
-    exp2_scale,
-    seqs,
-    max_kv,
-    capacity,
-    stride_table,
-    stride_q_token,
-    stride_q_head,
-    stride_page,
-    stride_slot,
-    NUM_HEADS: gl.constexpr,
-    HEADS: gl.constexpr,
-    TOKENS: gl.constexpr,
-    RANK: gl.constexpr,
-    ROPE: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    SPLITS: gl.constexpr,
-    MOST_QUERIES: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_L: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-):
-    """`latent_split_kernel`, launched with WARPS, for SEESAW_ROWS rows and what `mla_params.seesaws` names."""
-    gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
-    HALF: gl.constexpr = BLOCK_L // 2
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
+@gluon.jit
+def _allocate(dtype: gl.constexpr, BLOCK_N: gl.constexpr, HALF: gl.constexpr, ROPE: gl.constexpr):
+    """A program's shared memory: queries, KV tiles, what the sides hand over, items, and their barriers."""
     Q_WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, HALF], dtype)
     Q_NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, ROPE], dtype)
     KV_WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HALF], dtype)
@@ -731,6 +850,56 @@ def seesaw_split_kernel(
     hopper.mbarrier.init(q_free, count=2)
     hopper.fence_async_shared()
     barrier()
+    queries = (q_left, q_right, q_rope)
+    tiles = (kv_left, kv_right, kv_rope)
+    handed = (weights, maxima, decays, ones)
+    return queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free
+
+
+@gluon.jit(do_not_specialize=["seqs", "max_kv", "capacity", "stride_table"])
+def seesaw_split_kernel(
+    q_ptr,
+    kv_ptr,
+    table_ptr,
+    kv_lens_ptr,
+    query_start_ptr,
+    bases_ptr,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
+    exp2_scale,
+    seqs,
+    max_kv,
+    capacity,
+    stride_table,
+    stride_q_token,
+    stride_q_head,
+    stride_page,
+    stride_slot,
+    NUM_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    RANK: gl.constexpr,
+    ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    SPLITS: gl.constexpr,
+    MOST_QUERIES: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_L: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+):
+    """`latent_split_kernel`, launched with WARPS, for SEESAW_ROWS rows and what `mla_params.seesaws` names."""
+    gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
+    HALF: gl.constexpr = BLOCK_L // 2
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free = _allocate(
+        dtype, BLOCK_N, HALF, ROPE
+    )
+    q_left, q_right, q_rope = queries
+    kv_left, kv_right, kv_rope = tiles
+    weights, maxima, decays, ones = handed
     attend = (
         q_left,
         q_right,

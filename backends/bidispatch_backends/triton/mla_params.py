@@ -11,7 +11,7 @@ from bidispatch.device import Arch, Device
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, padded
 
-__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for", "seesaws"]
+__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for", "seesaws", "walks_runs"]
 
 _MATRIX_ROWS = 16
 """Rows of the narrowest tile a matrix unit takes."""
@@ -47,6 +47,10 @@ class MlaTile(AttentionTile):
     """Rows of a tile of parallel splits."""
     decode_overlap: bool = False
     """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
+    segment_programs: int = Field(default=0, ge=0, le=64)
+    """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks
+    runs of splits. Best as many as run at once. 0: the splits run in parallel there too, as they do where
+    decode_overlap is set and `walks_runs` does not hold."""
     workspace_mb: int = Field(default=448, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
     KB for 128 heads, 33 KB for 16. docs/latent-attention.md has what batches there is room for."""
@@ -65,6 +69,16 @@ def seesaws(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: 
         and (tile.decode_block_m, params.block_n) == (_ASYNC_ROWS, 32)
         and (problem.size("kv_lora_rank"), problem.size("rope_dim")) == (512, 64)
         and max_seqs <= _SEESAW_SEQS
+    )
+
+
+def walks_runs(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
+    """Whether the runs of splits of many sequences are those of `mla_hopper_segments`.
+
+    It folds where a split ends between a tile of the one side and one of the other, so splits hold tiles in pairs.
+    """
+    return seesaws(arch, problem, params, tile, max_seqs) and all(
+        size % (2 * params.block_n) == 0 for _, size in params.ranges
     )
 
 
@@ -120,6 +134,7 @@ def mla_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int 
         prefill_warps=8,
         prefill_stages=_stages(device.arch, problem, params, walked),
         decode_programs=1 if overlap else 2,
+        segment_programs=1 if overlap else 0,
     )
     return ((None, tile),)
 

@@ -116,13 +116,16 @@ _DECODE_SHAPES = (
     (16, 4, 3, 168),
     (16, 4, 3, 0),
     (16, 4, 2, 128),
+    (16, 4, 3, 128),
+    (16, 4, 4, 168),
     (16, 4, 4, 0),
     (16, 2, 3, 0),
     (16, 8, 3, 0),
     (32, 4, 3, 0),
     (64, 4, 3, 0),
 )
-_DECODE_PROGRAMS = (3, 6, 12)
+_DECODE_PROGRAMS = ((3, 3), (6, 2), (6, 4), (12, 3))
+"""Programs a multiprocessor, of the parallel splits and of the segments."""
 _FEW_TOKENS = 256
 """Calls of up to so many tokens are taken for decode steps."""
 _PREFILL_SHAPES = ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 3), (16, 4, 3))
@@ -141,7 +144,10 @@ def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -
             if fits_shared_memory(device.arch, problem, params, rows, stages):
                 shape = {"decode_block_m": rows, "decode_warps": warps, "decode_stages": stages}
                 shape["decode_registers"] = registers if nvidia else 0
-                tiles += [default.model_copy(update=shape | {"decode_programs": n}) for n in _DECODE_PROGRAMS]
+                tiles += [
+                    default.model_copy(update=shape | {"decode_programs": splits, "segment_programs": segments})
+                    for splits, segments in _DECODE_PROGRAMS
+                ]
     else:
         for rows, warps, stages in _PREFILL_SHAPES:
             if fits_shared_memory(device.arch, problem, params, rows, stages):

@@ -93,8 +93,8 @@ def _zeros(spec: TensorSpec, sizes: dict[str, int], place: str) -> torch.Tensor:
 
 
 def _steps(kernel: BoundKernel) -> Iterator[list[torch.Tensor | None]]:
-    """A sequence that decodes, and where there is room a prompt; then those among others, for which kernels may launch
-    what they do not for two.
+    """A sequence that decodes, and where there is room a prompt; then those among others, few and as many as there may
+    be, for which kernels may launch what they do not for two.
     """
     limits = kernel.limits
     prompt = min(_PROMPT, limits.max_query_len, limits.max_tokens - 1, limits.max_seq_len)
@@ -102,8 +102,7 @@ def _steps(kernel: BoundKernel) -> Iterator[list[torch.Tensor | None]]:
     if limits.max_seqs > 1 and prompt > 0:
         lengths.append((prompt, prompt))
     batch = latent_batch if kernel.problem.op == "attention.mla" else paged_batch
-    tokens = sum(queries for queries, _ in lengths)
-    others = min(_OTHERS, limits.max_seqs - len(lengths), limits.max_tokens - tokens)
-    for step in (lengths, [*lengths, *[(1, 1)] * others])[: 2 if others > 0 else 1]:
-        queries, cached = ([each[i] for each in step] for i in (0, 1))
+    room = min(limits.max_seqs - len(lengths), limits.max_tokens - sum(queries for queries, _ in lengths))
+    for others in sorted({0, min(_OTHERS, max(room, 0)), max(room, 0)}):
+        queries, cached = ([each[i] for each in [*lengths, *[(1, 1)] * others]] for i in (0, 1))
         yield batch(kernel.problem, queries, cached, device=kernel.device.torch_device)
