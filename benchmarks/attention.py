@@ -11,7 +11,7 @@ prefill is one whole prompt. `--libraries` names folders that hold vLLM's FlashA
 vllm is not installed.
 
 Prints the figures of attention_judge.py last, and exits 1 if one is missed. `--try` times launch shapes of
-triton.paged_attention, or of triton.mla for the phase mla, of one class of bits, in decode if no phase is named, over
+triton.paged_attention, or of triton.mla for its phases, of one class of bits, in decode if no phase is named, over
 the cells of `--quick`; it judges nothing.
 """
 
@@ -26,7 +26,20 @@ from typing import Any
 
 import torch
 from attention_calls import MAX_CONTEXT, Call, Pool, Shape, floor_us
-from attention_judge import FA2_ONE, FA3_AUTO, FA3_ONE, FLASH_MLA, FLASHINFER, LEVELS, PHASES, VLLM_TRITON, Row, summary
+from attention_judge import (
+    FA2_ONE,
+    FA3_AUTO,
+    FA3_ONE,
+    FA3_PROJECTED,
+    FLASH_MLA,
+    FLASHINFER,
+    LEVELS,
+    PHASES,
+    PREFILLS,
+    VLLM_TRITON,
+    Row,
+    summary,
+)
 from harness import HERE, best_of_run, environment, peaks_of, save, text_of, used_by
 from peers import flash_attention, flash_mla, flashinfer_attention, vllm_triton
 from peers.installed import AbsentError, Peer
@@ -49,14 +62,15 @@ SWEEPS = {
     "decode": HERE / "sweeps" / "attention.yaml",
     "prefill": HERE / "sweeps" / "attention.yaml",
     "mla": HERE / "sweeps" / "attention_mla.yaml",
+    "mla_prefill": HERE / "sweeps" / "attention_mla.yaml",
 }
-OPS = {"decode": "attention", "prefill": "attention", "mla": "attention.mla"}
+OPS = {"decode": "attention", "prefill": "attention", "mla": "attention.mla", "mla_prefill": "attention.mla"}
 TRIED = {"attention": "triton.paged_attention", "attention.mla": "triton.mla"}
 DTYPE = "bfloat16"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, MAX_CONTEXT)
-PREFILLS = (1024, 2048, 4096, 8192, 16384, 32768)
-QUICK_BATCHES, QUICK_CONTEXTS, QUICK_PREFILLS = (1, 16, 64), (1024, 8192, 32768), (1024, 8192)
+PROMPTS = (1024, 2048, 4096, 8192, 16384, 32768)
+QUICK_BATCHES, QUICK_CONTEXTS, QUICK_PROMPTS = (1, 16, 64), (1024, 8192, 32768), (1024, 8192)
 MOST_KV_BYTES = 32 << 30
 MOST_SETS = 80
 """Of block tables: what one sequence of 1024 positions needs to exceed three times the L2."""
@@ -66,7 +80,7 @@ SLOWER = 3.0
 """About how long a call of all rivals takes, beside its bound: the slowest without splits, the others little more."""
 TRIED_REPLAYS = 4
 
-PEERS = (FA3_AUTO, FA3_ONE, FA2_ONE, FLASHINFER, VLLM_TRITON, FLASH_MLA)
+PEERS = (FA3_AUTO, FA3_ONE, FA2_ONE, FLASHINFER, VLLM_TRITON, FLASH_MLA, FA3_PROJECTED)
 
 Say = Callable[[str], None]
 Binder = Callable[[Call], Peer]
@@ -137,6 +151,8 @@ def peers_of(phase: str, folders: tuple[Path, ...]) -> dict[str, Binder]:
     """How to make each peer of a phase."""
     if phase == "mla":
         return {FLASH_MLA: lambda call: flash_mla.decode(call, folders)}
+    if phase == "mla_prefill":
+        return {FA3_PROJECTED: lambda call: flash_attention.fa3_projected(call, folders)}
     peers: dict[str, Binder] = {
         FA3_AUTO: lambda call: flash_attention.fa3(call, folders, num_splits=0),
         FA3_ONE: lambda call: flash_attention.fa3(call, folders, num_splits=1),
@@ -218,9 +234,9 @@ class Bench:
         smallest = min(batch * min(contexts) for batch, contexts in cells.items())
         pool = Pool(shape, max(largest, smallest * self.sets(shape, 1, smallest)), self.device)
         for batch, contexts in cells.items():
-            if phase == "prefill":
+            if phase in PREFILLS:
                 for context in contexts:
-                    yield from self._prefill(pool, batch, context)
+                    yield from self._prefill(phase, pool, batch, context)
             else:
                 yield from self._decode(phase, pool, batch, contexts)
             if self.device.type == "cuda":
@@ -243,14 +259,14 @@ class Bench:
             call.set_context(context)
             yield from self._rows(phase, call, chosen, peers, captures, launches[context])
 
-    def _prefill(self, pool: Pool, batch: int, context: int) -> Iterator[Row]:
+    def _prefill(self, phase: str, pool: Pool, batch: int, context: int) -> Iterator[Row]:
         call = Call(pool, batch, context, self.sets(pool.shape, batch, context))
         call.set_context(context)
         chosen, kernels = self.kernels(call.problem, Limits(call.tokens, batch, MAX_CONTEXT, context))
-        peers = self.peers("prefill", call)
+        peers = self.peers(phase, call)
         captures = Captures(rivals_of(call, kernels, peers))
-        estimate = SLOWER * self.floor(pool.shape, "prefill", batch, context)
-        yield from self._rows("prefill", call, chosen, peers, captures, graph_launches(call.sets, estimate))
+        estimate = SLOWER * self.floor(pool.shape, phase, batch, context)
+        yield from self._rows(phase, call, chosen, peers, captures, graph_launches(call.sets, estimate))
 
     def floor(self, shape: Shape, phase: str, batch: int, context: int) -> float:
         return floor_us(shape, phase, batch, context, *self.peaks)
@@ -317,11 +333,11 @@ def try_shapes(
     pool = Pool(shape, max(batch * context for batch, contexts in cells.items() for context in contexts), bench.device)
     best = []
     for batch, contexts in cells.items():
-        groups = [contexts] if phase != "prefill" else [[context] for context in contexts]
+        groups = [[context] for context in contexts] if phase in PREFILLS else [contexts]
         for together in groups:
-            query = 1 if phase != "prefill" else together[0]
+            query = together[0] if phase in PREFILLS else 1
             call = Call(pool, batch, query, bench.sets(shape, batch, min(together)))
-            call.set_context(MAX_CONTEXT if phase != "prefill" else query)
+            call.set_context(query if phase in PREFILLS else MAX_CONTEXT)
             captures = Captures(_tried(plan, call, say))
             for context in together:
                 call.set_context(context)
@@ -429,9 +445,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def cells_of(phase: str, shape: Shape, arguments: argparse.Namespace) -> dict[int, list[int]]:
     """The cells of a phase by the command's filters."""
-    if phase == "prefill":
-        lengths = arguments.context or (QUICK_PREFILLS if arguments.quick else PREFILLS)
-        return decode_cells(shape, arguments.batch or (1,), [length for length in lengths if length <= PREFILLS[-1]])
+    if phase in PREFILLS:
+        lengths = arguments.context or (QUICK_PROMPTS if arguments.quick else PROMPTS)
+        return decode_cells(shape, arguments.batch or (1,), [length for length in lengths if length <= PROMPTS[-1]])
     batches = arguments.batch or (QUICK_BATCHES if arguments.quick else BATCHES)
     contexts = arguments.context or (QUICK_CONTEXTS if arguments.quick else CONTEXTS)
     return decode_cells(shape, batches, contexts)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from attention_judge import PREFILLS
 
 from bidispatch import ops
 from bidispatch.ops.schema import Problem
@@ -61,8 +62,9 @@ def floor_us(shape: Shape, phase: str, batch: int, context: int, flops: Mapping[
     """max(FLOP / peak, bytes / bandwidth): KV and queries read once, results written once; a prefill is causal and
     whole, and every query of it is counted with the positions it sees.
     """
-    rows = batch * (context if phase == "prefill" else 1)
-    pairs = batch * (context * (context + 1) // 2 if phase == "prefill" else context)
+    whole = phase in PREFILLS
+    rows = batch * (context if whole else 1)
+    pairs = batch * (context * (context + 1) // 2 if whole else context)
     work = 2 * pairs * shape.heads * (shape.head_dim + shape.value_dim)
     moved = shape.kv_bytes(batch, context) + rows * shape.heads * (shape.head_dim + shape.value_dim) * shape.item
     return max(work / flops[shape.problem.dtype], moved / bandwidth) * 1e6

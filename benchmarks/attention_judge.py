@@ -7,6 +7,7 @@
 - prefill: at most 1.05 times FA3 at level `batch`; at level `sequence` at most 1.5 times, and faster than vLLM's Triton
   attention in invariant mode. In every cell.
 - MLA decode: geometric mean at most 1.10 times FlashMLA's default schedule at level `batch`.
+- MLA prefill: the price of the absorbed form, beside FA3 on keys and values that are projected up. Not judged.
 
 A figure whose peers are not there is not judged, and named.
 """
@@ -17,10 +18,23 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FA3_AUTO", "FA3_ONE", "FLASHINFER", "FLASH_MLA", "PHASES", "VLLM_TRITON", "Row", "summary"]
+__all__ = [
+    "FA3_AUTO",
+    "FA3_ONE",
+    "FA3_PROJECTED",
+    "FLASHINFER",
+    "FLASH_MLA",
+    "PHASES",
+    "PREFILLS",
+    "VLLM_TRITON",
+    "Row",
+    "summary",
+]
 
-PHASES = ("decode", "prefill", "mla")
-FA3_AUTO, FA3_ONE, FA2_ONE = "fa3_auto", "fa3_1", "fa2_1"
+PHASES = ("decode", "prefill", "mla", "mla_prefill")
+PREFILLS = ("prefill", "mla_prefill")
+"""Those of whole prompts."""
+FA3_AUTO, FA3_ONE, FA2_ONE, FA3_PROJECTED = "fa3_auto", "fa3_1", "fa2_1", "fa3_projected"
 FLASHINFER, VLLM_TRITON, FLASH_MLA = "flashinfer_auto", "vllm_triton", "flash_mla"
 LEVELS = ("batch", "sequence")
 
@@ -98,6 +112,7 @@ def summary(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         _decode(judged, level, [row for row in rows if row.phase == "decode" and row.level == level])
         _prefill(judged, level, [row for row in rows if row.phase == "prefill" and row.level == level])
         _mla(judged, level, [row for row in rows if row.phase == "mla" and row.level == level])
+        _mla_prefill(judged, level, [row for row in rows if row.phase == "mla_prefill" and row.level == level])
     return judged.lines, judged.missed
 
 
@@ -163,6 +178,15 @@ def _mla(judged: _Judgement, level: str, rows: Sequence[Row]) -> None:
         judged.at_most(f"{text}, geometric mean of {len(cells)} cells", _mean(cells, _ratio(FLASH_MLA)), MLA_MEAN)
     else:
         judged.lines.append(f"{text}, geometric mean of {len(cells)} cells: {_mean(cells, _ratio(FLASH_MLA)):.3f}")
+
+
+def _mla_prefill(judged: _Judgement, level: str, rows: Sequence[Row]) -> None:
+    text = f"MLA prefill, level {level}: ours / {FA3_PROJECTED}"
+    if cells := _with(rows, FA3_PROJECTED):
+        mean = _mean(cells, _ratio(FA3_PROJECTED))
+        judged.lines.append(f"{text}, geometric mean of {len(cells)} cells: {mean:.3f}")
+    elif rows:
+        judged.absent(text)
 
 
 def _mean(rows: Sequence[Row], ratio: Callable[[Row], float]) -> float:

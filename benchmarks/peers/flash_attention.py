@@ -9,8 +9,10 @@ import torch
 
 from peers.installed import AbsentError, Peer, call_op, load_op
 
-__all__ = ["fa2", "fa3"]
+__all__ = ["fa2", "fa3", "fa3_projected"]
 
+PROJECTED_KEY, PROJECTED_VALUE = 128, 128
+"""Of DeepSeek-V2 and V3, beside the rotary part: a head of what keys and values are projected up to."""
 GRAPH_SPLITS = 32
 """The most splits vLLM lets FA3 take in a CUDA graph (`flash_attn_max_num_splits_for_cuda_graph`)."""
 
@@ -81,6 +83,40 @@ def fa3(call: Any, folders: tuple[Path, ...], *, num_splits: int) -> Peer:
     kept = metadata()
     launches = _launches(call, op, more | {"num_splits": GRAPH_SPLITS, "scheduler_metadata": kept})
     return Peer(lambda i: launches[i % len(launches)](), lambda: _keep(kept, metadata()))
+
+
+def fa3_projected(call: Any, folders: tuple[Path, ...]) -> Peer:
+    """The prefill that servers run for latent attention: FA3 on keys and values of every head, of prompts without a
+    cached prefix. What projects them up is left out, as is what absorbs the queries and projects the results of the
+    latent form: for a whole prompt both are as many products.
+    """
+    if torch.cuda.get_device_capability(call.pool.device) != (9, 0):
+        raise AbsentError("vLLM's FA3 is built for sm90 alone")
+    op = load_op("_vllm_fa3_C", "fwd", "_vllm_fa3_C*.so", folders)
+    shape = call.pool.shape
+    width = PROJECTED_KEY + call.problem.size("rope_dim")
+    sizes = {"q": width, "k": width, "v": PROJECTED_VALUE, "out": PROJECTED_VALUE}
+    values: dict[str, Any] = {
+        name: torch.randn(call.tokens, shape.heads, size, device=call.pool.device, dtype=call.out.dtype)
+        for name, size in sizes.items()
+    }
+    values |= {
+        "cu_seqlens_q": call.query_start_loc,
+        "cu_seqlens_k": call.query_start_loc,
+        "max_seqlen_q": call.query,
+        "max_seqlen_k": call.query,
+        "softmax_scale": width**-0.5,
+        "is_causal": True,
+        "softcap": 0.0,
+        "num_splits": 0,
+        "rotary_interleaved": True,
+        "sm_margin": 0,
+        "cp_world_size": 1,
+        "cp_rank": 0,
+    }
+    known = {argument.name for argument in op._schema.arguments}
+    launch = call_op(op, {name: value for name, value in values.items() if name in known})
+    return Peer(lambda i: launch())
 
 
 def _keep(kept: torch.Tensor, fresh: torch.Tensor) -> None:

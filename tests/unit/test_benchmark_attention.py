@@ -85,7 +85,7 @@ def test_filters_and_quick_runs(modules, attention):
 
     assert cells("decode", "--quick") == {1: [32768, 8192, 1024], 16: [32768, 8192, 1024], 64: [32768, 8192, 1024]}
     assert cells("decode", "--batch", "3", "--context", "100") == {3: [100]}
-    assert cells("prefill") == {1: sorted(attention.PREFILLS, reverse=True)}
+    assert cells("prefill") == {1: sorted(attention.PROMPTS, reverse=True)}
     assert cells("prefill", "--context", "65536") == {}
     assert len(attention.shapes_of("decode", [])) == 6
     assert [shape.names for shape in attention.shapes_of("mla", ["TP8"])] == [("DeepSeek-V3 TP8 MLA",)]
@@ -180,6 +180,20 @@ def test_the_latent_form_is_held_against_flash_mla_at_level_batch(modules):
     assert mla(109.0, "batch") == []
     assert len(mla(111.0, "batch")) == 1
     assert mla(200.0, "sequence") == []
+
+
+def test_the_price_of_an_absorbed_prefill_is_told_and_not_judged(modules):
+    rows = [row(modules, ours, phase="mla_prefill", fa3_projected=100.0) for ours in (200.0, 450.0)]
+    lines, misses = modules.attention_judge.summary(rows)
+    assert misses == []
+    assert [line for line in lines if "fa3_projected, geometric mean of 2 cells: 3.000" in line]
+
+
+def test_the_bound_of_an_absorbed_prefill_is_its_products(modules):
+    dims = {"num_heads": 128, "kv_lora_rank": 512, "rope_dim": 64, "page_size": 64}
+    shape = modules.attention_calls.Shape.of(ops.get("attention.mla").problem("bfloat16", dims))
+    floor = modules.attention_calls.floor_us(shape, "mla_prefill", 1, 8192, {"bfloat16": 989e12}, 4.8e12)
+    assert floor == pytest.approx(2 * 128 * (576 + 512) * 8192 * 8193 / 2 / 989e12 * 1e6)
 
 
 def test_what_has_no_peer_is_not_judged_and_said(modules):
