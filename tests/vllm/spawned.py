@@ -42,9 +42,13 @@ def start() -> dict[str, object]:
 
 
 def __getattr__(name: str) -> type:
-    """The worker's class: vLLM's own, which is imported late, with a device that is nothing."""
+    """The worker's class: vLLM's own, which is imported late, on the processor."""
     if name != "Worker":
         raise AttributeError(name)
+    import torch
     from vllm.v1.worker.gpu_worker import Worker
 
-    return type("Worker", (Worker,), {"__init__": lambda self, **_: None, "init_device": lambda self: None})
+    def take(self: Worker) -> None:
+        self.device = torch.device("cpu")
+
+    return type("Worker", (Worker,), {"__init__": lambda self, **_: None, "init_device": take})
