@@ -8,7 +8,8 @@ import json
 import sys
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticKnownError
 
 from bidispatch import ops
 from bidispatch.device import ARCHS
@@ -103,6 +104,13 @@ class ProfileFile(_Section):
     disable: dict[str, str] = Field(
         default_factory=dict, description="implementations to leave out, each with a reason"
     )
+
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _true_is_no_version(cls, value: object) -> object:
+        if isinstance(value, bool):  # which equals 1, and pydantic compares by that
+            raise PydanticKnownError("literal_error", {"expected": "1"})
+        return value
 
 
 def json_schema() -> dict[str, Any]:

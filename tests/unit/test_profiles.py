@@ -56,6 +56,7 @@ BAD: dict[str, tuple[str, list[tuple[int, int, str]]]] = {
     "no version": ("name: x\n", [(1, 1, "'schema_version' is missing")]),
     "future version": ("schema_version: 2\n", [(1, 17, "should be 1 here, not 2 (an int)")]),
     "version as text": ("schema_version: '1'\n", [(1, 17, "should be 1 here, not '1' (text)")]),
+    "version as a flag": ("schema_version: true\n", [(1, 17, "should be 1 here, not True (a bool)")]),
     "empty file": ("", [(1, 1, "a profile is a mapping, this is nothing")]),
     "a list": ("- a\n- b\n", [(1, 1, "a profile is a mapping, this is a list")]),
     "wrong type of name": (HEAD + "name: 3\n", [(2, 7, "valid string here, not 3 (an int)")]),
