@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from bidispatch.ops.reference.mla import latent_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
 from bidispatch.runtime.scratch import Scratch
+from bidispatch_backends.triton import mla
 from bidispatch_backends.triton.mla import Runs
 from bidispatch_backends.triton.mla_params import MlaParams
 
@@ -134,6 +136,33 @@ def test_segments_leave_what_the_workspace_has_no_room_for_to_the_walk() -> None
     }
     out = attend(bind(problem, params=params, tile=tile.model_copy(update=sizes), limits=LIMITS), problem, batch)
     assert same_bits(out, attend(bind_path(problem, "walked", params), problem, batch))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "programs", "left"),
+    [([500] * 8, 4, 0), ([500] * 5 + [40] * 20, 5, 0), ([500, 490] * 6, 7, 8)],
+    ids=["whole pairs", "few are cut", "more are cut than there is room for"],
+)
+def test_only_pairs_that_are_cut_take_room(
+    lengths: list[int], programs: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the splits of four sequences of 500 positions; `left` find none, and are walked."""
+    problem = problem_of(SMALL)
+    params = MlaParams(kv_split=16, block_n=16)
+    batch = latent_batch(problem, [1] * len(lengths), lengths)
+    made: list[Runs] = []
+    decode_of, init = mla._decode_of, Runs.__init__
+    room = 4 * params.splits_up_to(500)
+    monkeypatch.setattr(mla, "_decode_of", lambda *given: replace(decode_of(*given), capacity=room))
+    monkeypatch.setattr(
+        Runs, "__init__", lambda runs, *given, **named: made.append(runs) or init(runs, *given, **named)
+    )
+    monkeypatch.setattr(Runs, "in_segments", lambda runs, seqs: True)
+    limits = Limits(len(lengths), len(lengths), 512)
+    out = attend(bind_path(problem, "segments", params, programs, limits), problem, batch)
+    (runs,) = made
+    assert int((runs.bases[: len(lengths)] < 0).sum()) == left
+    assert same_bits(out, attend(bind_path(problem, "walked", params, limits=limits), problem, batch))
 
 
 def test_a_segment_that_carries_its_state_across_splits_is_caught() -> None:

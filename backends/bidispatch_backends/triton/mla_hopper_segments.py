@@ -51,9 +51,8 @@ from bidispatch_backends.triton.mla_hopper import (
     _own_values,
     _rows_of,
     _weigh,
-    _work_list,
 )
-from bidispatch_backends.triton.mla_runs import pair_at, part_of, run_of
+from bidispatch_backends.triton.mla_runs import pair_at, part_of, places_of, run_of
 
 __all__ = ["seesaw_segment_kernel"]
 
@@ -90,14 +89,18 @@ def _sequences(
     MOST_QUERIES: gl.constexpr,
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    HEAD_BLOCKS: gl.constexpr,
 ):
-    """Every sequence's number, query tiles and KV tiles (0 where it is left), and where its states begin."""
-    batch, _starts, query_lens, kv_lens, slot_starts, parallel, item_starts, item_ends = _work_list(
-        query_start_ptr, kv_lens_ptr, seqs, max_kv, capacity, TOKENS, SPLITS, MOST_QUERIES, BLOCK_B
+    """Every sequence's number and what `places_of` says of it. Every warp counts for itself, so that none waits."""
+    batch = gl.arange(0, BLOCK_B, layout=gl.BlockedLayout([max(1, BLOCK_B // 32)], [32], [_WARPS], [0]))
+    there = batch < seqs
+    query_lens = gl.load(query_start_ptr + batch + 1, mask=there, other=0)
+    query_lens -= gl.load(query_start_ptr + batch, mask=there, other=0)
+    kv_lens = gl.load(kv_lens_ptr + batch, mask=there, other=0)
+    _, splits = _splits_of(query_lens, kv_lens, max_kv, True, 0, SPLITS)
+    query_tiles, kv_tiles, slot_starts, parallel = places_of(
+        query_lens, kv_lens, splits, gl.num_programs(0), capacity, TOKENS, MOST_QUERIES, BLOCK_N, HEAD_BLOCKS
     )
-    there = item_ends > item_starts
-    query_tiles = gl.where(there, (query_lens + TOKENS - 1) // TOKENS, 0)
-    kv_tiles = gl.where(there, (kv_lens + BLOCK_N - 1) // BLOCK_N, 0)
     return batch, query_tiles, kv_tiles, slot_starts, parallel
 
 
@@ -158,7 +161,17 @@ def _copy(
     dims = gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))[None, :]
     rope_dims = 2 * HALF + gl.arange(0, ROPE, layout=gl.SliceLayout(0, NARROW))[None, :]
     batch, query_tiles, kv_tiles, slot_starts, parallel = _sequences(
-        query_start_ptr, kv_lens_ptr, seqs, max_kv, capacity, TOKENS, SPLITS, MOST_QUERIES, BLOCK_B, BLOCK_N
+        query_start_ptr,
+        kv_lens_ptr,
+        seqs,
+        max_kv,
+        capacity,
+        TOKENS,
+        SPLITS,
+        MOST_QUERIES,
+        BLOCK_B,
+        BLOCK_N,
+        head_blocks,
     )
     if gl.program_id(0) == 0:
         gl.store(bases_ptr + batch, gl.where(parallel, slot_starts, -1), mask=batch < seqs)
@@ -170,7 +183,17 @@ def _copy(
     while place < stop:
         # Counted anew for each pair, which takes less than holding the counts would.
         batch, query_tiles, kv_tiles, slot_starts, _parallel = _sequences(
-            query_start_ptr, kv_lens_ptr, seqs, max_kv, capacity, TOKENS, SPLITS, MOST_QUERIES, BLOCK_B, BLOCK_N
+            query_start_ptr,
+            kv_lens_ptr,
+            seqs,
+            max_kv,
+            capacity,
+            TOKENS,
+            SPLITS,
+            MOST_QUERIES,
+            BLOCK_B,
+            BLOCK_N,
+            head_blocks,
         )
         head_block, query_tile, seq, base, first_place, pair_tiles = pair_at(
             place, batch, query_tiles, kv_tiles, slot_starts

@@ -18,7 +18,7 @@ import triton.language as tl
 from bidispatch_backends.triton.attention_kernels import _split_from
 from bidispatch_backends.triton.attention_state import split_start
 
-__all__ = ["MOST_IDLE", "pair_at", "part_of", "run_of"]
+__all__ = ["MOST_IDLE", "pair_at", "part_of", "places_of", "run_of"]
 
 MOST_IDLE = 16
 """A part of the programs, at most one in so many, may be left without work so that the others have whole pairs."""
@@ -32,8 +32,8 @@ def _larger_of_four(a, b, c, d, other_a, other_b, other_c, other_d):
 
 
 @triton.jit
-def part_of(program, programs, query_tiles, kv_tiles, HEAD_BLOCKS: tl.constexpr):
-    """The places [place, stop) in the order of KV tiles that a program has. query_tiles, kv_tiles: of each sequence.
+def _shares(programs, query_tiles, kv_tiles, HEAD_BLOCKS: tl.constexpr):
+    """How many places there are, how many each program has that has work, and how many have one more.
 
     Where the pairs would nearly go round, so many programs have work that they do: alike sequences are then not cut,
     and no state of a split is stored.
@@ -44,10 +44,63 @@ def part_of(program, programs, query_tiles, kv_tiles, HEAD_BLOCKS: tl.constexpr)
     going_round = (pairs + most - 1) // most
     parts = tl.where((programs - going_round) * _MOST_IDLE <= programs, going_round, programs)
     parts = tl.maximum(parts, 1)
-    share, rest = places // parts, places % parts
+    return places, places // parts, places % parts
+
+
+@triton.jit
+def part_of(program, programs, query_tiles, kv_tiles, HEAD_BLOCKS: tl.constexpr):
+    """The places [place, stop) in the order of KV tiles that a program has. query_tiles, kv_tiles: of each sequence."""
+    places, share, rest = _shares(programs, query_tiles, kv_tiles, HEAD_BLOCKS)
     place = program * share + tl.minimum(program, rest)
     stop = place + share + tl.where(program < rest, 1, 0)
     return tl.minimum(place, places), tl.minimum(stop, places)
+
+
+@triton.jit
+def _program_of(place, share, rest):
+    """Which program's part a place is in."""
+    longer = rest * (share + 1)
+    return tl.where(place < longer, place // (share + 1), rest + (place - longer) // tl.maximum(share, 1))
+
+
+@triton.jit
+def places_of(
+    query_lens,
+    kv_lens,
+    splits,
+    programs,
+    capacity,
+    TOKENS: tl.constexpr,
+    MOST_QUERIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+):
+    """Of each sequence: its query tiles and KV tiles, 0 where it has no part in the order; where the workspace has its
+    states; and whether it is none of the walk's.
+
+    Only a pair that is cut has states to store. Where those of all such sequences have room, none is left to the walk;
+    else, and where sequences have several query tiles, each takes the room of all its splits, and those that find none
+    are left.
+    """
+    parallel = (query_lens > 0) & (query_lens <= MOST_QUERIES)
+    listed = parallel & (splits > 0)
+    query_tiles = tl.where(listed, (query_lens + TOKENS - 1) // TOKENS, 0)
+    kv_tiles = tl.where(listed, (kv_lens + BLOCK_N - 1) // BLOCK_N, 0)
+    slots = tl.where(listed, query_lens * splits, 0)
+
+    places, share, rest = _shares(programs, query_tiles, kv_tiles, HEAD_BLOCKS)
+    begins = tl.cumsum(kv_tiles, 0) - kv_tiles
+    cut = kv_tiles < 0
+    for block in tl.static_range(HEAD_BLOCKS):
+        first = begins + block * (places // HEAD_BLOCKS)
+        last = tl.maximum(first + kv_tiles - 1, first)
+        cut = cut | (_program_of(first, share, rest) != _program_of(last, share, rest))
+    of_cut = tl.where(cut, slots, 0)
+    slots = tl.where((tl.max(query_tiles, 0) <= 1) & (tl.sum(of_cut) <= capacity), of_cut, slots)
+
+    ends = tl.cumsum(slots, 0)
+    parallel = parallel & (ends <= capacity)
+    return tl.where(parallel, query_tiles, 0), tl.where(parallel, kv_tiles, 0), ends - slots, parallel
 
 
 @triton.jit

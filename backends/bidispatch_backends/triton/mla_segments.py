@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bidispatch_backends.triton.attention_kernels import _parallel_sequences, _rows_of_tile, _splits_of
+from bidispatch_backends.triton.attention_kernels import _rows_of_tile, _splits_of
 from bidispatch_backends.triton.attention_state import finish, fold, split_start, visible_range
 from bidispatch_backends.triton.mla_kernels import _attend, _load_queries
-from bidispatch_backends.triton.mla_runs import pair_at, part_of, run_of
+from bidispatch_backends.triton.mla_runs import pair_at, part_of, places_of, run_of
 
 __all__ = ["latent_segment_kernel"]
 
@@ -68,11 +68,17 @@ def latent_segment_kernel(
     running: used by the twin alone.
     """
     head_blocks: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
-    batch, _starts, query_lens, kv_lens, splits, bases = _parallel_sequences(
-        kv_lens_ptr, query_start_ptr, bases_ptr, seqs, max_kv, capacity, True, 0, SPLITS, MOST_QUERIES, BLOCK_B
+    batch = tl.arange(0, BLOCK_B)
+    there = batch < seqs
+    query_lens = tl.load(query_start_ptr + batch + 1, mask=there, other=0)
+    query_lens -= tl.load(query_start_ptr + batch, mask=there, other=0)
+    kv_lens = tl.load(kv_lens_ptr + batch, mask=there, other=0)
+    _, splits = _splits_of(query_lens, kv_lens, max_kv, True, 0, SPLITS)
+    query_tiles, kv_tiles, bases, parallel = places_of(
+        query_lens, kv_lens, splits, tl.num_programs(0), capacity, TOKENS, MOST_QUERIES, BLOCK_N, head_blocks
     )
-    query_tiles = tl.where(splits > 0, tl.cdiv(query_lens, TOKENS), 0)
-    kv_tiles = tl.where(splits > 0, tl.cdiv(kv_lens, BLOCK_N), 0)
+    if tl.program_id(0) == 0:
+        tl.store(bases_ptr + batch, tl.where(parallel, bases, -1), mask=there)
     place, stop = part_of(tl.program_id(0), tl.num_programs(0), query_tiles, kv_tiles, head_blocks)
     dims = tl.arange(0, BLOCK_L)
     while place < stop:
