@@ -132,7 +132,8 @@ def _other_level(plan: Plan) -> str:
 
 def _evidence(selection: Selection) -> str:
     if selection.evidence is None:
-        return f"not proved here: `{verify_command(selection.problem)}`"
+        there = f", on {selection.device.arch.name}" if selection.device.predicted else ""
+        return f"not proved here: `{verify_command(selection.problem)}`{there}"
     return f"verified here, {selection.evidence.comparisons} rows, {selection.evidence.made}"
 
 

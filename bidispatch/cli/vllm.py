@@ -9,7 +9,7 @@ import typer
 
 from bidispatch.cli import failures, render
 from bidispatch.cli.options import DeviceOption, JsonOption, ProfileOption, show_help_without_command
-from bidispatch.errors import UsageError
+from bidispatch.errors import DeviceError
 from bidispatch.planning.plan import plan as make_plan
 
 __all__ = ["app"]
@@ -48,7 +48,7 @@ def report(
 
     made = make_plan(device, profile=profile, require=LEVEL, cuda_graph=device != "cpu")
     if device == "auto" and made.device.arch.vendor == "cpu":
-        raise UsageError("there is no GPU here to ask for; name one, as with --device sm90")
+        raise DeviceError("there is no GPU here to ask for; name one, as with --device sm90")
     rows = rows_of(made, model, tensor_parallel=tensor_parallel, dtype=dtype)
     fingerprint = made.fingerprint()
     if as_json:

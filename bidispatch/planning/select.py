@@ -12,14 +12,13 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from bidispatch import ops
 from bidispatch.device import Device
 from bidispatch.errors import BackendError, SelectionError, UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN, REJECTED, SPARE, UNLISTED, Decision
 from bidispatch.planning.overrides import forced_choice
-from bidispatch.planning.selection import Selection, rung_ranges, verify_command
+from bidispatch.planning.selection import Selection, explain_command, rung_ranges, verify_command
 from bidispatch.profiles.profile import Profile, ProfileCandidate, ProfileRule, Source
 from bidispatch.profiles.tiles import read_tuned
 from bidispatch.records import Record, Refutation
@@ -86,7 +85,11 @@ def select(
     ]
     for candidate in examined:
         _drop_refuted(candidate, problem, find_refutations)
-    numerics = wanted or next((c.numerics for c in examined if not c.reasons), "")
+    fitting = [candidate for candidate in examined if not candidate.reasons]
+    # What a user prefers leads with its own class; a rule's is that of what the rule lists.
+    preferred = {name for name, _ in profile.prefer} if wanted else set()
+    leading = next((c.numerics for c in fitting if c.listed.impl in preferred), wanted)
+    numerics = leading or next((c.numerics for c in fitting), "")
     rungs, decisions = _climb(examined, numerics)
     decisions += _unlisted(registered, examined, problem, device)
     if not rungs or rungs[-1].max_m is not None:
@@ -357,7 +360,6 @@ def _fail(
             f"{problem} on {device.name}: nothing serves M > {top}; add a candidate without max_m", decisions
         )
     raise SelectionError(
-        f"nothing fits {problem} on {device.name}; `bidispatch explain {ops.get(problem.op).name} "
-        f"--dtype {problem.dtype}` shows every reason",
+        f"nothing fits {problem} on {device.name}; `{explain_command(problem, device)}` shows every reason",
         decisions,
     )

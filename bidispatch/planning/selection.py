@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bidispatch.runtime.bound import BoundKernel
     from bidispatch.runtime.scratch import Scratch
 
-__all__ = ["Selection", "rung_ranges", "verify_command"]
+__all__ = ["Selection", "explain_command", "rung_ranges", "verify_command"]
 
 _log = logging.getLogger(__name__)
 _warned = False
@@ -93,9 +93,20 @@ class Selection:
 
 def verify_command(problem: Problem) -> str:
     """The command that proves this problem, and no other: a record holds for exact dims."""
+    return " ".join(["bidispatch verify", *_named(problem), "--record"])
+
+
+def explain_command(problem: Problem, device: Device) -> str:
+    """The command that shows what spoke for and against each candidate."""
+    elsewhere = ["--device", device.arch.name] if device.predicted else []
+    return " ".join(["bidispatch explain", *_named(problem), *elsewhere])
+
+
+def _named(problem: Problem) -> list[str]:
+    """A problem as the command line takes it."""
     op = ops.get(problem.op)
     given = [f"--dim {dim.name}={_as_typed(problem[dim.name])}" for dim in op.dims if _differs(problem, dim)]
-    return " ".join(["bidispatch verify", problem.op, "--dtype", DTYPES[problem.dtype], *given, "--record"])
+    return [problem.op, "--dtype", DTYPES[problem.dtype], *given]
 
 
 def _differs(problem: Problem, dim: Dim) -> bool:

@@ -206,7 +206,8 @@ def starter(arch: Arch, registry: Registry) -> str:
 # {arch.name} ({arch.products}). {because}; this file edits {base}.
 # In {user_folder()} it is used whenever the device is {arch.name};
 # anywhere else, with BIDISPATCH_PROFILE or `bidispatch plan --profile FILE`.
-# Check it with `bidispatch profile lint FILE`; `bidispatch profile diff {base} FILE` shows what it changes.
+# Check it with `bidispatch profile lint FILE`; `bidispatch profile diff {builtin_folder() / f"{base}.yaml"} FILE`
+# shows what it changes.
 schema_version: 1
 extends: {base}
 match: {{arch: {arch.name}}}

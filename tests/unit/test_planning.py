@@ -263,6 +263,21 @@ def test_a_preferred_implementation_comes_first_with_the_params_the_rule_gives_i
     assert decision(selection, "a.gemm").verdict == SPARE
 
 
+def test_a_preferred_implementation_leads_with_its_own_class_where_a_rule_names_another(tmp_path):
+    """Unless it does not fit: then the rule's class is the ladder's, as without it."""
+    registry = registry_of(fake("a.gemm"), fake("b.gemm", numerics=lambda params, problem: "other"))
+    rule = gemm_rule("impl: a.gemm", numerics="k")
+    selection = select(plan_of(tmp_path, registry, rule, head="prefer: [b.gemm]"))
+    assert (selection.implementations, selection.numerics) == (("b.gemm",), "other")
+    assert "its class is" in decision(selection, "a.gemm").reasons[0]
+    unfit = registry_of(
+        fake("a.gemm"),
+        fake("b.gemm", numerics=lambda params, problem: "other", requires=(DimMultipleOf("n", 48),)),
+    )
+    selection = select(plan_of(tmp_path, unfit, rule, head="prefer: [b.gemm]"))
+    assert selection.implementations == ("a.gemm",)
+
+
 def test_a_disabled_implementation_is_left_out_and_the_reason_and_place_are_shown(tmp_path):
     registry = registry_of(fake("a.gemm"), fake("b.gemm"))
     rule = gemm_rule("impl: a.gemm", "impl: b.gemm")

@@ -302,7 +302,7 @@ def test_without_vllm_or_with_sizes_that_prove_nothing_no_engine_is_started(tmp_
     words = ["vllm", "check", "--model", str(tmp_path)]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("bidispatch.integrations.vllm.check.check", lambda *given, **named: pytest.fail("started"))
-    assert main(words) == 2
+    assert main(words) == 3
     assert "vllm is not installed in this environment" in capsys.readouterr().err
     assert main([*words, "--prompts", "0"]) == 2
     assert "at least 2 prompts" in capsys.readouterr().err

@@ -571,5 +571,5 @@ def test_report_without_a_config_is_a_usage_error(tmp_path: Path, capsys: pytest
 def test_a_report_for_a_machine_without_a_gpu_asks_for_a_device(tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_MOE))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["vllm", "report", "--model", str(tmp_path)]) == 2
+    assert main(["vllm", "report", "--model", str(tmp_path)]) == 3
     assert "--device sm90" in capsys.readouterr().err

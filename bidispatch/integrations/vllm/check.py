@@ -65,10 +65,10 @@ class CheckOptions:
 
 
 def need_vllm() -> None:
-    """Raise `UsageError` where there is no vLLM to check, `BackendError` for one whose engine cannot be watched."""
+    """Raise `BackendError` where there is no vLLM to check, and for one whose engine cannot be watched."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
-        raise UsageError("vllm is not installed in this environment; `pip install vllm`, then check again")
+        raise BackendError("vllm is not installed in this environment; `pip install vllm`, then check again")
     wrong = compat.faults(Path(found.origin).parent, compat.SUPPORTED[0], compat.ENGINE)  # the same in all
     if wrong:
         raise BackendError(

@@ -230,7 +230,7 @@ def _experts(
         (shape,) = expert_shapes(model, ranks)
         yield _row(plan, "experts", "experts", "moe.experts", dtype, shape.dims)
     for logits in ("float32", dtype):  # the gate's, which follows vLLM's version
-        yield _row(plan, "router", "router", "moe.router", logits, router_shape(model).dims)
+        yield _row(plan, f"router of {logits} logits", "router", "moe.router", logits, router_shape(model).dims)
 
 
 def _row(plan: Plan, layer: str, kind: str, op: str, dtype: str, dims: Mapping[str, DimValue]) -> Row:
