@@ -87,7 +87,7 @@ def select(
         _drop_refuted(candidate, problem, find_refutations)
     fitting = [candidate for candidate in examined if not candidate.reasons]
     # What a user prefers leads with its own class; a rule's is that of what the rule lists.
-    preferred = {name for name, _ in profile.prefer} if wanted else set()
+    preferred = {name for name, _ in profile.prefer}
     leading = next((c.numerics for c in fitting if c.listed.impl in preferred), wanted)
     numerics = leading or next((c.numerics for c in fitting), "")
     rungs, decisions = _climb(examined, numerics)

@@ -17,7 +17,7 @@ from bidispatch.ops.schema import DimValue
 from bidispatch.ops.shapes import Shape
 from bidispatch.tune.formats import format_of
 
-__all__ = ["EXPERT_COUNTS", "expert_shapes", "model_shapes", "router_shape", "row_shapes"]
+__all__ = ["EXPERT_COUNTS", "expert_shapes", "model_shapes", "of_text", "read_config", "router_shape", "row_shapes"]
 
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
 """What families call the number of a layer's experts, over all ranks."""
@@ -85,16 +85,30 @@ def row_shapes(op: str, path: Path, tensor_parallel: int = 1) -> list[Shape]:
     return [Shape(found, {size: width}) for width, found in names.items()]
 
 
-def _reader(path: Path, tensor_parallel: int) -> _Reader:
-    file = path / "config.json" if path.is_dir() else path
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A `config.json`, or that of a folder. Raises `UsageError` where it cannot be read."""
+    file = _file(path)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} is not a readable config.json: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} is not a mapping; --model wants a model's config.json, or its folder")
-    inner = config.get("text_config")  # where a model has more than text
-    return _Reader(file, {**config, **(inner if isinstance(inner, dict) else {})}, tensor_parallel)
+    return config
+
+
+def of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of the language model, where a model has more than text."""
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}
+
+
+def _file(path: Path) -> Path:
+    return path / "config.json" if path.is_dir() else path
+
+
+def _reader(path: Path, tensor_parallel: int) -> _Reader:
+    return _Reader(_file(path), of_text(read_config(path)), tensor_parallel)
 
 
 class _Reader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.device import Device
@@ -15,7 +16,6 @@ from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind, load_attribute
 from bidispatch.runtime.context import Limits
-from bidispatch.verify.compare import bits
 
 NAME = "triton.paged_attention"
 HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16}
@@ -30,10 +30,6 @@ def bound(problem, device, limits, **sizes):
     params = implementation.params()
     ((_, tile),) = implementation.tiles(device, problem, params)
     return bind(problem, device, (Rung(implementation, params, tile.model_copy(update=sizes)),), limits)
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def steps(problem, arguments, ends, queries):

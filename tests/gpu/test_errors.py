@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmark_peers import peer, present
+from bound_kernels import bound
 
 from bidispatch import ops
 from bidispatch.ops.moe import known_experts
 from bidispatch.ops.reference.attention import attention, paged_batch
-from bidispatch.registry import Rung, default_registry
-from bidispatch.runtime.bind import bind, load_attribute
+from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import Limits
 
 # What a library's import warns of is not ours to fail for.
@@ -44,16 +44,6 @@ LIBRARIES = (
     "flashinfer.paged",
 )
 KERNELS = (("triton.paged_attention", OURS), *((name, ROUNDS_PARTIALS) for name in LIBRARIES))
-
-
-def bound(plan, name, problem, limits):
-    """An implementation with its default params and its own ladder; skipped with its reasons where it cannot serve."""
-    found = default_registry().get(name)
-    if reasons := found.unmet(plan.device, problem):
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
-    params = found.params()
-    rungs = tuple(Rung(found, params, tile, top) for top, tile in found.tiles(plan.device, problem, params))
-    return bind(problem, plan.device, rungs, limits)
 
 
 def error_of(out, exact):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.ops.reference.attention import attention, paged_batch
@@ -35,10 +36,6 @@ SIZES = Sizes(
     singles=8,
     max_seqs=64,
 )
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def problem_of(dtype="bfloat16", **dims):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bound_kernels import bound, same_bits
 
 from bidispatch import ops
 from bidispatch.ops.reference.mla import attention_mla, latent_batch
-from bidispatch.registry import Rung, default_registry
-from bidispatch.runtime.bind import bind
+from bidispatch.registry import default_registry
 from bidispatch.runtime.context import Limits
 from bidispatch.verify.cases import Sizes
-from bidispatch.verify.compare import bits
 from bidispatch.verify.graphs import check_graphs
 from bidispatch.verify.sequences import check_sequences, graph_groups, sequence_limits
 from bidispatch.verify.subject import Subject
@@ -38,21 +37,8 @@ SIZES = Sizes(
 )
 
 
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
-
-
 def problem_of(num_heads, dtype="bfloat16"):
     return ops.get("attention.mla").problem(dtype, {"num_heads": num_heads})
-
-
-def bound(plan, problem, limits, name=NAME):
-    found = default_registry().get(name)
-    if reasons := found.unmet(plan.device, problem):
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
-    params = found.params()
-    rungs = tuple(Rung(found, params, tile, top) for top, tile in found.tiles(plan.device, problem, params))
-    return bind(problem, plan.device, rungs, limits)
 
 
 def steps(plan, problem, seeds):
@@ -85,7 +71,7 @@ def test_every_check_of_sequences_holds(plan, dtype, num_heads, record_property)
     claim = default_registry().get(NAME).claims
 
     def rebind(limits):
-        return Subject(problem, torch.device(plan.device.torch_device), bound(plan, problem, limits).launch)
+        return Subject(problem, torch.device(plan.device.torch_device), bound(plan, NAME, problem, limits).launch)
 
     checks = list(check_sequences(rebind(sequence_limits(problem, SIZES)), claim, SIZES, rebind))
     record_property("rows", sum(check.rows for check in checks))
@@ -98,7 +84,7 @@ def test_a_graph_serves_other_lengths_with_the_bits_of_rows_alone(plan, num_head
     claim = default_registry().get(NAME).claims
 
     def rebind(limits):
-        return Subject(problem, torch.device(plan.device.torch_device), bound(plan, problem, limits).launch)
+        return Subject(problem, torch.device(plan.device.torch_device), bound(plan, NAME, problem, limits).launch)
 
     groups = graph_groups(rebind(sequence_limits(problem, SIZES)), SIZES, claim, rebind)
     checks = [check_graphs(subject, calls, binding) for binding, subject, calls in groups]
@@ -111,7 +97,7 @@ def test_a_graph_serves_other_lengths_with_the_bits_of_rows_alone(plan, num_head
 def test_the_librarys_own_schedule_follows_the_batch(plan, num_heads, record_property):
     """Negative control: it cuts a request wherever a multiprocessor's share of the batch ends. Ours never does."""
     problem = problem_of(num_heads)
-    ours = bound(plan, problem, Limits(64, 64, max(CONTEXTS), 1))
+    ours = bound(plan, NAME, problem, Limits(64, 64, max(CONTEXTS), 1))
     differing = rows_that_differ(lambda arguments: by_the_library(problem, arguments), plan, problem)
     record_property("differing", differing)
     assert differing
@@ -124,8 +110,8 @@ def test_errors_are_those_of_the_library(plan, name, most, num_heads, record_pro
     """Against fp64, beside FlashMLA with its own schedule: what FA3 is to other attention in test_errors.py."""
     problem = problem_of(num_heads)
     arguments = steps(plan, problem, range(16))
-    mine = bound(plan, problem, Limits(64, 64, max(CONTEXTS), 1), name)
-    bound(plan, problem, Limits(64, 64, max(CONTEXTS), 1))  # skips where the library is not there
+    mine = bound(plan, name, problem, Limits(64, 64, max(CONTEXTS), 1))
+    bound(plan, NAME, problem, Limits(64, 64, max(CONTEXTS), 1))  # skips where the library is not there
     (exact,) = attention_mla(problem, *arguments, SCALE)
     errors = [
         float((out.double() - exact).norm() / exact.norm())

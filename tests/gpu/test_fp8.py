@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.ops.quantize import GROUP, unfused
@@ -21,10 +22,6 @@ LIMIT = 1100
 ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 257, 513, 1025, 1100)
 SHAPES = ((6144, 4096), (2112, 7168), (4096, 12288), (1000, 1096), (256, 128))
 FUSED = ("silu_and_mul.fp8_group", "rms_norm.fp8_group", "fused_add_rms_norm.fp8_group")
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def problem_of(op, n, k, **dims):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.registry import Rung, default_registry
@@ -49,10 +50,6 @@ def kernel_of(plan, problem, layout="", most=LIMIT, backend="deep_gemm"):
         shapes = ((None, implementation.tile(layout=layout)),)
     rungs = tuple(Rung(implementation, params, shape, top) for top, shape in shapes)
     return bind(problem, plan.device, rungs, Limits(most))
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 @pytest.mark.parametrize("weights", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmark_peers import brings, peer
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.int4 import dequantize, pack
@@ -13,7 +14,6 @@ from bidispatch.ops.reference.int4 import gemm_int4_inputs
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind, load_attribute
 from bidispatch.runtime.context import Limits
-from bidispatch.verify.compare import bits
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 200, 300)
 LIMIT = max(ROWS)
@@ -28,10 +28,6 @@ CASES = (
 """n, k, zero_points, group_size."""
 DTYPES = ("bfloat16", "float16")
 NAMES = ("triton.int4", "triton.int4_split_k")
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def bound(plan, name, problem, params, tile=None):

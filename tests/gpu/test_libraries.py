@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.registry import Rung, default_registry
@@ -18,10 +19,6 @@ ROWS = (1, 2, 3, 7, 8, 9, 16, 17, 24, 25, 33, 48, 64, 65, 97, 128, 129, 200, 255
 SHAPES = ((6144, 4096), (2112, 7168), (4096, 12288), (256, 2048), (1000, 1096))
 FP32_SHAPES = ((2048, 4096), (2112, 7168), (1000, 2500), (256, 1000))
 SIXTEEN = ("bfloat16", "float16")
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def bound(plan, name, problem, params=None, tile=None, limits=Limits(LIMIT)):  # noqa: B008 - frozen

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind, load_attribute
 from bidispatch.runtime.context import Limits
-from bidispatch.verify.compare import bits
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "rows.py"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -43,10 +43,6 @@ SUMMED = (
     ("token_logprob", {"n": 4096}),
     ("token_logprob", {"n": 151936}),
 )
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def benchmark():

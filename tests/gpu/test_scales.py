@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bound_kernels import bound, same_bits
 
 from bidispatch import ops
-from bidispatch.registry import Rung, default_registry
-from bidispatch.runtime.bind import bind, load_attribute
+from bidispatch.registry import default_registry
+from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import Limits
 from bidispatch.verify.accuracy import allowed
-from bidispatch.verify.compare import bits
 
 BAD = {"zero": 0.0, "inf": float("inf"), "nan": float("nan")}
 PRODUCTS = ("triton.fp8_block", "deep_gemm.fp8")
@@ -22,19 +22,6 @@ ROWS = (1, 9, 300)
 """Of a call: rungs of few rows and of many, and both layouts of grouped products."""
 ROW, GROUP, BLOCK = 0, 1, 128
 DTYPE = "bfloat16"
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
-
-
-def bound(plan, name, problem, rows):
-    found = default_registry().get(name)
-    if reasons := found.unmet(plan.device, problem):
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
-    params = found.params()
-    rungs = tuple(Rung(found, params, tile, top) for top, tile in found.tiles(plan.device, problem, params))
-    return bind(problem, plan.device, rungs, Limits(rows))
 
 
 def without_zeros(tensor):
@@ -75,7 +62,7 @@ def assert_is_the_references(problem, name, arguments, out, touched):
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_scale_of_a_product_reaches_its_row_or_columns_alone(plan, name, which, bad, rows):
     problem = ops.get("gemm.fp8_block").problem("float8_e4m3fn", {"n": 3 * BLOCK, "k": 4 * BLOCK})
-    kernel = bound(plan, name, problem, rows)
+    kernel = bound(plan, name, problem, Limits(rows))
     arguments = drawn(plan, problem, rows)
     dirty = with_scale(arguments, which, (ROW, GROUP), BAD[bad])
     clean, out = kernel(*arguments.values()), kernel(*dirty.values())
@@ -97,7 +84,7 @@ def test_a_scale_of_an_expert_reaches_its_tokens_alone(plan, name, which, block,
     """Block 0 of w13 is of gates, the last of ups."""
     dims = {"experts": 6, "top_k": 2, "hidden": 2 * BLOCK, "intermediate": 2 * BLOCK}
     problem = ops.get("moe.experts").problem(DTYPE, {**dims, "weight_dtype": "float8_e4m3fn"})
-    kernel = bound(plan, name, problem, rows)
+    kernel = bound(plan, name, problem, Limits(rows))
     arguments = drawn(plan, problem, rows)
     expert = int(arguments["topk_ids"][ROW, 0])
     dirty = with_scale(arguments, which, (expert, block, GROUP), BAD[bad])

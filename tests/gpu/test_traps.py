@@ -6,21 +6,17 @@ import itertools
 
 import pytest
 import torch
+from bound_kernels import same_bits
 
 from bidispatch import ops
 from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.registry import Rung, default_registry
 from bidispatch.runtime.bind import bind
 from bidispatch.runtime.context import Limits
-from bidispatch.verify.compare import bits
 
 DTYPES = ("bfloat16", "float16")
 FP8_ALIBI = {"kv_dtype": "float8_e4m3fn", "alibi": True}
 BEYOND = 2**31
-
-
-def same_bits(one, other):
-    return torch.equal(bits(one), bits(other))
 
 
 def bind_tile(plan, problem, name, limits, **sizes):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_configs import QWEN3_8B
 
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
@@ -291,15 +292,6 @@ def test_even_times_go_to_what_served_before_then_to_the_first_listed():
     assert winner({"a": 11.0, "b": 10.0}, ["a", "b"], "a") == "b"
 
 
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "vocab_size": 151936,
-}
 LLAMA_70B = {
     "model_type": "llama",
     "hidden_size": 8192,

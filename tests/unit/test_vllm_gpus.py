@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from model_configs import QWEN3_8B
 
 import bidispatch
 from bidispatch.device import ARCHS, Device
@@ -19,16 +20,7 @@ B300 = Device(ARCHS["sm103"], "NVIDIA B300")
 MI300 = Device(ARCHS["gfx942"], "AMD Instinct MI300X")
 GPUS = [H200, B300, MI300]
 
-DENSE = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "vocab_size": 151936,
-    "torch_dtype": "bfloat16",
-}
+DENSE = QWEN3_8B | {"torch_dtype": "bfloat16"}
 EXPERTS = DENSE | {
     "model_type": "qwen3_moe",
     "num_experts": 128,

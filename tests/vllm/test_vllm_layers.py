@@ -134,32 +134,32 @@ def test_a_compiled_graph_holds_the_op_and_not_a_rung(served) -> None:
     torch._dynamo.reset()
 
 
-def test_weights_that_nothing_knows_are_named(patched) -> None:
-    class Mixer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.A = torch.nn.Parameter(torch.ones(4))
+class Weighted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = torch.nn.Parameter(torch.ones(4))
 
+
+def rows_of_a_model_with(mixer: torch.nn.Module) -> list[table.Row]:
     model = torch.nn.Module()
-    model.mixer = Mixer()
+    model.mixer = mixer
     made = host.Host(serving_plan("cpu"), 64, classes())
     adopting.adopt(made, model, config_of())
-    assert "Mixer with weights" in made.rows[0].reason
+    return made.rows
+
+
+def test_weights_that_nothing_knows_are_named(patched) -> None:
+    class Mixer(Weighted):
+        pass
+
+    assert "Mixer with weights" in rows_of_a_model_with(Mixer())[0].reason
 
 
 def test_a_layer_that_keeps_a_state_says_what_to_do(patched) -> None:
-    class Mixer(torch.nn.Module, MambaBase):
+    class Mixer(Weighted, MambaBase):
         get_state_shape = get_state_dtype = mamba_type = None
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.A = torch.nn.Parameter(torch.ones(4))
-
-    model = torch.nn.Module()
-    model.mixer = Mixer()
-    made = host.Host(serving_plan("cpu"), 64, classes())
-    adopting.adopt(made, model, config_of())
-    (row,) = made.rows
+    (row,) = rows_of_a_model_with(Mixer())
     assert row.reason.startswith("Mixer: ")
     assert "leave VLLM_BATCH_INVARIANT out" in row.reason
     # What it quotes is what vLLM says.

@@ -6,7 +6,6 @@ the table that a server logs is of the layers that were built.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bidispatch.integrations.vllm.table import Row
 from bidispatch.ops.schema import DimValue, parse_dtype
 from bidispatch.planning.plan import Plan
 from bidispatch.tune.formats import Format, format_of
-from bidispatch.tune.models import EXPERT_COUNTS, expert_shapes, model_shapes, router_shape
+from bidispatch.tune.models import EXPERT_COUNTS, expert_shapes, model_shapes, of_text, read_config, router_shape
 
 __all__ = ["rows_of"]
 
@@ -57,9 +56,8 @@ def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | N
 
     dtype: of the activations; else the config's. Raises `UsageError` for a config that cannot be read.
     """
-    outer = _read(model)
-    inner = outer.get("text_config")
-    config = {**outer, **inner} if isinstance(inner, dict) else outer
+    outer = read_config(model)
+    config = of_text(outer)
     wanted = parse_dtype(dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
     rows = []
     if plan.device.arch.vendor != "nvidia":
@@ -96,17 +94,6 @@ def rows_of(plan: Plan, model: Path, *, tensor_parallel: int = 1, dtype: str | N
         why = "vLLM's pinned collectives stay, and are not promised here"
         rows.append(Row.uncovered("all_reduce", "collective", why))
     return [*dict.fromkeys(rows), Row.uncovered("sampler", "sampling", SAMPLER, refused=False)]
-
-
-def _read(model: Path) -> Mapping[str, Any]:
-    file = model / "config.json" if model.is_dir() else model
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is not a readable config.json: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} is not a mapping; --model wants a model's config.json, or its folder")
-    return config
 
 
 def _encoders(config: Mapping[str, Any]) -> Iterator[Row]:
@@ -229,8 +216,9 @@ def _experts(
     else:
         (shape,) = expert_shapes(model, ranks)
         yield _row(plan, "experts", "experts", "moe.experts", dtype, shape.dims)
+    routing = router_shape(model).dims
     for logits in ("float32", dtype):  # the gate's, which follows vLLM's version
-        yield _row(plan, f"router of {logits} logits", "router", "moe.router", logits, router_shape(model).dims)
+        yield _row(plan, f"router of {logits} logits", "router", "moe.router", logits, routing)
 
 
 def _row(plan: Plan, layer: str, kind: str, op: str, dtype: str, dims: Mapping[str, DimValue]) -> Row:
