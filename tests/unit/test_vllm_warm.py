@@ -107,6 +107,17 @@ def test_weights_that_a_kernel_does_not_take_are_zeros(given, monkeypatch):
     assert all(call[1].shape == (32, 64) and (call[1] == 0).all() for call in kernel.calls)
 
 
+def test_a_product_for_each_head_runs_on_some_of_a_layers_matrices_as_they_lie(monkeypatch):
+    """A binary is made for a stride of one: MLA's matrices are views of a projection's weight, transposed."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    kernel = Recorded(bound_of("bmm", "bfloat16", {"n": 64, "k": 32}, {}))
+    given = torch.randn(5, 64, 40).bfloat16().transpose(1, 2)[:, :32]
+    warm(kernel, {"b": given})
+    assert {(tuple(call[1].shape), call[1].stride(), call[1].data_ptr()) for call in kernel.calls} == {
+        ((2, 32, 64), given.stride(), given.data_ptr())
+    }
+
+
 def test_without_room_a_server_starts_all_the_same(monkeypatch, caplog):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("no room")

@@ -30,8 +30,8 @@ def serve(host: Host, name: str, layer: Any) -> None:
     nope, value = int(layer.qk_nope_head_dim), int(layer.v_head_dim)
     up, down = _dtype(layer, "W_UK_T", (heads, nope, rank)), _dtype(layer, "W_UV", (heads, rank, value))
     texts = (
-        host.take(f"{name} (W_UK)", "attention", "bmm", up, n=rank, k=nope),
-        host.take(f"{name} (W_UV)", "attention", "bmm", down, n=value, k=rank),
+        host.take(f"{name} (W_UK)", "attention", "bmm", up, {"b": layer.W_UK_T}, n=rank, k=nope),
+        host.take(f"{name} (W_UV)", "attention", "bmm", down, {"b": layer.W_UV}, n=value, k=rank),
     )
     setattr(layer, SERVED, texts)
 

@@ -69,23 +69,27 @@ def _powers_of_two(most: int) -> list[int]:
 
 def _run_rungs(kernel: BoundKernel, given: Weights) -> None:
     op = ops.get(kernel.problem.op)
-    specs = tensor_specs(op.arguments, kernel.problem)
+    specs = [spec for spec in tensor_specs(op.arguments, kernel.problem) if spec.present]
     place = kernel.device.torch_device
-    weights = {
-        spec.name: _weight(spec, given.get(spec.name), place) for spec in specs if spec.present and not spec.sizes
-    }
     row_size = op.arguments[0].shape[op.row_axis]
+    names = {size for spec in specs for _, size, _ in spec.sizes}
+    rows = [spec for spec in specs if row_size in {size for _, size, _ in spec.sizes}]
+    others = dict.fromkeys(names, _OTHER_SIZE)
+    weights = {spec.name: _weight(spec, given.get(spec.name), others, place) for spec in specs if spec not in rows}
     for count in rows_to_run(kernel):
-        sizes = {size: count if size == row_size else _OTHER_SIZE for spec in specs for _, size, _ in spec.sizes}
-        rows = {spec.name: _zeros(spec, sizes, place) for spec in specs if spec.present and spec.sizes}
-        kernel(*({**weights, **rows}.get(spec.name) for spec in specs))
+        made = {spec.name: _zeros(spec, {**others, str(row_size): count}, place) for spec in rows}
+        kernel(*({**weights, **made}.get(argument.name) for argument in op.arguments))
 
 
-def _weight(spec: TensorSpec, given: torch.Tensor | None, place: str) -> torch.Tensor:
-    """A layer's own where it is one of the kernel's: it may lie on the host, and be fetched when its layer runs."""
-    if given is None or given.dtype is not spec.dtype or given.device != torch.device(place):
-        return _zeros(spec, {}, place)
-    return given if tuple(given.shape) == output_shape(spec, {}) and given.data_ptr() else _zeros(spec, {}, place)
+def _weight(spec: TensorSpec, given: torch.Tensor | None, sizes: dict[str, int], place: str) -> torch.Tensor:
+    """A layer's own where it is one of the kernel's: it may lie on the host, and be fetched when its layer runs.
+
+    Of a matrix for each head as many as there are rows for: what a kernel is compiled for is the strides.
+    """
+    if given is None or given.dtype is not spec.dtype or given.device != torch.device(place) or not given.data_ptr():
+        return _zeros(spec, sizes, place)
+    some = given[: sizes[spec.sizes[0][1]]] if spec.sizes else given
+    return some if tuple(some.shape) == output_shape(spec, sizes) else _zeros(spec, sizes, place)
 
 
 def _zeros(spec: TensorSpec, sizes: dict[str, int], place: str) -> torch.Tensor:
