@@ -391,7 +391,7 @@ def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argpars
     parser.add_argument("--tp", type=int, default=1, help="ranks")
     parser.add_argument("--load-format", default="bidispatch_random", help="as vLLM's")
     parser.add_argument("--engine-arg", action="append", default=[], help="NAME=VALUE or ARM:NAME=VALUE, of EngineArgs")
-    parser.add_argument("--repeats", type=int, default=3, help="prefills timed")
+    parser.add_argument("--repeats", type=int, default=3, help="prefills timed, at least")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed")
     parser.add_argument("--prompts", type=int, default=64, help="requests of the check")
     parser.add_argument("--longest", type=int, default=3000, help="tokens of the check's longest prompt")
