@@ -16,6 +16,18 @@ MARKS = {"tile": 1 / 2048, "split": 1 / 8}
 """What a plan's decisions add to its results, as a part of them: as another order of additions would, only more."""
 
 
+TABLES = 8 << 20
+"""Bytes of a wrapper's integers (flashinfer 0.6.13, prefill.py)."""
+
+
+def table_bytes(items: int, rows: int, requests: int, split: bool) -> int:
+    """What `PrefillPlan` takes of them, each piece at a multiple of 16 but the size of a split (scheduler.cuh)."""
+    pieces = [4 * items, 4 * items, 4 * items, 4 * (requests + 1) + 4]
+    if split:
+        pieces += [4 * (rows + 1), items]
+    return sum(-(-piece // 16) * 16 for piece in pieces)
+
+
 def tile_rows(mean: int, head_dim: int) -> int:
     if mean > 64 and head_dim < 256:
         return 128
@@ -68,6 +80,8 @@ class FakeFlashInfer(ModuleType):
         needed = heads * items * tile * (head_dim + 1) * 4 if split else 0
         if needed > workspace:
             raise RuntimeError(f"Buffer overflow when allocating memory for batch_prefill_tmp_v: {needed}")
+        if (tables := table_bytes(items, sum(queries), len(queries), split)) > TABLES:
+            raise RuntimeError(f"Buffer overflow when allocating memory for batch_prefill_merge_indptr: {tables}")
         planned = {
             "query_starts": qo_indptr.tolist(),
             "page_starts": kv_indptr.tolist(),

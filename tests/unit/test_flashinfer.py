@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from fake_flashinfer import FakeFlashInfer, tile_rows
+from fake_flashinfer import TABLES, FakeFlashInfer, table_bytes, tile_rows
 from fakes import CPU, H200, fake, plan_of, registry_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,9 +30,9 @@ from bidispatch.verify.cases import Sizes
 from bidispatch.verify.compare import bits
 from bidispatch.verify.sequences import check_sequences, sequence_limits
 from bidispatch.verify.subject import Subject
-from bidispatch_backends.flashinfer import parts, register
+from bidispatch_backends.flashinfer import attention, parts, register
 from bidispatch_backends.flashinfer.params import PagedParams, PagedTile
-from bidispatch_backends.flashinfer.parts import Layout, Part, Request, groups, worst_bytes
+from bidispatch_backends.flashinfer.parts import Layout, Part, Request, groups, most_bytes, worst_bytes
 
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16}
 LAYOUT = Layout(heads=32, group=4, head_dim=128, decode_split=2048, prefill_split=4096)
@@ -112,6 +114,41 @@ def test_a_plans_tables_are_bounded_too():
     found = list(groups(replace(LAYOUT, prefill_split=0), requests, 1 << 20))
     assert len(found) > 1
     assert {part for part, _ in found} == {Part(2, 0)}
+
+
+@given(st.integers(0, 1 << 20), st.integers(0, 1 << 20), st.integers(1, 1 << 20), st.booleans())
+def test_the_estimate_of_a_plans_tables_covers_them(items, rows, requests, split):
+    assert parts.INDEX_BYTES == TABLES
+    assert table_bytes(items, rows, requests, split) <= parts.index_bytes(items, rows, requests)
+
+
+@given(
+    st.lists(lengths, min_size=1, max_size=30),
+    st.sampled_from([1, 3, 4, 8, 40]),
+    st.sampled_from([64, 128, 256]),
+    st.sampled_from([0, 256, 2048]),
+)
+def test_no_part_of_a_call_exceeds_what_its_limits_allow(batch, group, head_dim, prefill_split):
+    layout = replace(LAYOUT, group=group, head_dim=head_dim, decode_split=256, prefill_split=prefill_split)
+    requests = [Request(i, 0, query, kv) for i, (query, kv) in enumerate(batch)]
+    longest, tokens = max(query for query, _ in batch), sum(query for query, _ in batch)
+    if not tokens:
+        return
+    most = most_bytes(layout, longest, max(kv for _, kv in batch), tokens, len(batch))
+    assert most >= max(floats for _, _, floats, _ in worst_bytes(layout, longest, max(kv for _, kv in batch)))
+    whole: dict[Part, int] = {}
+    for part, members in groups(layout, requests, 1 << 60):
+        items = sum(layout.items(part, request.query, request.kv) for request in members)
+        whole[part] = whole.get(part, 0) + items
+    assert all(layout.float_bytes(part, items) <= most for part, items in whole.items())
+
+
+def test_the_largest_call_follows_its_tokens_not_the_longest_query_of_every_sequence():
+    layout = replace(LAYOUT, prefill_split=512)
+    ((_, _, one, _),) = (worst for worst in worst_bytes(layout, 64, 5000) if worst[1] == 64)
+    most = most_bytes(layout, 64, 5000, 64, 64)
+    assert one < most < 4 * one  # two full tiles, and one begun for each of three prompts beyond 16 tokens
+    assert most_bytes(layout, 1, 5000, 64, 64) == layout.float_bytes(Part(0, 2048), 64 * 3)
 
 
 def test_the_worst_request_of_each_range_is_within_it():
@@ -255,6 +292,50 @@ def test_partial_results_that_cannot_fit_are_refused_when_binding(library):
         bound(problem, Limits(1 << 25, 1, 1 << 25), PagedParams(decode_split=0))
     with pytest.raises(ArgumentError, match="max_seq_len"):
         bound(problem, Limits(8, 8))
+
+
+def test_a_call_of_long_sequences_in_small_splits_takes_no_more_than_the_workspace(library):
+    """The stand-in raises as the library does where a plan's partial results or tables exceed what it was given."""
+    problem = problem_of(num_heads=4, num_kv_heads=1)
+    arguments = paged_batch(problem, [1] * 16, [8192] * 16)
+    kernel = bound(problem, Limits(64, 16, 8192), PagedParams(decode_split=256), PagedTile(workspace_mb=1))
+    kernel(*arguments)
+    assert [plan["items"] for plan in plans(library)] == [32] * 16
+    library.plans.clear()
+    kernel = bound(problem, Limits(64, 16, 8192), PagedParams(decode_split=256), PagedTile(workspace_mb=2))
+    kernel(*arguments)
+    assert [plan["items"] for plan in plans(library)] == [96] * 5 + [32]
+
+
+def test_no_workspace_is_so_large_that_32_bits_could_not_count_what_is_in_it():
+    with pytest.raises(ValidationError):
+        PagedTile(workspace_mb=16385)
+    workspace = PagedTile(workspace_mb=16384).workspace_mb << 20
+    for group, head_dim, range_ in itertools.product((1, 4, 40), (64, 128, 256), range(3)):
+        layout = replace(LAYOUT, group=group, head_dim=head_dim)
+        part = Part(range_, 2048)
+        # The most rows that so many items can have, times splits: what a plan's offsets count.
+        items = workspace // layout.float_bytes(part, 1)
+        assert items * layout.tile_rows(range_) // group * layout.heads * head_dim < 1 << 32
+
+
+def test_a_kernel_ends_only_when_its_last_plan_is_copied():
+    class Kernel:
+        pass
+
+    class Event:
+        waited = 0
+
+        def synchronize(self):
+            self.waited += 1
+
+    kernel, event = Kernel(), Event()
+    attention._wait_at_end(kernel, event)
+    gc.collect()
+    assert not event.waited
+    del kernel
+    gc.collect()
+    assert event.waited == 1
 
 
 def test_a_library_that_cannot_build_its_kernels_is_named(monkeypatch):

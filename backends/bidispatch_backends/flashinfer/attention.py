@@ -5,7 +5,8 @@ the CUDA-core decode cuts KV by the batch and has no switch for it. Requests are
 of a fixed size, and run part by part.
 
 FlashInfer's `plan` reads lengths on the host, so a call waits for the GPU once, to learn them; it cannot be captured in
-a CUDA graph. What a plan's kernels read is copied from one pinned buffer, so the next plan waits for that copy.
+a CUDA graph. What a plan's kernels read is copied from one pinned buffer, so the next plan waits for that copy, and so
+does the end of a kernel: torch, which does not see the copy, would give the buffer to the next who asks.
 
 FlashInfer compiles its kernels (nvcc and ninja, minutes) unless it finds them built; binding does that, not a call.
 """
@@ -13,6 +14,7 @@ FlashInfer compiles its kernels (nvcc and ninja, minutes) unless it finds them b
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +22,8 @@ import torch
 
 from bidispatch.errors import ArgumentError, BackendError, UsageError
 from bidispatch.ops.schema import Problem
-from bidispatch.runtime.context import BindContext, Kernel, need_max_seq_len
-from bidispatch_backends.flashinfer.parts import INDEX_BYTES, Layout, Part, Request, groups, worst_bytes
+from bidispatch.runtime.context import BindContext, Kernel, Limits, need_max_seq_len
+from bidispatch_backends.flashinfer.parts import INDEX_BYTES, Layout, Part, Request, groups, most_bytes, worst_bytes
 
 __all__ = ["bind_attention"]
 
@@ -52,28 +54,30 @@ def _layout(context: BindContext) -> Layout:
     )
 
 
+def _longest_query(limits: Limits) -> int:
+    return min(limits.max_query_len or limits.max_tokens, limits.max_tokens)
+
+
 def _workspace_bytes(context: BindContext, layout: Layout) -> int:
     """What to allocate: no more than calls within the limits can use, nor than the tile allows."""
     limits = context.limits
     allowed: int = context.tile.workspace_mb * _MB
-    most = 0
-    for part, query, floats, indices in worst_bytes(
-        layout, limits.max_query_len or limits.max_tokens, limits.max_seq_len
-    ):
+    longest = _longest_query(limits)
+    for part, query, floats, indices in worst_bytes(layout, longest, limits.max_seq_len):
         if floats > allowed:
             name = "decode_split" if layout.decodes(query) else "prefill_split"
             raise UsageError(
                 f"{context.problem}: flashinfer.paged with {name}={part.split} needs {-(-floats // _MB)} MiB for one "
                 f"sequence of {query} query tokens over {limits.max_seq_len} positions, workspace_mb is "
-                f"{context.tile.workspace_mb}; set {name} to a larger power of two or to 0, raise workspace_mb, "
-                "or bind with a smaller max_query_len"
+                f"{context.tile.workspace_mb}; set {name} to a larger power of two or to 0, raise workspace_mb "
+                "(16384 at most), or bind with a smaller max_query_len"
             )
         if indices > INDEX_BYTES:
             raise UsageError(
                 f"{context.problem}: {query} query tokens over {limits.max_seq_len} positions exceed FlashInfer's "
                 f"tables of {INDEX_BYTES // _MB} MiB; bind with a smaller max_query_len"
             )
-        most = max(most, floats * limits.max_seqs)
+    most = most_bytes(layout, longest, limits.max_seq_len, limits.max_tokens, limits.max_seqs)
     return max(_MB, min(most, allowed))
 
 
@@ -93,6 +97,7 @@ class _PagedAttention:
         self._copied: Any = None
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            _wait_at_end(self, self._copied)
         self._build()
 
     def __call__(
@@ -143,7 +148,7 @@ class _PagedAttention:
                     f"{self._problem}: sequence {index} has {kv} positions; its block table and max_seq_len allow "
                     f"{most}"
                 )
-            longest = self._limits.max_query_len or self._limits.max_tokens
+            longest = _longest_query(self._limits)
             if query > longest:
                 raise ArgumentError(
                     f"{self._problem}: sequence {index} has {query} query rows, max_query_len is {longest}"
@@ -232,6 +237,11 @@ class _PagedAttention:
                 f"FlashInfer has no kernels for {self._problem} and could not build them: {type(error).__name__}: "
                 f"{error}; it needs nvcc and ninja, or its prebuilt modules"
             ) from error
+
+
+def _wait_at_end(kernel: object, copied: Any) -> None:
+    """Have the last copy done before what `kernel` holds is freed. Not at exit, when CUDA may be gone."""
+    weakref.finalize(kernel, copied.synchronize).atexit = False
 
 
 def _starts(counts: Sequence[int]) -> torch.Tensor:

@@ -43,8 +43,9 @@ class PagedParams(Params):
 class PagedTile(Tile):
     """What may change without a bit: how many sequences are planned together follows from it."""
 
-    workspace_mb: int = Field(default=512, ge=1)
-    """The most MiB a bound kernel may hold for partial results."""
+    workspace_mb: int = Field(default=512, ge=1, le=16384)
+    """The most MiB a bound kernel may hold for partial results. FlashInfer's kernels count the elements of theirs in
+    32 bits, which the plans of a workspace of 16 GiB never exceed."""
 
 
 def numerics(params: Any, problem: Problem) -> str:

@@ -12,7 +12,8 @@ Requests of one part agree on all of it: their packed lengths lie in one of the 
 and either all have one split or all have several. Which part a request is in follows from its own lengths alone.
 
 The workspace is reckoned as 0.6.13 does (0.7 takes no more): a part is planned in as many groups as it takes to stay
-within it. Pure Python: no torch, no flashinfer.
+within it. It reserves fp32 and whole tiles for every query head, though a tile already holds a group of heads and the
+kernels store their dtype: a plan that is given less is refused. Pure Python: no torch, no flashinfer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["INDEX_BYTES", "Layout", "Part", "Request", "groups", "worst_bytes"]
+__all__ = ["INDEX_BYTES", "Layout", "Part", "Request", "groups", "most_bytes", "worst_bytes"]
 
 INDEX_BYTES = 8 << 20
 """What a FlashInfer wrapper has for its tables of work items."""
@@ -89,11 +90,14 @@ class Layout:
             return 0
         return self.heads * items * self.tile_rows(part.range) * (self.head_dim + 1) * _FLOAT_BYTES + _SLACK
 
+    def least(self, number: int) -> int:
+        """The shortest query that a range may have."""
+        return _RANGES[number - 1] // self.group + 1 if number else 1
+
     def longest(self, number: int, max_query: int) -> int:
         """The longest query of a range, at most `max_query` tokens; 0 where the range has none."""
-        least = _RANGES[number - 1] // self.group + 1 if number else 1
         longest = max_query if number == len(_RANGES) else min(max_query, _RANGES[number] // self.group)
-        return longest if longest >= least else 0
+        return longest if longest >= self.least(number) else 0
 
 
 def index_bytes(items: int, rows: int, requests: int) -> int:
@@ -109,6 +113,19 @@ def worst_bytes(layout: Layout, max_query: int, max_kv: int) -> Iterator[tuple[P
         part = layout.part_of(query, max_kv)
         items = layout.items(part, query, max_kv)
         yield part, query, layout.float_bytes(part, items), index_bytes(items, query, 1)
+
+
+def most_bytes(layout: Layout, max_query: int, max_kv: int, max_tokens: int, max_seqs: int) -> int:
+    """The float bytes that no part of a call within limits exceeds: with them, each part is one plan."""
+    most = 0
+    for part, query, _, _ in worst_bytes(layout, max_query, max_kv):
+        requests = min(max_seqs, max(1, max_tokens // layout.least(part.range)))
+        # Of each request's tiles all but the last are full, and the full ones share the call's tokens.
+        full = max_tokens * layout.group // layout.tile_rows(part.range)
+        whole = layout.items(Part(part.range, 0), query, max_kv)
+        splits = -(-max_kv // part.split) if part.split else 1
+        most = max(most, layout.float_bytes(part, min(requests * whole, full + requests) * splits))
+    return most
 
 
 def groups(layout: Layout, requests: Iterable[Request], workspace: int) -> Iterator[tuple[Part, Sequence[Request]]]:
