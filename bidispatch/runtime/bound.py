@@ -38,7 +38,8 @@ class BoundKernel:
 
     ``bound.launch(*everything)`` skips the checks: every argument, scalar and output, positionally, outputs
     allocated, no run-time size 0 (a call with such a size launches nothing). Neither reads anything from the device.
-    A bound kernel owns workspaces, so two threads or streams need one each.
+    A bound kernel owns workspaces, so two threads or streams need one each. A CUDA graph that captured a call does not
+    hold them: keep the kernel for as long as the graph is replayed.
 
     ``bound.edges`` holds, for each rung, the largest M of each choice its kernel makes inside, but for the last.
     """
