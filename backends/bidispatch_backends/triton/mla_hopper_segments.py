@@ -533,10 +533,13 @@ def _attend(
             total, acc = _first_tile(
                 SIDE, total, acc, begin, full_end, positions, high, base_step, own_uses, shared, scale, BLOCK_N, HALF
             )
-        own = base_step * 0 + (2 - SIDE)
         first_split = split_at(begin, SPLITS)
         last_split = split_at(end - 1, SPLITS)
         for split in range(first_split, last_split + 1):
+            # This side's first tile that no fold before asked for. Worked out anew, not carried from split to split: of
+            # a loop's values that only bound a loop within, Triton 3.6 keeps the first turn's (its pull request 9036).
+            own = (split_start(split, SPLITS) - begin) // BLOCK_N + 2
+            own += gl.where(split > first_split, SIDE, -SIDE)
             stop = gl.cdiv(gl.minimum(split_start(split + 1, SPLITS), end) - begin, BLOCK_N)
             for tile in range(own, stop, 2):
                 step = base_step + tile
@@ -559,7 +562,6 @@ def _attend(
                     HALF,
                 )
                 total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
-            own = stop + (2 - SIDE)
             if split < last_split:
                 # Scores of the split that follows are asked for before the fold.
                 before, running_now = gl.where(split > first_split, warps, 0), _hidden(own_running, split)
@@ -616,7 +618,6 @@ def _attend(
                             HALF,
                         )
                         total, acc = _own_values(SIDE, total, acc, step, shared, HALF)
-                        own = stop + 3
                     else:
                         _fold_split(acc, running_now, before, warps, decay, split_decay, HALF)
                         total = gl.zeros((_ROWS, _SUM_COLUMNS), gl.float32, SUMS)
