@@ -10,11 +10,14 @@ Exits 1 when a result is not near the reference. Without a GPU it runs the proce
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
 import bidispatch as bid
 from bidispatch import ops
+from bidispatch.ops.reference.attention import paged_batch
+from bidispatch.ops.reference.mla import latent_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.registry import default_registry
 from bidispatch.runtime.bind import load_attribute
@@ -81,15 +84,30 @@ FORCED = (
 )
 
 
+# Decode steps of so many sequences that a program walks the splits of one after the other.
+STEPS = (
+    ("attention", {"num_heads": 16, "num_kv_heads": 8, "head_dim": 64}, paged_batch),
+    ("attention", {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "window": 100, "sinks": True}, paged_batch),
+    ("attention.mla", {"num_heads": 16}, latent_batch),
+    ("attention.mla", {"num_heads": 128}, latent_batch),
+)
+LENGTHS = (1, 63, 300, 700, 257) * 30
+
+
 def has_e4m3(plan: bid.Plan) -> bool:
     """Whether the device has fp8 of this format: NVIDIA's from Ada on, and the processor."""
     return plan.device.arch.name not in ("sm80", "sm86", "sm87", "gfx942")
 
 
 def worst_error(plan: bid.Plan, problem: Problem, rows: int) -> float:
+    """`error_of` a call of so many rows of the op's own inputs."""
+    arguments = load_attribute(ops.get(problem.op).inputs)(problem, rows, device=plan.device.torch_device)
+    return error_of(plan, problem, arguments)
+
+
+def error_of(plan: bid.Plan, problem: Problem, arguments: Sequence[torch.Tensor | None]) -> float:
     """Run one call; return the largest ‖out − ref‖ / ‖ref‖ of its outputs, as a part of what rounding may give."""
     op = ops.get(problem.op)
-    arguments = load_attribute(op.inputs)(problem, rows, device=plan.device.torch_device)
     limits = limits_for(problem, [arguments])
     kernel = plan.select_problem(problem).bind(
         max_tokens=limits.max_tokens,
@@ -131,6 +149,14 @@ def main() -> int:
                     if not error <= 1:
                         wrong += 1
                         print(f"{problem}, {rows} rows: {error:.2f} of the tolerance")  # noqa: T201 - a script
+    for name, dims, batch in STEPS:
+        problem = ops.get(name).problem("bfloat16", dims)
+        step = batch(problem, [1] * len(LENGTHS), LENGTHS, device=plan.device.torch_device)
+        error = error_of(plan, problem, step)
+        calls += 1
+        if not error <= 1:
+            wrong += 1
+            print(f"{problem}, {len(LENGTHS)} sequences: {error:.2f} of the tolerance")  # noqa: T201 - a script
     if plan.device.arch.vendor != "cpu":
         for name, dtype, dims in FORCED:
             op = ops.get(default_registry().get(name).op)

@@ -127,9 +127,6 @@ def launches(
         return walked | {"BLOCK_M": block_m, "HEADS": packing.heads, "TOKENS": packing.tokens}
 
     decode = _decode_of(problem, params, tile, limits)
-    # The bound was chosen for a tile of one matrix instruction's rows.
-    bounded = tile.decode_registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
-    registers = {"maxnreg": tile.decode_registers} if bounded else {}
     # Without the fusion: the compiler would contract a product and a sum in one kernel and not in the other.
     walks = tuple(
         Launch(
@@ -151,7 +148,12 @@ def launches(
         walks = tuple(replace(walk, kernel=overlapped_walk_kernel, options=once, unaligned=walk) for walk in walks)
 
     decoded = packed(decode.block_m) | {"KV_HEADS": kv_heads} | decode.constants
-    compiled = options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers
+
+    def compiled(registers: int) -> dict[str, int | bool]:
+        # The bound was chosen for a tile of one matrix instruction's rows.
+        bounded = registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
+        chosen = options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False)
+        return chosen | ({"maxnreg": registers} if bounded else {})
 
     def fold_after(*, dependent: bool, segments: bool = False) -> Launch:
         ends = {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
@@ -179,7 +181,7 @@ def launches(
             | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale")
             | strides,
             decoded | {"DEPENDENT": dependent},
-            compiled,
+            compiled(tile.decode_registers),
         )
         return split, fold_after(dependent=dependent)
 
@@ -195,7 +197,7 @@ def launches(
         | strides
         | out_strides,
         decoded | {"DEPENDENT": bool(dependent_launch(arch))},
-        compiled,
+        compiled(tile.segment_registers),
     )
     early = parallel(True) if dependent_launch(arch) else ()
     return (*walks, *parallel(False), segment, fold_after(dependent=True, segments=True), *early)

@@ -35,6 +35,8 @@ _MOST_SEQS = 4096
 """Sequences whose lengths one program of the parallel splits can count; bound for more, every sequence is walked."""
 _UNITS = 128
 """Multiprocessors of a GPU that does not say how many it has."""
+_INTERPRETED_UNITS = 4
+"""Multiprocessors that Triton's interpreter stands for."""
 _FOLDS = 4
 """Programs that share the tokens of one sequence and head in `fold_kernel`, at most."""
 
@@ -149,10 +151,10 @@ class Parallel:
         self._splits = context.params.splits_up_to(limits.max_seq_len)
         self._longest_query = limits.max_query_len or limits.max_tokens
         self._blocks = blocks
-        units = context.device.compute_units or _UNITS
         on_gpu = context.device.arch.vendor != "cpu"
-        self._programs = tile.decode_programs * units if on_gpu else 4
-        self._segments = segments * (units if on_gpu else 1)
+        self._units = (context.device.compute_units or _UNITS) if on_gpu else _INTERPRETED_UNITS
+        self._programs = self._units * (tile.decode_programs if on_gpu else 1)
+        self._segments = segments * (self._units if on_gpu else 1)
 
         states = decode.capacity * heads if decode.most_queries else 0
         seqs = limits.max_seqs if decode.most_queries else 0
@@ -178,13 +180,11 @@ class Parallel:
         return (min(self._programs, tokens * self._splits * self._blocks),)
 
     def in_segments(self, seqs: int) -> bool:
-        """Whether a call's splits are left to `segment_kernel`.
-
-        Where each of its programs gets a pair of sequence and heads, or more: with fewer, most would begin within one
-        that another began, and store the state of each split as `split_kernel` does.
+        """Whether a call's splits are left to `segment_kernel`: with a pair of sequence and heads for each
+        multiprocessor, but for a sixteenth of them. Programs are more, so some begin within a pair that another began,
+        and store the state of each split as `split_kernel` does: with fewer pairs, most would.
         """
-        programs = self.segment_grid[1]
-        return bool(self.decode.most_queries and self._segments) and seqs >= programs
+        return bool(self.decode.most_queries and self._segments) and seqs * self._blocks * 16 >= self._units * 15
 
     @property
     def segment_grid(self) -> tuple[int, ...]:
