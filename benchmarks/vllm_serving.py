@@ -129,6 +129,18 @@ def text_of_case(price: Mapping[str, Any]) -> str:
     return f"{price['batch']} x {price['tokens']}"
 
 
+def joined(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One part for each model and arm, where one run timed start-up and another prices and the check: the later one's
+    values where it has any.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for part in parts:
+        known = found.setdefault((part["model"], part["arm"]), {"result": {}})
+        result = {**known["result"], **{name: value for name, value in part["result"].items() if value}}
+        known |= {**part, "result": {**part["result"], **result}}
+    return list(found.values())
+
+
 def rows_of(parts: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows of all arms that were run; a time that is missing is None."""
     rows = []
@@ -347,7 +359,7 @@ def main(words: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     if arguments.merge:
         documents = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge]
-        parts = [part for document in documents for part in document["parts"]]
+        parts = joined(part for document in documents for part in document["parts"])
         environment_of_run = documents[0]["environment"]
         return _finish(parts, environment_of_run, arguments.out, began)
     try:

@@ -134,6 +134,16 @@ def test_parts_are_merged(serving, tmp_path, capsys):
     assert "no proof" in capsys.readouterr().out
 
 
+def test_a_run_of_start_up_joins_one_of_prices(serving):
+    prices, start = part("stock", 10.0), part("stock", 99.0)
+    start |= {"cold_s": 60.0, "warm_s": 20.0, "result": {"start_s": 20.0, "prices": [], "check": None}}
+    other = part("ours", 10.1)
+    found = serving.joined([prices, other, start])
+    assert [(each["arm"], each.get("cold_s")) for each in found] == [("stock", 60.0), ("ours", None)]
+    assert found[0]["result"] == {**prices["result"], "start_s": 20.0}
+    assert serving.joined([start, prices])[0]["result"]["prices"] == prices["result"]["prices"]
+
+
 def test_what_is_refused(serving):
     with pytest.raises(ValueError, match="there are deepseek"):
         serving.model_names(["qwen"])
