@@ -18,7 +18,7 @@ from bidispatch.runtime.scratch import Scratch, empties
 pytest.importorskip("triton")
 
 MODELS = sorted((Path(__file__).parents[2] / "benchmarks" / "models").glob("*.json"))
-H200 = Device(ARCHS["sm90"], "NVIDIA H200", compute_units=132)
+H200 = Device(ARCHS["sm90"], "NVIDIA H200", compute_units=132, predicted=True)
 MOST = 1 << 30
 STEPS = (Limits(8192, 256, 131072, 8192), Limits(256, 256, 131072, 1))
 """Of attention's two kernels: 8192 tokens a step, 256 sequences, 131072 positions."""
@@ -71,7 +71,7 @@ def held(plan, allocated):
 
 
 def planned(model, ranks):
-    plan = bid.plan("sm90", require="sequence", cuda_graph=True)
+    plan = bid.plan(device=H200, require="sequence", cuda_graph=True)
     rows_of(plan, model, tensor_parallel=ranks)
     return plan
 
