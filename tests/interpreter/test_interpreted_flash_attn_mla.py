@@ -214,6 +214,15 @@ def test_lone_queries_are_split_and_the_split_is_seen():
     assert not same_bits(split, bind(WHOLE, problem)(arguments))
 
 
+def test_entries_of_no_position_have_no_row():
+    """1024 positions are bound for: four entries a sequence. What they hold afterwards is looked at by nobody."""
+    problem = problem_of()
+    bind(SPLIT, problem)(batch(problem, [(1, 300, 0), (3, 300, 1), (1, 1, 2)]))
+    (call,) = (call for call in fake.calls if call.operator == "fa3.batch")
+    assert call.lengths == (256, 44, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0)
+    assert call.rest["used_q"] == tuple(min(1, length) for length in call.lengths)
+
+
 def test_longer_queries_of_the_splits_have_one_split():
     problem = problem_of()
     arguments = batch(problem, [(3, 600, 0)])

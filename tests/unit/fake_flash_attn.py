@@ -264,7 +264,8 @@ def _fa3_forward(*arguments):
     q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used, max_q, max_k, table = arguments[:15]
     leftpad = arguments[16]
     scale, causal, left, right, softcap, _, metadata, splits, pack, margin, sinks = arguments[23:34]
-    assert (k_new, v_new, cu_k, cu_new, used_q, metadata, sinks) == (None,) * 7
+    assert (k_new, v_new, cu_k, cu_new, metadata, sinks) == (None,) * 6
+    assert used_q is None or (used_q.dtype == torch.int32 and used_q.shape == used.shape and q.shape[1] == 1)
     assert leftpad is None or (leftpad.shape == used.shape and leftpad.dtype == torch.int32 and not leftpad.any())
     assert (left, right, splits, margin) == (-1, -1, 1, 0)
     assert pack in (True, None)
@@ -283,7 +284,7 @@ def _fa3_forward(*arguments):
             causal,
             tuple(rows),
             tuple(lens),
-            {"leftpad": leftpad is not None},
+            {"leftpad": leftpad is not None, "used_q": None if used_q is None else tuple(used_q.tolist())},
         )
     )
     group = q.shape[-2] // k.shape[2]
@@ -304,6 +305,9 @@ def _fa3_forward(*arguments):
         owned = slice(starts[i], starts[i + 1])
         assert rows[i] <= max_query
         if not rows[i]:
+            continue
+        if used_q is not None and not used_q[i]:
+            flat_out[owned] = lse[:, owned] = math.nan  # whatever was there
             continue
         if not length:
             flat_out[owned] = 0

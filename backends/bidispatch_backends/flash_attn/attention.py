@@ -185,7 +185,7 @@ class _Attention:
             _LARGEST_GRID // (split.entries * (heads if split.num_splits > 1 else 1)),
         )
         self._queries = max(1, most)
-        entries = self._queries * split.entries
+        entries: int = self._queries * split.entries
         self._rows = torch.zeros(entries, 1, heads, query_dim, dtype=dtype, device=device)
         self._partial = torch.zeros(entries, 1, heads, value_dim, dtype=dtype, device=device)
         # One row more: FA2 may look at the entry behind a sequence's last page, though at no page it names.

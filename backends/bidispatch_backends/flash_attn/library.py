@@ -30,6 +30,7 @@ _FA3_FWD = (
         5: "q_v",
         6: "out",
         7: "cu_seqlens_q",
+        10: "seqused_q",
         11: "seqused_k",
         12: "max_seqlen_q",
         14: "page_table",
@@ -161,7 +162,9 @@ class Fa3:
         """As `Fa2.decode`, for one split. Every call has one row an entry, so every call has one tile."""
         if num_splits != 1:
             raise BackendError(f"FA3 divides a batch into splits by its lengths; num_splits={num_splits} must be 1")
-        lengths, tables = (None, None, None, None, kv_lens, None, None), (block_table, no_starts)
+        # An entry of no position has no tile where it has no row; else 0 is written for each of its heads, 512 wide.
+        rows = kv_lens.clamp(max=1) if self._rank else None
+        lengths, tables = (None, None, None, rows, kv_lens, None, None), (block_table, no_starts)
         return self._call(q, k_cache, v_cache, out, lengths, tables, scale=scale, causal=False, softcap=softcap)
 
     def _call(
