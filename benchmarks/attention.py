@@ -29,6 +29,7 @@ from attention_calls import MAX_CONTEXT, Call, Pool, Shape, floor_us
 from attention_judge import (
     FA2_ONE,
     FA3_AUTO,
+    FA3_LATENT,
     FA3_ONE,
     FA3_PROJECTED,
     FLASH_MLA,
@@ -80,7 +81,7 @@ SLOWER = 3.0
 """About how long a call of all rivals takes, beside its bound: the slowest without splits, the others little more."""
 TRIED_REPLAYS = 4
 
-PEERS = (FA3_AUTO, FA3_ONE, FA2_ONE, FLASHINFER, VLLM_TRITON, FLASH_MLA, FA3_PROJECTED)
+PEERS = (FA3_AUTO, FA3_ONE, FA2_ONE, FLASHINFER, VLLM_TRITON, FLASH_MLA, FA3_PROJECTED, FA3_LATENT)
 
 Say = Callable[[str], None]
 Binder = Callable[[Call], Peer]
@@ -149,10 +150,14 @@ def differing(tile: Tile, base: Tile) -> str:
 
 def peers_of(phase: str, folders: tuple[Path, ...]) -> dict[str, Binder]:
     """How to make each peer of a phase."""
+
+    def latent(call: Call) -> Peer:
+        return flash_attention.fa3(call, folders, num_splits=0)
+
     if phase == "mla":
-        return {FLASH_MLA: lambda call: flash_mla.decode(call, folders)}
+        return {FLASH_MLA: lambda call: flash_mla.decode(call, folders), FA3_LATENT: latent}
     if phase == "mla_prefill":
-        return {FA3_PROJECTED: lambda call: flash_attention.fa3_projected(call, folders)}
+        return {FA3_PROJECTED: lambda call: flash_attention.fa3_projected(call, folders), FA3_LATENT: latent}
     peers: dict[str, Binder] = {
         FA3_AUTO: lambda call: flash_attention.fa3(call, folders, num_splits=0),
         FA3_ONE: lambda call: flash_attention.fa3(call, folders, num_splits=1),

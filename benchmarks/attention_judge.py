@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "FA3_AUTO",
+    "FA3_LATENT",
     "FA3_ONE",
     "FA3_PROJECTED",
     "FLASHINFER",
@@ -35,6 +36,8 @@ PHASES = ("decode", "prefill", "mla", "mla_prefill")
 PREFILLS = ("prefill", "mla_prefill")
 """Those of whole prompts."""
 FA3_AUTO, FA3_ONE, FA2_ONE, FA3_PROJECTED = "fa3_auto", "fa3_1", "fa2_1", "fa3_projected"
+FA3_LATENT = "fa3_latent_auto"
+"""FA3 with q_v, as vLLM's backend FLASH_ATTN_MLA."""
 FLASHINFER, VLLM_TRITON, FLASH_MLA = "flashinfer_auto", "vllm_triton", "flash_mla"
 LEVELS = ("batch", "sequence")
 

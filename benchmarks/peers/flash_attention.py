@@ -17,20 +17,30 @@ GRAPH_SPLITS = 32
 """The most splits vLLM lets FA3 take in a CUDA graph (`flash_attn_max_num_splits_for_cuda_graph`)."""
 
 
+def _operands(call: Any) -> dict[str, torch.Tensor]:
+    """As vLLM hands them over: of the latent form the rotary part as q and k, the rest as q_v and v, all views."""
+    if call.problem.op == "attention":
+        return {"q": call["q"], "k": call["k_cache"], "v": call["v_cache"]}
+    rank, cache = call.pool.shape.value_dim, call["kv_cache"].unsqueeze(-2)
+    q = call["q"]
+    return {"q": q[..., rank:], "q_v": q[..., :rank], "k": cache[..., rank:], "v": cache[..., :rank]}
+
+
 def _common(call: Any, i: int) -> dict[str, Any]:
-    return {
-        "q": call["q"],
-        "k": call["k_cache"],
-        "v": call["v_cache"],
-        "out": call.out,
-        "cu_seqlens_q": call.query_start_loc,
-        "seqused_k": call.seq_lens,
-        "max_seqlen_q": call.query,
-        "max_seqlen_k": call.context,  # the longest there is, when a graph is captured
-        "softmax_scale": call.scalars[0],
-        "is_causal": True,
-        "softcap": 0.0,
-    } | {name: call.table(i) for name in ("page_table", "block_table")}
+    return (
+        _operands(call)
+        | {
+            "out": call.out,
+            "cu_seqlens_q": call.query_start_loc,
+            "seqused_k": call.seq_lens,
+            "max_seqlen_q": call.query,
+            "max_seqlen_k": call.context,  # the longest there is, when a graph is captured
+            "softmax_scale": call.scalars[0],
+            "is_causal": True,
+            "softcap": 0.0,
+        }
+        | {name: call.table(i) for name in ("page_table", "block_table")}
+    )
 
 
 def _launches(call: Any, op: Any, more: dict[str, Any]) -> list[Any]:
@@ -43,7 +53,9 @@ def _launches(call: Any, op: Any, more: dict[str, Any]) -> list[Any]:
 
 
 def fa3(call: Any, folders: tuple[Path, ...], *, num_splits: int) -> Peer:
-    """`num_splits` 0: FA3's own choice. In decode that is made before the graph runs, from the lengths of the step."""
+    """`num_splits` 0: FA3's own choice. In decode that is made before the graph runs, from the lengths of the step. The
+    latent form too.
+    """
     if torch.cuda.get_device_capability(call.pool.device) != (9, 0):
         raise AbsentError("vLLM's FA3 is built for sm90 alone")
     op = load_op("_vllm_fa3_C", "fwd", "_vllm_fa3_C*.so", folders)
@@ -61,7 +73,7 @@ def fa3(call: Any, folders: tuple[Path, ...], *, num_splits: int) -> Peer:
         "max_seqlen_k": call.context,
         "num_heads": shape.heads,
         "num_heads_k": shape.kv_heads,
-        "headdim": shape.head_dim,
+        "headdim": _operands(call)["q"].shape[-1],
         "headdim_v": shape.value_dim,
         "qkv_dtype": call["q"].dtype,
         "seqused_k": call.seq_lens,

@@ -3,8 +3,9 @@
 A row's result is a chain of steps over KV blocks, each of one shape, so that its bits follow the blocks and the
 splits as the real kernels' do. What these follow is what was read in flash-attn 2.8.3 and vllm-project/flash-attention
 617264c1: the heuristic of a varlen call with max_seqlen_q = 1, the capacity or the own length behind a split's extent,
-FA3's block by max_seqlen_q x group, causal and page size. FA2 refuses a row that sees no key in a varlen call: the real
-one writes out of bounds there.
+FA3's block by max_seqlen_q x group, causal and page size, and with q_v its one block, and its load by TMA, which
+brings what is behind a sequence in its last page. FA2 refuses a row that sees no key in a varlen call: the real one
+writes out of bounds there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ FA3_SCHEMAS = {
     "float softcap, bool is_rotary_interleaved, Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, "
     "int sm_margin, Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]",
 }
+LATENT_BLOCK = 64
+"""Rows and KV positions of FA3's tile with q_v, whatever the call: hopper/tile_size.h:18."""
 _SMS = 8  # of the pretended GPU, so that small batches make the heuristic split
 
 
@@ -70,6 +73,11 @@ def fa3_block(head_dim, max_query, group, causal, page_size):
     return 128 if causal or gathered else 176 if few else 160
 
 
+def loads_by_tma(page_size, block, most_rows, block_m, leftpad):
+    """hopper/flash_api.cpp, `get_pagedkv_tma`."""
+    return leftpad is None and page_size % block == 0 and most_rows > block_m
+
+
 def heuristic(units, blocks):
     """Any rule that follows the batch will do."""
     return max(1, min(blocks, 2 * _SMS // max(1, units)))
@@ -86,13 +94,16 @@ def _coarse(values):
     return values.half().float()
 
 
-def _attend(q, keys, values, visible, begin, end, block, scale, softcap):
-    """One row, q [heads, d], over blocks of positions [begin, end), downwards: (maximum, total, acc), fp32."""
+def _attend(q, keys, values, visible, begin, end, block, scale, softcap, length):
+    """One row, q [heads, d], over blocks of positions [begin, end), downwards: (maximum, total, acc), fp32.
+
+    keys and values have `length` positions, or as many more as a load brings.
+    """
     heads, dim = q.shape
     maximum = torch.full((heads,), -math.inf)
-    total, acc = torch.zeros(heads), torch.zeros(heads, dim)
+    total, acc = torch.zeros(heads), torch.zeros(heads, values.shape[-1])
     for start in reversed(range(begin, end, block)):
-        k, v = torch.zeros(block, heads, dim), torch.zeros(block, heads, dim)
+        k, v = torch.zeros(block, heads, dim), torch.zeros(block, heads, values.shape[-1])
         stop = min(start + block, len(keys))
         k[: stop - start], v[: stop - start] = keys[start:stop], values[start:stop]
         scores = (k * q).sum(-1).T * scale
@@ -103,22 +114,23 @@ def _attend(q, keys, values, visible, begin, end, block, scale, softcap):
         reference = torch.where(highest.isinf(), 0.0, highest)
         weights, decay = (scores - reference[:, None]).exp(), (maximum - reference).exp()
         total = total * decay + weights.sum(-1)
-        v[max(0, visible - start) :] = 0.0  # the kernels clear what is behind a sequence
+        if len(values) == length:
+            v[max(0, visible - start) :] = 0.0  # the kernels clear what is behind a sequence
         acc = _coarse(acc * decay[:, None] + (weights.T[:, :, None] * v).sum(0))
         maximum = highest
     return maximum, total, acc
 
 
-def _row(q, keys, values, visible, block, splits, extent, scale, softcap):
+def _row(q, keys, values, visible, block, splits, extent, scale, softcap, length):
     """A row's result and its LSE, by `splits` of `extent` positions added in ascending order."""
     parts = []
     for split in range(splits):
-        begin, end = split * extent, min((split + 1) * extent, len(keys))
+        begin, end = split * extent, min((split + 1) * extent, length)
         if begin < end:
-            parts.append(_attend(q, keys, values, visible, begin, end, block, scale, softcap))
+            parts.append(_attend(q, keys, values, visible, begin, end, block, scale, softcap, length))
     highest = torch.stack([part[0] for part in parts]).amax(0)
     reference = torch.where(highest.isinf(), 0.0, highest)
-    total, acc = torch.zeros(len(q)), torch.zeros(q.shape)
+    total, acc = torch.zeros(len(q)), torch.zeros(parts[0][2].shape)
     for maximum, part_total, part_acc in parts:
         weight = (maximum - reference).exp()
         total = total + part_total * weight
@@ -126,22 +138,41 @@ def _row(q, keys, values, visible, block, splits, extent, scale, softcap):
     return acc / total[:, None], reference + total.log()
 
 
-def _gather(cache, table_row, length, group):
+def _gather(cache, table_row, length, group, *, whole_pages=False):
     """The keys or values of a sequence, fp32, one for each query head. Raises for a page that does not exist."""
     page_size = cache.shape[1]
     pages = table_row[: -(-length // page_size)].long()
     assert len(pages) * page_size >= length, "read past the block table"
     assert ((pages >= 0) & (pages < len(cache))).all(), "a page that does not exist"
-    return cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+    rows = cache[pages].flatten(0, 1)
+    return (rows if whole_pages else rows[:length]).float().repeat_interleave(group, 1)
 
 
-def _sequence(q, k_cache, v_cache, table_row, length, causal, block, splits, extent, scale, softcap):
-    """q [rows, heads, d] of one sequence: out and LSE [heads, rows]."""
+def _sequence(
+    q,
+    k_cache,
+    v_cache,
+    table_row,
+    length,
+    causal,
+    block,
+    splits,
+    extent,
+    scale,
+    softcap,
+    q_v=None,
+    *,
+    whole_pages=False,
+):
+    """q [rows, heads, d] of one sequence: out and LSE [heads, rows]. q_v: what is asked of the values, added to it."""
     group = q.shape[1] // k_cache.shape[2]
-    keys, values = (_gather(cache, table_row, length, group) for cache in (k_cache, v_cache))
+    keys, values = (_gather(cache, table_row, length, group, whole_pages=whole_pages) for cache in (k_cache, v_cache))
+    if q_v is not None:
+        q, keys = torch.cat((q, q_v), -1), torch.cat((keys, values), -1)
+    seen = [length - len(q) + i + 1 if causal else length for i in range(len(q))]
     results = [
-        _row(row, keys, values, length - len(q) + i + 1 if causal else length, block, splits, extent, scale, softcap)
-        for i, row in enumerate(q.float())
+        _row(row, keys, values, visible, block, splits, extent, scale, softcap, length)
+        for row, visible in zip(q.float(), seen, strict=True)
     ]
     return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results], 1)
 
@@ -231,8 +262,11 @@ def _fa2_kvcache(*arguments, package, page_multiple):
 
 def _fa3_forward(*arguments):
     q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used, max_q, max_k, table = arguments[:15]
+    leftpad = arguments[16]
     scale, causal, left, right, softcap, _, metadata, splits, pack, margin, sinks = arguments[23:34]
-    assert (k_new, v_new, q_v, cu_k, cu_new, used_q, metadata, sinks) == (None,) * 8
+    assert (k_new, v_new, cu_k, cu_new, metadata, sinks) == (None,) * 6
+    assert used_q is None or (used_q.dtype == torch.int32 and used_q.shape == used.shape and q.shape[1] == 1)
+    assert leftpad is None or (leftpad.shape == used.shape and leftpad.dtype == torch.int32 and not leftpad.any())
     assert (left, right, splits, margin) == (-1, -1, 1, 0)
     assert pack in (True, None)
     varlen = cu_q is not None
@@ -250,24 +284,38 @@ def _fa3_forward(*arguments):
             causal,
             tuple(rows),
             tuple(lens),
+            {"leftpad": leftpad is not None, "used_q": None if used_q is None else tuple(used_q.tolist())},
         )
     )
     group = q.shape[-2] // k.shape[2]
     if max_query == 1 and q.shape[-1] <= 64:
         causal = False
-    block = fa3_block(q.shape[-1], max_query, group, causal, k.shape[1])
+    block, whole_pages = fa3_block(q.shape[-1], max_query, group, causal, k.shape[1]), False
     flat_q, flat_out = q.flatten(0, -3), out.view(-1, *out.shape[-2:])
+    flat_qv = None
+    if q_v is not None:
+        assert q.shape[-1] <= 64
+        assert v.shape[-1] >= 256
+        assert q_v.shape == out.shape == (*q.shape[:-1], v.shape[-1])
+        assert all(t.stride(-1) == 1 and t.data_ptr() % 16 == 0 for t in (q, k, v, q_v, out)), "loads of 16 bytes"
+        block, flat_qv = LATENT_BLOCK, q_v.flatten(0, -3)
+        whole_pages = loads_by_tma(k.shape[1], block, max_query * group, LATENT_BLOCK, leftpad)
     lse = torch.full((q.shape[-2], len(flat_q)), -math.inf)
     for i, length in enumerate(lens):
         owned = slice(starts[i], starts[i + 1])
         assert rows[i] <= max_query
         if not rows[i]:
             continue
+        if used_q is not None and not used_q[i]:
+            flat_out[owned] = lse[:, owned] = math.nan  # whatever was there
+            continue
         if not length:
             flat_out[owned] = 0
             continue
         result, lse[:, owned] = _sequence(
-            flat_q[owned], k, v, table[i], length, causal, block, 1, 1 << 30, scale, softcap
+            *(flat_q[owned], k, v, table[i], length, causal, block, 1, 1 << 30, scale, softcap),
+            None if flat_qv is None else flat_qv[owned],
+            whole_pages=whole_pages,
         )
         flat_out[owned] = result.to(out.dtype)
     return [out, lse if varlen else lse.T.reshape(len(q), q.shape[1], -1).transpose(1, 2)]

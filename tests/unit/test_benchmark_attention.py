@@ -10,6 +10,7 @@ from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import fake_flash_attn
 import pytest
 import torch
 
@@ -17,11 +18,13 @@ import bidispatch as bid
 from bidispatch import ops
 from bidispatch.bench.timing import Captures, Timing, interleaved
 from bidispatch.ops.reference.attention import attention as reference
+from bidispatch.ops.reference.mla import attention_mla
 from bidispatch.ops.shapes import read_shapes
 from bidispatch.registry import Tile, default_registry
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("attention", "attention_calls", "attention_judge", "peers.installed", "peers.flashinfer_attention")
+PEERS = ("peers.installed", "peers.flash_attention", "peers.flashinfer_attention")
+NAMES = ("attention", "attention_calls", "attention_judge", *PEERS)
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 4}
 
 
@@ -307,6 +310,23 @@ def test_flashinfer_is_planned_for_every_block_table_and_length(modules, monkeyp
     assert plans == [([0, 16, 32], [4, 4], 4, 2, 8, 4)] * 3 + [([0, 3, 6], [1, 1], 4, 2, 8, 4)] * 3
     peer.launch(7)
     assert torch.equal(call.out, call["q"])
+
+
+@pytest.mark.parametrize(("query", "context"), [(1, 50), (40, 40)])
+def test_fa3_takes_the_latent_form_apart(modules, monkeypatch, query, context):
+    """Views of the op's tensors, with q_v, as vLLM's backend hands them over; a whole prompt has FA3's own choice."""
+    fake_flash_attn.register()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(modules.attention_calls, "MAX_CONTEXT", 64)
+    problem = ops.get("attention.mla").problem("float16", {"num_heads": 2, "page_size": 16})
+    calls = modules.attention_calls
+    call = calls.Call(calls.Pool(calls.Shape.of(problem), 64, torch.device("cpu")), 1, query, 1)
+    call.set_context(context)
+    modules.flash_attention.fa3(call, (), num_splits=1).launch(0)
+    (wanted,) = attention_mla(problem, *call.arguments(0)[:-1])
+    torch.testing.assert_close(call.out.double(), wanted, rtol=1e-2, atol=1e-2)
+    assert "fa3_latent_auto" in modules.attention.peers_of("mla", ())
+    assert "fa3_latent_auto" in modules.attention.peers_of("mla_prefill", ())
 
 
 # --- launch shapes ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ What the kernels are called with is in tests/interpreter/test_interpreted_flash_
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import bidispatch
 from bidispatch import ops
 from bidispatch.device import ARCHS, Device
 from bidispatch.errors import BackendError, UsageError
@@ -29,11 +31,21 @@ CPU = Device(ARCHS["cpu"], "a processor that plays the GPU")
 REGISTRY = Registry()
 register(REGISTRY)
 NAMES = tuple(implementation.name for implementation in REGISTRY)
+LATENT = tuple(name for name in NAMES if "mla" in name)
 SPLITTING = tuple(name for name in NAMES if "split" in name)
 
 
 def problem_of(dtype="bfloat16", **dims):
     return ops.get("attention").problem(dtype, {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, **dims})
+
+
+def latent_problem(dtype="bfloat16", **dims):
+    return ops.get("attention.mla").problem(dtype, {"num_heads": 16, **dims})
+
+
+def any_problem(name, **dims):
+    """Of the op that an implementation serves."""
+    return latent_problem(**dims) if "mla" in name else problem_of(**dims)
 
 
 def predicted(arch="sm90"):
@@ -134,6 +146,7 @@ def test_records_are_tied_to_the_libraries_that_may_serve(name):
         "fa2": ("flash-attn", "vllm"),
         "fa2_kv_split": ("flash-attn", "vllm", "triton"),  # the merge's arithmetic is Triton's
         "fa3_kv_split": ("vllm", "triton"),
+        "fa3_mla_kv_split": ("vllm", "triton"),
         "fa3_triton_splits": ("vllm", "triton"),
         "fa2_capacity_splits": ("flash-attn",),
     }
@@ -176,8 +189,46 @@ def test_what_it_cannot_do_is_said(name, arch, dtype, dims, says):
 
 
 @pytest.mark.parametrize(
+    ("name", "arch", "dtype", "dims", "says"),
+    [
+        ("fa3_mla", "sm90", "bfloat16", {}, []),
+        ("fa3_mla_kv_split", "sm90", "float16", {"num_heads": 128, "page_size": 256}, []),
+        ("fa3_mla", "sm90", "bfloat16", {"num_heads": 20, "page_size": 48}, []),
+        ("fa3_mla", "sm90", "bfloat16", {"page_size": 8}, ["vllm needs page_size a multiple of 16, asked for 8"]),
+        ("fa3_mla", "sm90", "bfloat16", {"kv_lora_rank": 256}, ["needs kv_lora_rank in 512, asked for 256"]),
+        ("fa3_mla", "sm90", "bfloat16", {"rope_dim": 32}, ["needs rope_dim in 64, asked for 32"]),
+        ("fa3_mla", "sm100", "bfloat16", {}, ["needs sm90, the device is sm100"]),
+        ("fa3_mla_kv_split", "sm90", "bfloat16", {"page_size": 48}, ["needs page_size to divide 256, asked for 48"]),
+    ],
+)
+def test_what_it_cannot_do_for_latents_is_said(name, arch, dtype, dims, says):
+    reasons = unmet(name, latent_problem(dtype, **dims), predicted(arch))
+    assert len(reasons) == len(says), reasons
+    assert all(said in reason for said, reason in zip(says, reasons, strict=True)), reasons
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latents_need_the_library_and_say_what_to_install(host, name):
+    name = name.partition(".")[2]
+    host({"vllm": "0.25.1"})
+    assert unmet(name, latent_problem()) == ()
+    host({"vllm": "0.40.0"})
+    assert "needs vllm>=0.20,<0.34, 0.40.0 is installed" in unmet(name, latent_problem())[0]
+    host({})
+    assert "vllm>=0.20,<0.34 is not installed (`pip install" in unmet(name, latent_problem())[0]
+
+
+def test_no_default_profile_lists_what_has_not_run_on_a_gpu():
+    folder = pathlib.Path(bidispatch.__file__).parents[1]
+    found = [path for path in folder.rglob("*.yaml") if "fa3_mla" in path.read_text()]
+    assert found == []
+
+
+@pytest.mark.parametrize(
     ("name", "given", "says"),
     [
+        ("fa3_mla", {"num_splits": 4}, "only 1 keeps prefill = decode"),
+        ("fa3_mla_kv_split", {"split_size": 1000}, "split_size=1000 is not a multiple of 256"),
         ("fa2", {"num_splits": 4}, "flash_attn.fa2_splits"),
         ("fa3", {"num_splits": 0}, "only 1 keeps prefill = decode"),
         ("fa2_splits", {"num_splits": 1}, "greater than or equal to 2"),
@@ -194,7 +245,7 @@ def test_params_that_cannot_hold_are_refused(name, given, says):
 
 def label(name, problem=None, **given):
     implementation = REGISTRY.get(f"flash_attn.{name}")
-    return implementation.numerics(implementation.params(**given), problem or problem_of())
+    return implementation.numerics(implementation.params(**given), problem or any_problem(name))
 
 
 def test_labels_name_what_fixes_the_bits(host):
@@ -208,6 +259,8 @@ def test_labels_name_what_fixes_the_bits(host):
     assert found == "fa2_capacity_splits.8.8192.flash-attn-2.8.3"
     assert label("fa2_kv_split", split_size=2048) == "fa2_kv_split.2048.vllm-0.25.1"
     assert label("fa3_kv_split", split_size=2048) == "fa3_kv_split.2048.vllm-0.25.1"
+    assert label("fa3_mla") == "fa3_mla.vllm-0.25.1"
+    assert label("fa3_mla_kv_split") == "fa3_mla_kv_split.2048.vllm-0.25.1"
     assert len({label(name.partition(".")[2]) for name in NAMES}) == len(NAMES)
 
 
@@ -225,8 +278,9 @@ def test_another_version_is_another_class(host):
 @given(st.integers(1, 128), st.integers(1, 8), st.sampled_from([16, 32, 64]))
 def test_labels_are_free_of_heads_and_pages(heads, kv_heads, page_size):
     """Tensor parallelism divides heads: the class must not follow them."""
-    problem = problem_of(num_heads=heads * kv_heads, num_kv_heads=kv_heads, page_size=page_size)
     for name in NAMES:
+        sizes = {} if name in LATENT else {"num_kv_heads": kv_heads}
+        problem = any_problem(name, num_heads=heads * kv_heads, page_size=page_size, **sizes)
         assert label(name.partition(".")[2], problem) == label(name.partition(".")[2])
 
 
@@ -243,7 +297,7 @@ def test_limits_that_cannot_hold_are_refused_at_bind(host, monkeypatch):
     host({"vllm": "0.25.1", "flash-attn": "2.8.3"})
     for name in NAMES:
         with pytest.raises(UsageError, match="max_seq_len=<longest KV of a sequence>"):
-            bind(name.partition(".")[2], problem_of(page_size=256 if "capacity" in name else 16), Limits(4, 4))
+            bind(name.partition(".")[2], any_problem(name, page_size=256 if "capacity" in name else 16), Limits(4, 4))
     with pytest.raises(UsageError, match="max_seq_len=131073, above kv_capacity=131072"):
         bind("fa2_capacity_splits", problem_of(page_size=256), Limits(4, 4, 131073))
 
@@ -281,7 +335,7 @@ def test_fa3_refuses_splits():
     from bidispatch_backends.flash_attn.library import Fa3
 
     with pytest.raises(BackendError, match="num_splits=4 must be 1"):
-        Fa3(lambda *arguments: []).decode(*[torch.empty(1)] * 6, num_splits=4, scale=1.0, softcap=0.0)
+        Fa3(lambda *arguments: []).decode(*[torch.empty(1)] * 7, num_splits=4, scale=1.0, softcap=0.0)
 
 
 def test_a_profile_can_name_them(host, tmp_path):

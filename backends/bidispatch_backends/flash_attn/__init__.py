@@ -43,6 +43,10 @@ _FA3: tuple[Requirement, ...] = (
 )
 
 
+_FA3_MLA: tuple[Requirement, ...] = (FA3, _TRITON, DimIn("kv_lora_rank", (512,)), DimIn("rope_dim", (64,)))
+"""The widths whose tile was read; others have other tiles, or no kernel (hopper/flash_api.cpp, `q_v`)."""
+
+
 def register(registry: Registry) -> None:
     """Add every kernel of this backend."""
     registry.register(
@@ -161,5 +165,37 @@ def register(registry: Registry) -> None:
             tiles=params.lone_split_tiles,
             libraries=("vllm", "triton"),
             summary="vLLM's FA3, one split; lone queries by the parallel splits of triton.paged_attention",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="flash_attn.fa3_mla",
+            op="attention.mla",
+            load="bidispatch_backends.flash_attn.attention:bind_fa3_mla",
+            archs=("sm90",),
+            dtypes=_DTYPES,
+            requires=_FA3_MLA,
+            numerics=params.fa3_mla_numerics,
+            claims=Invariance.SEQUENCE,
+            params=params.OneSplitParams,
+            libraries=("vllm",),
+            summary="vLLM's FA3 with q_v, paged, one split, no load by TMA",
+        )
+    )
+    registry.register(
+        Implementation(
+            name="flash_attn.fa3_mla_kv_split",
+            op="attention.mla",
+            load="bidispatch_backends.flash_attn.attention:bind_fa3_mla_kv_split",
+            archs=("sm90",),
+            dtypes=_DTYPES,
+            requires=(*_FA3_MLA, Check(params.pages_divide_splits)),
+            numerics=params.fa3_mla_kv_split_numerics,
+            claims=Invariance.BATCH,
+            params=params.LatentSplitSizeParams,
+            tile=params.WorkspaceTile,
+            tiles=params.workspace_tiles,
+            libraries=("vllm", "triton"),
+            summary="vLLM's FA3 with q_v; a lone query's KV in splits of one size, merged in order; longer in one",
         )
     )

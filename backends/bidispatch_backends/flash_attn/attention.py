@@ -1,4 +1,4 @@
-"""`attention` by FlashAttention's kernels: one split for every row, or lone queries in splits beside it.
+"""`attention` and `attention.mla` by FlashAttention's kernels: one split for every row, or lone queries in splits.
 
 A call launches the same kernels whatever its lengths are: `lengths`, the library's varlen call, for lone queries in
 splits `prepare`, the library's decode call and `merge`, and `spoil`. Their arguments follow the call's shapes and the
@@ -16,6 +16,7 @@ from bidispatch.errors import ArgumentError, BackendError, UsageError
 from bidispatch.runtime.context import BindContext, Kernel, need_max_seq_len, need_positive_scale
 from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, Libraries
+from bidispatch_backends.flash_attn.heads import heads_of
 from bidispatch_backends.flash_attn.kernels import Launches, launches
 from bidispatch_backends.flash_attn.library import Fa2, Fa3, fa2_of, fa3
 from bidispatch_backends.triton.attention import bind_lone_queries
@@ -28,6 +29,8 @@ __all__ = [
     "bind_fa2_splits",
     "bind_fa3",
     "bind_fa3_kv_split",
+    "bind_fa3_mla",
+    "bind_fa3_mla_kv_split",
     "bind_fa3_triton_splits",
 ]
 
@@ -101,6 +104,21 @@ def bind_fa3_triton_splits(context: BindContext) -> Kernel:
     return bind_lone_queries(context, _Attention(context, fa3(), None, replaced=True))
 
 
+def bind_fa3_mla(context: BindContext) -> Kernel:
+    """Return the kernel of the op `attention.mla`, by FA3 with q_v, one split for every row.
+
+    Raises `UsageError` for limits without max_seq_len, `BackendError` for a library that does not load. A sequence
+    longer than max_seq_len or than its block table holds, or with more rows than max_query_len, gives NaN. The kernel
+    raises `ArgumentError` for a cache whose rows do not begin on 16 bytes, and for a scale that is not above 0.
+    """
+    return _LatentAttention(context, fa3(context.problem.size("kv_lora_rank")), None)
+
+
+def bind_fa3_mla_kv_split(context: BindContext) -> Kernel:
+    """The same with a lone query's KV in splits of one size, each a sequence of FA3's, merged in ascending order."""
+    return _LatentAttention(context, fa3(context.problem.size("kv_lora_rank")), _sized(context))
+
+
 def _sized(context: BindContext) -> _Split:
     size = context.params.split_size
     return _Split(max(1, ceil_div(context.limits.max_seq_len, size)), size, 1)
@@ -129,8 +147,7 @@ class _Attention:
         problem, limits = context.problem, context.limits
         need_max_seq_len(context)
         self._problem, self._library, self._split = problem, library, split
-        self._page_size, self._causal = problem.size("page_size"), problem.flag("causal")
-        self._softcap = float(problem["softcap"])
+        self._page_size, self._heads = problem.size("page_size"), heads_of(problem)
         self._max_kv = limits.max_seq_len
         self._longest_query = limits.max_query_len or limits.max_tokens
         self._tile_bound = self._pinned(library)
@@ -140,42 +157,41 @@ class _Attention:
         # What is made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self._used = self._integers(context, limits.max_seqs)
-            self._no_starts = self._integers(context, limits.max_seqs + 1)
-            if split:
-                self._allocate(context, split)
+            entries = self._allocate(context, split) if split else 0
+            self._no_starts = self._integers(context, max(limits.max_seqs, entries) + 1)
 
     def _pinned(self, library: Fa2 | Fa3) -> int:
         """FA3's max_seqlen_q: one number, above what moves its tile. 0 for FA2, where it is a bound of the grid."""
         if isinstance(library, Fa2):
             return 0
-        group = self._problem.size("num_heads") // self._problem.size("num_kv_heads")
+        group = self._heads.queries // self._heads.keys
         return max(self._longest_query, _ONE_WARP_GROUP // group + 1, 2)
 
     @staticmethod
     def _integers(context: BindContext, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32, device=context.device.torch_device)
 
-    def _allocate(self, context: BindContext, split: _Split) -> None:
-        """Room for as many lone queries at a time as the tile allows, at least one."""
-        problem, device = context.problem, context.device.torch_device
-        dtype = getattr(torch, problem.dtype)
-        heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
+    def _allocate(self, context: BindContext, split: _Split) -> int:
+        """Room for as many lone queries at a time as the tile allows, at least one. Returns how many entries it has."""
+        device, dtype = context.device.torch_device, getattr(torch, context.problem.dtype)
+        heads, query_dim, value_dim = self._heads.queries, self._heads.query_dim, self._heads.value_dim
         pages = split.extent // self._page_size if split.own_table else 0
         # q and out of each entry, its pages, and, inside the library, fp32 partial results of more than one split.
-        inside = 4 * (head_dim + 1) * split.num_splits if split.num_splits > 1 else 0
-        a_query = split.entries * (heads * (2 * head_dim * dtype.itemsize + inside) + 4 * pages)
+        inside = 4 * (value_dim + 1) * split.num_splits if split.num_splits > 1 else 0
+        a_query = split.entries * (heads * ((query_dim + value_dim) * dtype.itemsize + inside) + 4 * pages)
         most = min(
             context.limits.max_seqs,
             (context.tile.workspace_mb << 20) // a_query,
             _LARGEST_GRID // (split.entries * (heads if split.num_splits > 1 else 1)),
         )
         self._queries = max(1, most)
-        entries = self._queries * split.entries
-        self._rows = torch.zeros(entries, 1, heads, head_dim, dtype=dtype, device=device)
-        self._partial = torch.zeros_like(self._rows)
+        entries: int = self._queries * split.entries
+        self._rows = torch.zeros(entries, 1, heads, query_dim, dtype=dtype, device=device)
+        self._partial = torch.zeros(entries, 1, heads, value_dim, dtype=dtype, device=device)
         # One row more: FA2 may look at the entry behind a sequence's last page, though at no page it names.
         self._pages = self._integers(context, (entries + 1) * pages).view(entries + 1, pages)
         self._entry_lens = self._integers(context, entries)
+        return entries
 
     def __call__(
         self,
@@ -188,9 +204,22 @@ class _Attention:
         *rest: Any,
     ) -> None:
         # Between them are the op's optional tensors: none is ever there, by the requirements.
-        scale, out = rest[-2:]
+        caches = {"k_cache": k_cache, "v_cache": v_cache}
+        self._aligned(q, caches, block_table, seq_lens, query_start_loc, *rest[-2:])
+
+    def _aligned(
+        self,
+        q: torch.Tensor,
+        caches: dict[str, torch.Tensor],
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend with q and out on 16 bytes, copied where they are not. caches: by name, keys first, values last."""
         need_positive_scale(self._problem, scale)
-        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        for name, cache in caches.items():
             if not _on_vectors(cache):
                 raise ArgumentError(
                     f"{self._problem}: {name} begins at {cache.data_ptr():#x} with strides {cache.stride()}; "
@@ -199,7 +228,8 @@ class _Attention:
         q = q if _on_vectors(q) else q.clone(memory_format=torch.contiguous_format)
         target = out if _on_vectors(out) else out.clone(memory_format=torch.contiguous_format)
         ends = seq_lens.contiguous(), query_start_loc.contiguous()
-        self._attend(q, k_cache, v_cache, block_table, *ends, scale, target)
+        parts = tuple(caches.values())
+        self._attend(q, parts[0], parts[-1], block_table, *ends, scale, target)
         if target is not out:
             out.copy_(target)
 
@@ -225,8 +255,8 @@ class _Attention:
                 max_query_len=self._tile_bound or max(2, min(tokens, self._longest_query)),
                 max_kv_len=self._max_kv,
                 scale=scale,
-                causal=self._causal,
-                softcap=self._softcap,
+                causal=self._heads.causal,
+                softcap=self._heads.softcap,
             )
         if self._split:
             for first in range(0, seqs, self._queries):
@@ -259,13 +289,19 @@ class _Attention:
         prepare(grid, q, block_table, *ends, rows, self._pages, lens, first, max_kv, *strides)
         table = self._pages[:entries] if split.own_table else block_table[first : first + count]
         lse = self._library.decode(
-            *(rows, k_cache, v_cache, table, lens, partial),
+            *(rows, k_cache, v_cache, table, lens, self._no_starts[: entries + 1], partial),
             num_splits=split.num_splits,
             scale=scale,
-            softcap=self._softcap,
+            softcap=self._heads.softcap,
         )
-        heads = self._problem.size("num_heads")
-        merge((count, heads), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
+        merge((count, self._heads.queries), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
+
+
+class _LatentAttention(_Attention):
+    """The same for `attention.mla`: the one cache holds keys and values, which `Fa3` tells apart by its rank."""
+
+    def __call__(self, q: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> None:
+        self._aligned(q, {"kv_cache": kv_cache}, *rest)
 
 
 def _launches(context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:

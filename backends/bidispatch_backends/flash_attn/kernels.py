@@ -19,6 +19,7 @@ import triton.language as tl
 
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
+from bidispatch_backends.flash_attn.heads import heads_of
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer, power_of_two
 
 __all__ = ["Launches", "launches", "lengths_kernel", "merge_kernel", "prepare_kernel", "spoil_kernel"]
@@ -26,6 +27,7 @@ __all__ = ["Launches", "launches", "lengths_kernel", "merge_kernel", "prepare_ke
 _SEQS = 128
 _PAGES = 1024
 _ELEMENTS = 1024
+_ONE_WARP = 256  # elements of a result that one warp merges; of wider ones, splits in flight would spill
 _UNROLL = tl.constexpr(8)  # splits whose loads are in flight together
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -78,8 +80,8 @@ def prepare_kernel(
     """Fill one entry: its KV length, its row of q and its part of the block table; length 0 where none is.
 
     rows [entries, HEADS, HEAD_DIM], pages [entries, EXTENT / PAGE_SIZE], used [entries]: ENTRIES of each sequence from
-    first_seq on. Axis 2 of the grid has PAGES of an entry each; 0 copies none. What is behind a sequence's last page
-    stays as it was: nothing is loaded from there.
+    first_seq on, HEAD_DIM that of q. Axis 2 of the grid has PAGES of an entry each; 0 copies none. What is behind a
+    sequence's last page stays as it was: nothing is loaded from there.
     """
     seq = first_seq + tl.program_id(0)
     entry = tl.program_id(1)
@@ -129,6 +131,7 @@ def merge_kernel(
 
     partial [entries, HEADS, HEAD_DIM] as the library rounded it, lse [entries, HEADS] fp32, natural. A left fold of
     (maximum, total, acc) in units of log2; one entry is copied as it is: its weight is 1 and so is its total.
+    HEAD_DIM is that of the result.
     """
     seq = first_seq + tl.program_id(0)
     head = tl.program_id(1)
@@ -232,12 +235,16 @@ def launches(
     whether someone else writes the rows of lone queries afterwards.
     """
     data, index, state = pointer(problem.dtype), pointer("int32"), pointer("float32")
-    heads, head_dim = problem.size("num_heads"), problem.size("head_dim")
+    heads = heads_of(problem)
     ends: dict[str, ArgumentType] = {"kv_lens_ptr": index, "query_start_ptr": index}
     sizes: dict[str, ArgumentType] = {"seqs": "i32", "max_kv": "i32"}
     place: dict[str, ArgumentType] = {"first_seq": "i32", "max_kv": "i32"}
-    out_strides: dict[str, ArgumentType] = {"stride_out_token": heads * head_dim, "stride_out_head": head_dim}
-    shape = {"HEADS": heads, "HEAD_DIM": head_dim}
+    out_strides: dict[str, ArgumentType] = {
+        "stride_out_token": heads.queries * heads.value_dim,
+        "stride_out_head": heads.value_dim,
+    }
+    row = {"HEADS": heads.queries, "HEAD_DIM": heads.query_dim}
+    result = {"HEADS": heads.queries, "HEAD_DIM": heads.value_dim}
     # Without the fusion: a product and a sum are rounded apart, whatever a compiler's version prefers.
     one_warp, four_warps = (options(arch, warps, 1, fp_fusion=False) for warps in (1, 4))
     lengths = Launch(
@@ -249,7 +256,7 @@ def launches(
     spoil = Launch(
         spoil_kernel,
         {**ends, "out_ptr": data, **sizes, "max_query": "i32", **out_strides},
-        shape | {"BLOCK": _ELEMENTS},
+        result | {"BLOCK": _ELEMENTS},
         four_warps,
     )
     if not entries:
@@ -261,14 +268,14 @@ def launches(
         prepare_kernel,
         {"q_ptr": data, "table_ptr": index, **ends, "rows_ptr": data, "pages_ptr": index, "used_ptr": index}
         | place
-        | {"stride_table": "i32", "stride_q_token": heads * head_dim, "stride_q_head": head_dim},
-        cut | {"PAGE_SIZE": problem.size("page_size")} | shape | {"BLOCK": _ELEMENTS, "PAGES": pages},
+        | {"stride_table": "i32", "stride_q_token": heads.queries * heads.query_dim, "stride_q_head": heads.query_dim},
+        cut | {"PAGE_SIZE": problem.size("page_size")} | row | {"BLOCK": _ELEMENTS, "PAGES": pages},
         four_warps,
     )
     merge = Launch(
         merge_kernel,
         {"partial_ptr": data, "lse_ptr": state, **ends, "out_ptr": data, **place, **out_strides},
-        cut | shape | {"BLOCK_D": power_of_two(head_dim)},
-        one_warp,
+        cut | result | {"BLOCK_D": power_of_two(heads.value_dim)},
+        one_warp if heads.value_dim <= _ONE_WARP else four_warps,
     )
     return Launches(lengths, spoil, prepare, merge, ceil_div(width, pages) if pages else 1)

@@ -27,11 +27,14 @@ _KVCACHE = (20, {5: "seqlens_k", 10: "block_table", 12: "out", 13: "softmax_scal
 _FA3_FWD = (
     37,
     {
+        5: "q_v",
         6: "out",
         7: "cu_seqlens_q",
+        10: "seqused_q",
         11: "seqused_k",
         12: "max_seqlen_q",
         14: "page_table",
+        16: "leftpad_k",
         23: "softmax_scale",
         29: "scheduler_metadata",
         30: "num_splits",
@@ -70,7 +73,7 @@ class Fa2:
     ) -> None:
         """One split for every row. max_query_len: a bound of the grid, at least 2: 1 would split by the batch.
 
-        no_starts: int32 [seqs + 1], which the kernel takes and, with a block table, does not look at.
+        no_starts: int32 [seqs + 1] of zeros, which the kernel takes and, with a block table, does not look at.
         """
         self._varlen(
             *(q, k_cache, v_cache, out, query_start_loc, no_starts, kv_lens, None, block_table, None),
@@ -85,13 +88,17 @@ class Fa2:
         v_cache: torch.Tensor,
         block_table: torch.Tensor,
         kv_lens: torch.Tensor,
+        no_starts: torch.Tensor,
         out: torch.Tensor,
         *,
         num_splits: int,
         scale: float,
         softcap: float,
     ) -> torch.Tensor:
-        """One row an entry: q and out [entries, 1, heads, head_dim]. Returns the fp32 LSE [entries, heads, 1]."""
+        """One row an entry: q and out [entries, 1, heads, head_dim]. Returns the fp32 LSE [entries, heads, 1].
+
+        no_starts: int32 [entries + 1] of zeros, which FA2 is not shown.
+        """
         if self._package:
             entries, _, heads, head_dim = out.shape
             kv_heads = k_cache.shape[2]
@@ -106,10 +113,15 @@ class Fa2:
 
 
 class Fa3:
-    """FA3's one operator, with one split and without scheduler metadata: it then launches by the arguments alone."""
+    """FA3's one operator, with one split and without scheduler metadata: it then launches by the arguments alone.
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+    With `rank`, keys of `attention.mla`: q is [..., rank + rope_dim], and both caches are the one of its op,
+    [pages, page_size, rank + rope_dim]. The rotary part is the library's q and k, the rest its q_v and v, all as views.
+    """
+
+    def __init__(self, forward: Callable[..., Any], rank: int = 0) -> None:
+        """rank: kv_lora_rank of `attention.mla`; 0 for keys and values of their own."""
+        self._forward, self._rank = forward, rank
 
     def varlen(
         self,
@@ -130,7 +142,8 @@ class Fa3:
     ) -> None:
         """As `Fa2.varlen`; max_query_len chooses the tile, so it must be one number for all calls of a bound kernel."""
         lengths = (query_start_loc, None, None, None, kv_lens, max_query_len, max_kv_len)
-        self._call(q, k_cache, v_cache, out, lengths, block_table, scale=scale, causal=causal, softcap=softcap)
+        tables = (block_table, no_starts)
+        self._call(q, k_cache, v_cache, out, lengths, tables, scale=scale, causal=causal, softcap=softcap)
 
     def decode(
         self,
@@ -139,6 +152,7 @@ class Fa3:
         v_cache: torch.Tensor,
         block_table: torch.Tensor,
         kv_lens: torch.Tensor,
+        no_starts: torch.Tensor,
         out: torch.Tensor,
         *,
         num_splits: int,
@@ -148,8 +162,10 @@ class Fa3:
         """As `Fa2.decode`, for one split. Every call has one row an entry, so every call has one tile."""
         if num_splits != 1:
             raise BackendError(f"FA3 divides a batch into splits by its lengths; num_splits={num_splits} must be 1")
-        lengths = (None, None, None, None, kv_lens, None, None)
-        return self._call(q, k_cache, v_cache, out, lengths, block_table, scale=scale, causal=False, softcap=softcap)
+        # An entry of no position has no tile where it has no row; else 0 is written for each of its heads, 512 wide.
+        rows = kv_lens.clamp(max=1) if self._rank else None
+        lengths, tables = (None, None, None, rows, kv_lens, None, None), (block_table, no_starts)
+        return self._call(q, k_cache, v_cache, out, lengths, tables, scale=scale, causal=False, softcap=softcap)
 
     def _call(
         self,
@@ -158,15 +174,22 @@ class Fa3:
         v_cache: torch.Tensor,
         out: torch.Tensor,
         lengths: tuple[torch.Tensor | int | None, ...],
-        block_table: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
         *,
         scale: float,
         causal: bool,
         softcap: float,
     ) -> torch.Tensor:
-        no_new, no_rotary, no_scales = (None,) * 3, (None,) * 3, (None,) * 3
+        no_new, no_rotary, no_scales = (None,) * 2, (None,) * 3, (None,) * 3
+        block_table, no_starts = tables
+        q_v, leftpad = None, None
+        if self._rank:
+            q_v, q = q[..., : self._rank], q[..., self._rank :]
+            k_cache, v_cache = k_cache[:, :, None, self._rank :], v_cache[:, :, None, : self._rank]
+            # Nothing is left out; but where it is named, no page is loaded by TMA: see `params`.
+            leftpad = no_starts[: len(no_starts) - 1]
         results = self._forward(
-            *(q, k_cache, v_cache, *no_new, out, *lengths, block_table, None, None, *no_rotary, *no_scales),
+            *(q, k_cache, v_cache, *no_new, q_v, out, *lengths, block_table, None, leftpad, *no_rotary, *no_scales),
             *(scale, causal, _NO_WINDOW, _NO_WINDOW, softcap, True, None, 1, True, 0, None, 1, 0, None),
         )
         return results[1]  # type: ignore[no-any-return]
@@ -185,9 +208,9 @@ def fa2_of(source: Source) -> Fa2:
     )
 
 
-def fa3() -> Fa3:
-    """Load FA3 of vLLM. Raises `BackendError` for one that does not load or takes other arguments."""
-    return Fa3(_checked(VLLM_FA3, _load(VLLM_FA3), "fwd", *_FA3_FWD))
+def fa3(rank: int = 0) -> Fa3:
+    """Load FA3 of vLLM. Raises `BackendError` for one that does not load or takes other arguments. rank: see `Fa3`."""
+    return Fa3(_checked(VLLM_FA3, _load(VLLM_FA3), "fwd", *_FA3_FWD), rank)
 
 
 def _load(source: Source) -> Any:

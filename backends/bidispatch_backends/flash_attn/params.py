@@ -18,6 +18,16 @@ Read in flash-attn 2.8.3 (csrc/flash_attn/) and vllm-project/flash-attention 617
   causal, which `max_seqlen_q` = 1 drops (hopper/flash_api.cpp, `mha_fwd`); a page that is a multiple of a KV block
   (same, `get_pagedkv_tma`); and a window, which moves where blocks begin.
 
+- FA3 with `q_v` (`attention.mla`: the rotary 64 in q and k, the latent 512 in q_v and v) has one tile, 64 rows by 64 KV
+  positions without overlap, whatever causality, the load and `use_one_mma_wg` are: hopper/tile_size.h:18, asked before
+  any of them, in every version since 2025-04. Neither a cluster nor the TMA load of packed queries is compiled for a
+  head_dim below 128 or another one of values (flash_fwd_launch_template.h:222, 233). So nothing but the split moves the
+  order of its sums, and one split is `sequence`. What is left to follow `max_seqlen_q` is the load: by TMA where pages
+  hold whole KV blocks, here from 64 positions on, and a call more than 64 packed rows (flash_api.cpp:466,
+  `get_pagedkv_tma`). That load brings what is behind a sequence in its last page, and a NaN there times the weight 0
+  is NaN; the other one puts zeros in its place (paged_kv.h:249-276). `leftpad_k`, here zeros, is what turns TMA off,
+  for any page size, and packed queries on (flash_api.cpp:312). Its cp.async takes 16 bytes: rows must begin on those.
+
 A *lone query* is a sequence with one row in the call. The implementations that split serve lone queries in splits and
 longer ones with one split, in one call by fixed launches. Which one a row gets follows from its own sequence, so they
 claim `batch`: a decode step is not the bits of that row within a prefill.
@@ -37,6 +47,7 @@ from bidispatch_backends.triton.attention_params import AttentionTile, attention
 
 __all__ = [
     "CapacitySplitsParams",
+    "LatentSplitSizeParams",
     "OneSplitParams",
     "OneSplitTile",
     "SplitSizeParams",
@@ -48,6 +59,8 @@ __all__ = [
     "fa2_numerics",
     "fa2_splits_numerics",
     "fa3_kv_split_numerics",
+    "fa3_mla_kv_split_numerics",
+    "fa3_mla_numerics",
     "fa3_numerics",
     "fa3_triton_splits_numerics",
     "lone_split_tiles",
@@ -78,7 +91,7 @@ class OneSplitParams(Params):
         if value != 1:
             raise ValueError(
                 f"num_splits={value}: only 1 keeps prefill = decode; at level batch, flash_attn.fa2_splits, "
-                "flash_attn.fa2_capacity_splits and flash_attn.fa2_kv_split split"
+                "flash_attn.fa2_capacity_splits and the kv_split implementations of flash_attn split"
             )
         return value
 
@@ -120,6 +133,15 @@ class SplitSizeParams(Params):
         if value % _LARGEST_BLOCK:
             raise ValueError(f"split_size={value} is not a multiple of {_LARGEST_BLOCK}")
         return value
+
+
+class LatentSplitSizeParams(SplitSizeParams):
+    """The same for `attention.mla`, whose rows are wider: what a split copies of q and gives is, for 128 heads, as many
+    bytes as the KV of 240 positions, so splits are longer.
+    """
+
+    split_size: int = Field(default=2048, ge=_LARGEST_BLOCK)
+    """KV positions, a multiple of 256: whole pages and whole KV blocks."""
 
 
 class WorkspaceTile(Tile):
@@ -185,6 +207,16 @@ def fa3_numerics(params: Any, problem: Problem) -> str:
 def fa3_kv_split_numerics(params: Any, problem: Problem) -> str:
     """`fa3_kv_split.<positions>.<library>`."""
     return f"fa3_kv_split.{params.split_size}.{FA3.installed(problem)}"
+
+
+def fa3_mla_numerics(params: Any, problem: Problem) -> str:
+    """`fa3_mla.<library>`."""
+    return f"fa3_mla.{FA3.installed(problem)}"
+
+
+def fa3_mla_kv_split_numerics(params: Any, problem: Problem) -> str:
+    """`fa3_mla_kv_split.<positions>.<library>`."""
+    return f"fa3_mla_kv_split.{params.split_size}.{FA3.installed(problem)}"
 
 
 def fa3_triton_splits_numerics(params: Any, problem: Problem) -> str:

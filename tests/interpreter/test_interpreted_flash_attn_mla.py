@@ -1,0 +1,315 @@
+"""flash_attn.fa3_mla and its splits on the stand-in for FA3 with q_v: routing, splits, merge, alignment and NaN."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreted import CPU, relative_error, same_bits, scalars
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+import fake_flash_attn as fake
+
+from bidispatch import ops
+from bidispatch.errors import ArgumentError
+from bidispatch.invariance import Invariance
+from bidispatch.ops.reference.mla import attention_mla, latent_batch
+from bidispatch.registry import Registry
+from bidispatch.runtime.bind import load_attribute
+from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.verify.cases import Sizes
+from bidispatch.verify.sequences import check_sequences, sequence_limits
+from bidispatch.verify.subject import Subject
+from bidispatch_backends.flash_attn import register
+
+REGISTRY = Registry()
+register(REGISTRY)
+LIMITS = Limits(64, 8, 1024)
+WHOLE, SPLIT = "fa3_mla", "fa3_mla_kv_split"
+NAMES = (WHOLE, SPLIT)
+PARAMS = {SPLIT: {"split_size": 256}}
+RANK, WIDTH = 512, 576
+PIECES = [(1, 600, 0), (5, 300, 1), (1, 1, 2), (0, 0, 3), (9, 9, 4), (1, 256, 5), (1, 257, 6)]
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch, tmp_path_factory):
+    """FA3, as if vLLM were installed."""
+    fake.register()
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "vllm_flash_attn").mkdir()
+    (folder / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so").touch()
+    places = {"vllm": SimpleNamespace(submodule_search_locations=[str(folder)])}
+    monkeypatch.setattr("importlib.util.find_spec", places.get)
+    monkeypatch.setattr("bidispatch.requirements.installed_version", {"vllm": "0.25.1"}.get)
+    fake.calls.clear()
+
+
+def problem_of(**dims):
+    return ops.get("attention.mla").problem("float16", {"num_heads": 2, "page_size": 16, **dims})
+
+
+def launch_of(name, problem, limits=LIMITS, tile=None, **params):
+    found = REGISTRY.get(f"flash_attn.{name}")
+    chosen = found.params(**{**PARAMS.get(name, {}), **params})
+    shape = None
+    if found.tile:
+        ((_, shape),) = found.tiles(CPU, problem, chosen)
+        shape = shape.model_copy(update=tile or {})
+    return load_attribute(found.load)(BindContext(CPU, problem, chosen, shape, limits))
+
+
+def bind(name, problem, limits=LIMITS, tile=None, **params):
+    kernel = launch_of(name, problem, limits, tile, **params)
+
+    def run(arguments):
+        q = arguments[0]
+        out = torch.full((*q.shape[:2], RANK), 7.0, dtype=q.dtype)  # what nobody owns stays as it was
+        kernel(*arguments, *scalars(problem), out)
+        return out
+
+    return run
+
+
+def batch(problem, pieces, seed=0, **options):
+    """(query rows, KV length, sequence seed) each."""
+    queries, lengths, seeds = zip(*pieces, strict=True)
+    return latent_batch(problem, queries, lengths, sequence_seeds=seeds, page_seed=seed, **options)
+
+
+def rows_of(out, pieces):
+    return torch.split(out[: sum(piece[0] for piece in pieces)], [piece[0] for piece in pieces])
+
+
+def library_alone(problem, arguments, *, max_query, leftpad=None, causal=True):
+    """FA3 as vLLM's backend calls it: views of q and of the cache, one split."""
+    q, cache, table, lengths, starts = arguments
+    out = torch.empty(*q.shape[:2], RANK, dtype=q.dtype)
+    keys, values = cache[..., RANK:].unsqueeze(-2), cache[..., :RANK].unsqueeze(-2)
+    longest = table.shape[1] * problem.size("page_size")
+    _, lse, *_ = torch.ops._vllm_fa3_C.fwd(
+        *(q[..., RANK:], keys, values, None, None, q[..., :RANK], out, starts, None, None, None, lengths, max_query),
+        *(longest, table, None, leftpad, *(None,) * 6, *scalars(problem), causal, -1, -1, 0.0, True, None, 1, True),
+        *(0, None, 1, 0, None),
+    )
+    return out, lse
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dims", [{}, {"num_heads": 3, "page_size": 32}, {"page_size": 64}, {"page_size": 256}])
+def test_a_mixed_batch_is_attention(name, dims):
+    problem = problem_of(**dims)
+    arguments = batch(problem, PIECES, padding_rows=3)
+    out = bind(name, problem)(arguments)
+    exact = attention_mla(problem, *arguments, *scalars(problem))[0]
+    assert relative_error(out[:-3], exact[:-3]) < 3e-3
+    assert (out[-3:] == 7.0).all()
+
+
+def test_one_split_has_the_bits_of_the_library():
+    problem = problem_of()
+    pieces = [(1, 600, 0), (5, 300, 1), (1, 257, 2)]
+    arguments = batch(problem, pieces)
+    assert same_bits(bind(WHOLE, problem)(arguments), library_alone(problem, arguments, max_query=64)[0])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_splits_are_the_librarys_and_merged_in_ascending_order(page_size):
+    """Bit by bit: each split as a sequence of its own, then a left fold in fp32 over what the library rounded."""
+    problem = problem_of(page_size=page_size)
+    arguments = batch(problem, [(1, 700, 0)])
+    q, cache, table, *_ = arguments
+    starts, kept = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    maximum, total, acc = None, None, None
+    for first in range(0, 700, 256):
+        pages = table[:, first // page_size : (first + 256) // page_size].contiguous()
+        length = torch.tensor([min(256, 700 - first)], dtype=torch.int32)
+        shown = (q, cache, pages, length, starts)
+        out, lse = library_alone(problem, shown, max_query=2, leftpad=kept, causal=False)
+        partial, lse = out[0].float().numpy(), lse[:, 0].numpy() * np.float32(math.log2(math.e))
+        if maximum is None:
+            maximum, total, acc = lse, np.ones_like(lse), partial
+            continue
+        new = np.maximum(maximum, lse)
+        decay, weight = np.exp2(maximum - new), np.exp2(lse - new)
+        total = total * decay + weight
+        acc = acc * decay[:, None] + partial * weight[:, None]
+        maximum = new
+    assert same_bits(bind(SPLIT, problem)(arguments)[0], torch.from_numpy(acc / total[:, None]).half())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_row_is_its_own_whatever_the_batch(name, data):
+    """Bits alone against bits in a batch; at level sequence also against a prefill of the whole sequence."""
+    problem = problem_of(page_size=data.draw(st.sampled_from([16, 64])))
+    kernel = bind(name, problem)
+    lengths = [data.draw(st.sampled_from([1, 15, 63, 64, 65, 256, 300, 513])) for _ in range(3)]
+    pieces = []
+    for seed, length in enumerate(lengths):
+        query = data.draw(st.sampled_from([n for n in (1, 2, 7) if n <= length]))
+        pieces.append((query, length, seed))
+    width = data.draw(st.sampled_from([None, 1024 // problem.size("page_size")]))
+    fake.calls.clear()
+    together = rows_of(kernel(batch(problem, pieces, seed=1, max_pages=width)), pieces)
+    for piece, rows in zip(pieces, together, strict=True):
+        assert same_bits(rows, kernel(batch(problem, [piece])))
+        if name == WHOLE:
+            query, length, seed = piece
+            chunk = kernel(batch(problem, [(min(length, 20), length, seed)]))
+            assert same_bits(rows, chunk[-query:])
+    for operator in {call.operator for call in fake.calls}:
+        seen = [call for call in fake.calls if call.operator == operator]
+        assert len({(call.num_splits, call.causal, call.max_kv, call.max_query) for call in seen}) == 1
+        assert {call.rest["leftpad"] for call in seen} == {True}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_every_check_of_verify_holds_at_the_level_it_claims(name, page_size):
+    """Among them slots of NaN in a sequence's last page."""
+    problem = problem_of(page_size=page_size)
+    found = REGISTRY.get(f"flash_attn.{name}")
+    sizes = Sizes((1, 7, 33), 4, (1,), (1, 17, 100, 300), (1, 64), decodes=3, singles=2, max_seqs=8)
+
+    def subject(limits):
+        return Subject(problem, torch.device("cpu"), launch_of(name, problem, limits))
+
+    checks = list(check_sequences(subject(sequence_limits(problem, sizes)), found.claims, sizes, subject))
+    assert sum(check.rows for check in checks) > 100
+    assert [check.name for check in checks if check.differing] == []
+    if found.claims is Invariance.BATCH:  # negative control: what it does not claim does not hold
+        above = check_sequences(subject(sequence_limits(problem, sizes)), Invariance.SEQUENCE, sizes)
+        assert any(check.differing for check in above)  # up to the first that shows it
+
+
+def test_the_load_by_tma_brings_what_is_behind_a_sequence():
+    """Negative control: pages of whole KV blocks and more than 64 packed rows. Ours names a leftpad of zeros."""
+    problem = problem_of(page_size=64, num_heads=2)
+    arguments = batch(problem, [(1, 100, 0)])
+    few, many = (library_alone(problem, arguments, max_query=longest)[0] for longest in (32, 33))
+    assert not few.isnan().any()
+    assert many.isnan().any()
+    kept = torch.zeros(1, dtype=torch.int32)
+    assert same_bits(library_alone(problem, arguments, max_query=33, leftpad=kept)[0], few)
+    for limits in (Limits(1, 1, 1024), Limits(64, 8, 1024)):
+        assert same_bits(bind(WHOLE, problem, limits)(arguments), few)
+
+
+def test_lone_queries_are_split_and_the_split_is_seen():
+    """Negative control: the stand-in's bits do follow the split."""
+    problem = problem_of()
+    arguments = batch(problem, [(1, 1000, 0)])
+    split = bind(SPLIT, problem)(arguments)
+    assert {call.operator for call in fake.calls} == {"fa3.varlen", "fa3.batch"}
+    assert not same_bits(split, bind(SPLIT, problem, split_size=512)(arguments))
+    assert not same_bits(split, bind(WHOLE, problem)(arguments))
+
+
+def test_entries_of_no_position_have_no_row():
+    """1024 positions are bound for: four entries a sequence. What they hold afterwards is looked at by nobody."""
+    problem = problem_of()
+    bind(SPLIT, problem)(batch(problem, [(1, 300, 0), (3, 300, 1), (1, 1, 2)]))
+    (call,) = (call for call in fake.calls if call.operator == "fa3.batch")
+    assert call.lengths == (256, 44, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0)
+    assert call.rest["used_q"] == tuple(min(1, length) for length in call.lengths)
+
+
+def test_longer_queries_of_the_splits_have_one_split():
+    problem = problem_of()
+    arguments = batch(problem, [(3, 600, 0)])
+    assert same_bits(bind(SPLIT, problem)(arguments), bind(WHOLE, problem)(arguments))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_kernel_is_bound_for_moves_no_bit(name):
+    problem = problem_of()
+    pieces = [(1, 600, 0), (3, 300, 1), (1, 40, 2), (1, 513, 3)]
+    arguments = batch(problem, pieces)
+    wanted = bind(name, problem)(arguments)
+    assert same_bits(bind(name, problem, Limits(6, 4, 600))(arguments), wanted)
+    lone = [piece for piece in pieces if piece[0] == 1]
+    alone = bind(name, problem, Limits(3, 3, 1024, max_query_len=1))
+    fake.calls.clear()
+    result = alone(batch(problem, lone))
+    assert {call.operator for call in fake.calls} == {"fa3.batch" if name == SPLIT else "fa3.varlen"}
+    assert same_bits(result, wanted[[0, 4, 5]])
+
+
+def test_more_lone_queries_than_the_workspace_holds_are_taken_in_turn():
+    problem = problem_of(num_heads=16)
+    pieces = [(1, 20 * i + 1, i) for i in range(20)]
+    limits = Limits(64, 32, 4096)
+    little = launch_of(SPLIT, problem, limits, tile={"workspace_mb": 4})
+    held = sum(t.numel() * t.element_size() for t in (little._rows, little._partial, little._pages, little._entry_lens))
+    assert held <= 4 << 20
+    wanted = bind(SPLIT, problem, limits)(batch(problem, pieces))
+    fake.calls.clear()
+    assert same_bits(bind(SPLIT, problem, limits, tile={"workspace_mb": 4})(batch(problem, pieces)), wanted)
+    assert sum(call.operator == "fa3.batch" for call in fake.calls) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_neighbours_and_their_pages_do_not_matter(name):
+    problem = problem_of()
+    kernel = bind(name, problem)
+    wanted = kernel(batch(problem, [(1, 300, 0), (4, 40, 1)]))
+    arguments = batch(problem, [(1, 300, 0), (4, 40, 1), (3, 90, 2)], seed=5)
+    arguments[1][arguments[2][2, :6].long()] = float("nan")
+    assert same_bits(kernel(arguments)[:5], wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_not_promised_gives_nan(name):
+    """A sequence longer than bound for, or than its table holds; more rows than bound for."""
+    problem = problem_of()
+    arguments = batch(problem, [(1, 300, 0), (2, 900, 1), (1, 900, 2), (1, 20, 3)])
+    wanted = bind(name, problem)(arguments)
+    result = bind(name, problem, Limits(64, 8, 512))(arguments)
+    assert result[1:4].isnan().all()
+    assert same_bits(result[[0, 4]], wanted[[0, 4]])
+    narrow = [*arguments]
+    narrow[2] = arguments[2][:, : 512 // 16].contiguous()
+    result = bind(name, problem)(narrow)
+    assert result[1:4].isnan().all()
+    assert same_bits(result[[0, 4]], wanted[[0, 4]])
+    if name == SPLIT:
+        result = bind(name, problem, Limits(64, 8, 1024, max_query_len=1))(arguments)
+        assert result[1:3].isnan().all()
+        assert same_bits(result[[0, 3, 4]], wanted[[0, 3, 4]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_stride_of_q_cache_and_out_and_unaligned_ones(name):
+    problem = problem_of()
+    arguments = batch(problem, [(1, 300, 0), (3, 40, 1)])
+    wanted = bind(name, problem)(arguments)
+    launch = launch_of(name, problem)
+    cache = arguments[1]
+    padded = torch.full((len(cache), 16, WIDTH + 8), float("nan"), dtype=torch.float16)[..., :WIDTH]
+    padded.copy_(cache)
+    for offset, extra in ((0, 8), (1, 3)):
+        q = torch.zeros(4 * (2 * WIDTH + extra) + offset, dtype=torch.float16)[offset:]
+        q = q.as_strided((4, 2, WIDTH), (2 * WIDTH + extra, WIDTH, 1))
+        out = torch.zeros(4 * (2 * RANK + extra) + offset, dtype=torch.float16)[offset:]
+        out = out.as_strided((4, 2, RANK), (2 * RANK + extra, RANK, 1))
+        q.copy_(arguments[0])
+        launch(q, padded, *arguments[2:], *scalars(problem), out)
+        assert same_bits(out, wanted)
+
+
+def test_a_cache_that_is_not_aligned_is_refused():
+    problem = problem_of()
+    arguments = batch(problem, [(1, 30, 0)])
+    memory = torch.zeros(arguments[1].numel() + 1, dtype=torch.float16)
+    arguments[1] = memory[1:].view(arguments[1].shape)
+    with pytest.raises(ArgumentError, match="kv_cache begins at"):
+        bind(WHOLE, problem)(arguments)
