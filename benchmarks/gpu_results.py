@@ -4,8 +4,9 @@
 
 The parts: host-time, gemm-host, gemm, fp8, int4, rows, attention and moe run the scripts of these names; verify is
 `bidispatch verify --all --cuda-graph`, verify-gemm, verify-fp8, verify-attention and verify-moe the same over the
-shapes of sweeps/; demo is `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and
-racecheck) over every kernel on small shapes. Exits 1 if any of them does; the others still run.
+shapes of sweeps/, verify-mla and verify-quantize of some ops alone; demo is `bidispatch demo`; tests are tests/gpu;
+sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1 if any of them does;
+the others still run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
 PARTS = ("host-time", "gemm-host", "gemm", "fp8", "int4", "rows", "attention", "moe")
-PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "verify-moe", "demo", "tests", "sanitizer")
+PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "verify-mla", "verify-quantize", "verify-moe")
+PARTS += ("demo", "tests", "sanitizer")
 WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
 """Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
@@ -68,6 +70,11 @@ def main() -> int:
                 ("attention", "--shapes", str(SWEEPS / "attention_features.yaml")), folder / "verify_attention.json"
             ),
             verify(("attention", "--dtype", "bf16", "--full"), folder / "verify_attention_long.json"),
+            verify(("attention", "--dtype", "fp16"), folder / "verify_attention_fp16.json"),
+        ),
+        "verify-mla": lambda: verify(("attention.mla",), folder / "verify_mla.json"),
+        "verify-quantize": lambda: verify(
+            ("quantize.fp8_token", "quantize.fp8_tensor", "moe.router"), folder / "verify_quantize.json"
         ),
         "verify-moe": lambda: verify(
             ("moe.experts", "--dtype", "bf16", "--shapes", str(SWEEPS / "moe.yaml")), folder / "verify_moe.json"
