@@ -2,95 +2,37 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted import CPU, relative_error, same_bits, scalars
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-import fake_flash_attn as fake
+from interpreted_flash_attn import LIMITS, PARAMS, REGISTRY, batch, bind, fake, install, rows_of
 
 from bidispatch import ops
 from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.invariance import Invariance
-from bidispatch.ops.reference.attention import attention, paged_batch
-from bidispatch.registry import Registry
+from bidispatch.ops.reference.attention import attention
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.runtime.context import BindContext, Limits
 from bidispatch.verify.cases import Sizes
 from bidispatch.verify.sequences import check_sequences, sequence_limits
 from bidispatch.verify.subject import Subject
-from bidispatch_backends.flash_attn import register
 
-REGISTRY = Registry()
-register(REGISTRY)
-LIMITS = Limits(64, 8, 1024)
 SPLITTING = ("fa2_splits", "fa2_capacity_splits", "fa2_kv_split", "fa3_kv_split")
 BESIDE = "fa3_triton_splits"
 NAMES = ("fa2", "fa3", *SPLITTING, BESIDE)
-PARAMS = {
-    "fa2_splits": {"num_splits": 3},
-    "fa2_capacity_splits": {"num_splits": 4, "kv_capacity": 1024},
-    "fa2_kv_split": {"split_size": 256},
-    "fa3_kv_split": {"split_size": 256},
-}
 
 
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch, tmp_path_factory):
-    """Both libraries, as if they were installed."""
-    fake.register()
-    folder = tmp_path_factory.mktemp("vllm")
-    (folder / "vllm_flash_attn").mkdir()
-    for name in ("_vllm_fa2_C", "_vllm_fa3_C"):
-        (folder / "vllm_flash_attn" / f"{name}.abi3.so").touch()
-    places = {
-        "vllm": SimpleNamespace(submodule_search_locations=[str(folder)]),
-        "flash_attn_2_cuda": SimpleNamespace(origin=__file__),
-    }
-    versions = {"vllm": "0.25.1", "flash-attn": "2.8.3"}
-    monkeypatch.setattr("importlib.util.find_spec", places.get)
-    monkeypatch.setattr("bidispatch.requirements.installed_version", versions.get)
-    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", fake.package())
-    fake.calls.clear()
+    install(monkeypatch, tmp_path_factory.mktemp("vllm"))
 
 
 def problem_of(name, dtype="float16", **dims):
     page_size = 256 if name == "fa2_capacity_splits" else 16
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "page_size": page_size}
     return ops.get("attention").problem(dtype, {**sizes, **dims})
-
-
-def bind(name, problem, limits=LIMITS, tile=None, **params):
-    found = REGISTRY.get(f"flash_attn.{name}")
-    chosen = found.params(**{**PARAMS.get(name, {}), **params})
-    if found.tile:
-        ((_, shape),) = found.tiles(CPU, problem, chosen)
-        tile = shape.model_copy(update=tile or {})
-    kernel = load_attribute(found.load)(BindContext(CPU, problem, chosen, tile, limits))
-
-    def run(arguments):
-        q = arguments[0]
-        out = torch.full(q.shape, 7.0, dtype=q.dtype)  # what nobody owns stays as it was
-        kernel(*arguments, *scalars(problem), out)
-        return out
-
-    return run
-
-
-def batch(problem, pieces, seed=0, **options):
-    """(query rows, KV length, sequence seed) each."""
-    queries, lengths, seeds = zip(*pieces, strict=True)
-    return paged_batch(problem, queries, lengths, sequence_seeds=seeds, page_seed=seed, **options)
-
-
-def rows_of(out, pieces):
-    return torch.split(out[: sum(piece[0] for piece in pieces)], [piece[0] for piece in pieces])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,89 +3,37 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted import CPU, relative_error, same_bits, scalars
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-import fake_flash_attn as fake
+from interpreted import relative_error, same_bits, scalars
+from interpreted_flash_attn import REGISTRY, batch, bind, fake, install, launch_of, rows_of
 
 from bidispatch import ops
 from bidispatch.errors import ArgumentError
 from bidispatch.invariance import Invariance
-from bidispatch.ops.reference.mla import attention_mla, latent_batch
-from bidispatch.registry import Registry
-from bidispatch.runtime.bind import load_attribute
-from bidispatch.runtime.context import BindContext, Limits
+from bidispatch.ops.reference.mla import attention_mla
+from bidispatch.runtime.context import Limits
 from bidispatch.verify.cases import Sizes
 from bidispatch.verify.sequences import check_sequences, sequence_limits
 from bidispatch.verify.subject import Subject
-from bidispatch_backends.flash_attn import register
 
-REGISTRY = Registry()
-register(REGISTRY)
-LIMITS = Limits(64, 8, 1024)
 WHOLE, SPLIT = "fa3_mla", "fa3_mla_kv_split"
 NAMES = (WHOLE, SPLIT)
-PARAMS = {SPLIT: {"split_size": 256}}
 RANK, WIDTH = 512, 576
 PIECES = [(1, 600, 0), (5, 300, 1), (1, 1, 2), (0, 0, 3), (9, 9, 4), (1, 256, 5), (1, 257, 6)]
 
 
 @pytest.fixture(autouse=True)
 def library(monkeypatch, tmp_path_factory):
-    """FA3, as if vLLM were installed."""
-    fake.register()
-    folder = tmp_path_factory.mktemp("vllm")
-    (folder / "vllm_flash_attn").mkdir()
-    (folder / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so").touch()
-    places = {"vllm": SimpleNamespace(submodule_search_locations=[str(folder)])}
-    monkeypatch.setattr("importlib.util.find_spec", places.get)
-    monkeypatch.setattr("bidispatch.requirements.installed_version", {"vllm": "0.25.1"}.get)
-    fake.calls.clear()
+    install(monkeypatch, tmp_path_factory.mktemp("vllm"))
 
 
 def problem_of(**dims):
     return ops.get("attention.mla").problem("float16", {"num_heads": 2, "page_size": 16, **dims})
-
-
-def launch_of(name, problem, limits=LIMITS, tile=None, **params):
-    found = REGISTRY.get(f"flash_attn.{name}")
-    chosen = found.params(**{**PARAMS.get(name, {}), **params})
-    shape = None
-    if found.tile:
-        ((_, shape),) = found.tiles(CPU, problem, chosen)
-        shape = shape.model_copy(update=tile or {})
-    return load_attribute(found.load)(BindContext(CPU, problem, chosen, shape, limits))
-
-
-def bind(name, problem, limits=LIMITS, tile=None, **params):
-    kernel = launch_of(name, problem, limits, tile, **params)
-
-    def run(arguments):
-        q = arguments[0]
-        out = torch.full((*q.shape[:2], RANK), 7.0, dtype=q.dtype)  # what nobody owns stays as it was
-        kernel(*arguments, *scalars(problem), out)
-        return out
-
-    return run
-
-
-def batch(problem, pieces, seed=0, **options):
-    """(query rows, KV length, sequence seed) each."""
-    queries, lengths, seeds = zip(*pieces, strict=True)
-    return latent_batch(problem, queries, lengths, sequence_seeds=seeds, page_seed=seed, **options)
-
-
-def rows_of(out, pieces):
-    return torch.split(out[: sum(piece[0] for piece in pieces)], [piece[0] for piece in pieces])
 
 
 def library_alone(problem, arguments, *, max_query, leftpad=None, causal=True):
