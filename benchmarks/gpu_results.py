@@ -1,6 +1,7 @@
 """Everything that is measured on a GPU, in one run: the JSON files under benchmarks/results/<device>/.
 
     python benchmarks/gpu_results.py [--out FOLDER] [PART ...]
+    python benchmarks/gpu_results.py --outdated    which files were made by other code than today's; needs no GPU
 
 The parts: host-time, gemm-host, gemm, fp8, int4, rows, attention and moe run the scripts of these names; verify is
 `bidispatch verify --all --cuda-graph`, verify-gemm, verify-fp8, verify-attention and verify-moe the same over the
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bidispatch.device import Device
+from bidispatch.environment import code_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = ROOT / "tests" / "gpu" / "sanitize_small.py"
@@ -42,7 +44,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them if none is named")
     parser.add_argument("--out", type=Path, help="folder for the results; by the device's name if not given")
+    parser.add_argument("--outdated", action="store_true", help="name files of other code than today's, and kernels")
     arguments = parser.parse_args()
+    if arguments.outdated:
+        for file in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
+            if modules := outdated(file):
+                print(f"{file.relative_to(ROOT)}: {', '.join(modules)}")
+        return 0
     slug = Device.detect().slug
     folder = arguments.out or ROOT / "benchmarks" / "results" / slug
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +97,12 @@ def main() -> int:
         codes.append(measure[part]())
         print(f"{part}: exit {codes[-1]}, {time.monotonic() - began:.0f} s", flush=True)
     return int(any(codes))
+
+
+def outdated(file: Path) -> list[str]:
+    """The modules that a file of results was made with, of which a line has changed since, maybe a comment."""
+    made = json.loads(file.read_text(encoding="utf-8"))["environment"].get("code", {})
+    return sorted(module for module, digest in made.items() if code_digest(module) != digest)
 
 
 def run(command: Sequence[str], to: Path | None = None) -> int:

@@ -62,6 +62,14 @@ def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_res
     assert (document["faults"], document["seconds"], document["made"]) == (["a fault"], 3.0, "now")
 
 
+def test_a_file_of_other_code_than_todays_is_seen(gpu_results, tmp_path):
+    module = "bidispatch_backends.triton.norm"
+    file = tmp_path / "rows.json"
+    for digest, found in ((gpu_results.code_digest(module), []), ("0" * 16, [module])):
+        file.write_text(json.dumps({"environment": {"code": {module: digest}}}), encoding="utf-8")
+        assert gpu_results.outdated(file) == found
+
+
 def cell(gemm, ours=10.0, cublas=10.0, one_tile=30.0, dtype="bfloat16", m=16, floor=5.0):
     peers = {"cublas": cublas, "one_tile_128": one_tile}
     return gemm.Row("gemm", dtype, 64, 64, m, ("x qkv",), "linear", dtype, floor, ours, "a.gemm 16x64x128", peers)

@@ -124,8 +124,9 @@ _DECODE_SHAPES = (
     (32, 4, 3, 0),
     (64, 4, 3, 0),
 )
-# On an H200 2 segments of 255 registers are the fastest with heads of 128, 5 to 14 % before 3 of 168; with heads of 64
-# it is 4 of 128, 2 to 3 % before 3 of 168 and 4 to 17 % before 2 of 255. A fourth stage costs 1 to 5 %.
+# On an H200, 16 to 256 sequences of 1k to 8k: 2 segments of 255 registers are the fastest with heads of 128, 5 to 35 %
+# before 3 of 168; with heads of 64 it is 4 of 128, 3 % before 3 of 168 and 8 % before 2 of 255 as geometric means. A
+# fourth stage costs 0 to 6 %.
 _DECODE_PROGRAMS = ((3, 2, 0), (6, 2, 0), (6, 4, 128), (12, 3, 168))
 """Programs a multiprocessor, of the parallel splits and of the segments, and the registers of the latter."""
 _FEW_TOKENS = 256
