@@ -1,4 +1,4 @@
-"""`triton.mla` on a GPU: many sequences in segments, with the bits of splits, of the walk and of one prefill.
+"""`triton.mla` on a GPU: many sequences in segments, with the bits of splits, of the walks and of one prefill.
 
 Shown against the same rows of one prefill, which is near the fp64 reference.
 """
@@ -81,6 +81,7 @@ WAYS = [
     {"segment_programs": 1, "workspace_mb": 64},  # some sequences are left to the walk
     {"segment_programs": 0},
     {"decode_query_len": 0},
+    {"decode_query_len": 0, "prefill_overlap": False},  # the Triton kernel
 ]
 
 
@@ -117,6 +118,112 @@ def test_alike_sequences_have_the_bits_of_prefill(heads, context):
         for sizes in WAYS[:3]:
             out = bound(problem, device, STEPS, **sizes)(*batch)
             assert same_bits(out, whole[rows]), (count, sizes)
+
+
+WALKS = [{"prefill_overlap": True}, {"prefill_overlap": False}]
+
+
+@pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 64), ("float16", 16), ("bfloat16", 32)])
+@pytest.mark.parametrize("heads", [16, 128, 20])
+def test_prompts_have_the_bits_of_the_triton_walk_and_of_decode(heads, dtype, page_size, record_property):
+    """Whole prompts and chunks behind a prefix, of lengths around tiles and splits, beside decode steps and none."""
+    device = Device.detect()
+    problem = problem_of(heads, dtype, page_size=page_size)
+    arguments, whole = prefill(problem, device)
+    ends = [1, 3, 64, 65, 255, 257, 1024, 1025, 2000, LENGTH, 0, LENGTH, 5000, 8200, 4097, 700]
+    queries = [1, 3, 64, 65, 255, 256, 1024, 1, 1999, 700, 0, 1, 17, 90, 16, 700]
+    compared = 0
+    for order in ([*range(len(ends))], [*reversed(range(len(ends)))], [9], [6, 7]):
+        rows, batch = steps(arguments, [ends[i] for i in order], [queries[i] for i in order])
+        for decode_query_len in (0, 16):
+            for sizes in WALKS:
+                limits = Limits(8192, 32, 131072)
+                attend = bound(problem, device, limits, decode_query_len=decode_query_len, **sizes)
+                out = torch.full((len(rows), heads, 512), float("nan"), dtype=whole.dtype, device="cuda")
+                attend(*batch, out=out)
+                assert same_bits(out, whole[rows]), (order, decode_query_len, sizes)
+                compared += len(rows)
+    record_property("rows", compared)
+    shown = torch.arange(0, LENGTH, 31)
+    for few in shown.split(256):
+        rows, batch = steps(arguments, (few + 1).tolist(), [1] * len(few))
+        assert same_bits(bound(problem, device, STEPS)(*batch), whole[rows])
+
+
+@pytest.mark.parametrize("sizes", WALKS, ids=str)
+@pytest.mark.parametrize("decode_query_len", [0, 16])
+def test_a_walk_writes_nan_and_zeros_where_it_must_and_nothing_else(sizes, decode_query_len):
+    """Prompts past the limits, ones without a position to see, rows behind the last sequence, operands out of line."""
+    device = Device.detect()
+    for heads in (16, 128):
+        problem = problem_of(heads)
+        arguments, whole = prefill(problem, device)
+        attend = bound(problem, device, Limits(8192, 32, 4096), decode_query_len=decode_query_len, **sizes)
+        ends, queries = [4096, 5000, 300, 4097, 60], [40, 100, 300, 30, 50]
+        rows, batch = steps(arguments, ends, queries)
+        batch[3][4] = 0
+        out = torch.full((len(rows) + 9, heads, 512), 7.0, dtype=whole.dtype, device="cuda")
+        q = torch.cat([batch[0], batch[0][:9]])
+        attend(q, *batch[1:], out=out)
+        past = torch.tensor([end > 4096 for end, count in zip(ends, queries, strict=True) for _ in range(count)])
+        assert out[: len(rows)][past].isnan().all()
+        assert (out[len(rows) - 50 : len(rows)] == 0.0).all()
+        assert (out[len(rows) :] == 7.0).all()
+        served = ~past
+        served[-50:] = False
+        assert same_bits(out[: len(rows)][served], whole[rows][served])
+        moved = torch.empty(q.numel() + 1, dtype=q.dtype, device="cuda")[1:].view(q.shape).copy_(q)
+        other = torch.full_like(out, 7.0)
+        attend(moved, *batch[1:], out=other)
+        assert torch.equal(bits(out), bits(other))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_what_one_prompt_leaves_in_the_running_state_reaches_no_other(heads):
+    """Infinities and NaN, in programs that walk others' tiles next; and whatever the memory held before."""
+    device = Device.detect()
+    problem = problem_of(heads)
+    lengths = [900, 3000, 40, 1500] * 3
+    batch = latent_batch(problem, lengths, lengths, device="cuda", sequence_seeds=list(range(12)))
+    scratch = Scratch()
+    attend = bound(problem, device, Limits(sum(lengths), 12, 4096), scratch, decode_query_len=0)
+    clean = attend(*batch)
+    for value in (float("inf"), float("nan"), float("-inf")):
+        for block in scratch._blocks.values():
+            block[: block.numel() // 4 * 4].view(torch.float32).fill_(value)
+        assert same_bits(attend(*batch), clean)
+    batch[1][batch[2][1, 2].long(), 5, :7] = float("nan")
+    spoilt = attend(*batch)
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[900:3900] = False
+    assert same_bits(spoilt[others], clean[others])
+    assert spoilt[3000:3900].isnan().any()
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_graph_of_prompts_serves_other_prompts(heads):
+    device = Device.detect()
+    problem = problem_of(heads)
+    arguments, whole = prefill(problem, device, max_pages=131072 // problem.size("page_size"))
+    attend = bound(problem, device, Limits(2048, 16, 131072))
+    _, static = steps(arguments, [LENGTH] * 8, [256] * 8)
+    out = torch.empty(2048, heads, 512, dtype=torch.bfloat16, device="cuda")
+    attend(*static, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(*static, out=out)
+    for ends, queries in (
+        ([LENGTH, 300, 20, 5000, 700, 1, 8192, 2000], [500, 300, 20, 1000, 1, 1, 190, 36]),
+        ([2048, 0, 0, 0, 0, 0, 0, 0], [2048, 0, 0, 0, 0, 0, 0, 0]),
+    ):
+        rows, moved = steps(arguments, ends, queries)
+        assert len(rows) == 2048
+        for tensor, value in zip(static, moved, strict=True):
+            tensor.copy_(value)
+        for _ in range(3):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert same_bits(out, whole[rows])
 
 
 @pytest.mark.usefixtures("in_segments")

@@ -1,14 +1,14 @@
 """Multi-head latent attention whose bits for a query depend on its own position and cache alone: launches and binding.
 
 As in `attention`: `latent_split_kernel` and `fold_kernel` serve sequences of few query tokens, `latent_segment_kernel`
-and `fold_kernel` those of calls of many sequences, `latent_walk_kernel` the others. The absorbed form serves every
-phase, so that a prefill has the bits of decode.
+and `fold_kernel` those of calls of many sequences, `latent_walk_kernel` the others. On Hopper each has a twin of the
+same bits. The absorbed form serves every phase, so that a prefill has the bits of decode.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,8 +29,9 @@ from bidispatch_backends.triton.hopper import WARPS
 from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer
 from bidispatch_backends.triton.mla_hopper import SEESAW_ROWS, seesaw_split_kernel
 from bidispatch_backends.triton.mla_hopper_segments import seesaw_segment_kernel
+from bidispatch_backends.triton.mla_hopper_walk import seesaw_walk_kernel
 from bidispatch_backends.triton.mla_kernels import latent_split_kernel, latent_walk_kernel
-from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws, walks_runs
+from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws, walks_pairs, walks_runs
 from bidispatch_backends.triton.mla_runs import MOST_IDLE
 from bidispatch_backends.triton.mla_segments import latent_segment_kernel
 
@@ -57,6 +58,26 @@ class Runs(Parallel):
     def segment_grid(self) -> tuple[int, ...]:
         return (self._segments,)
 
+    @property
+    def pair_grid(self) -> tuple[int, ...]:
+        """Of `seesaw_walk_kernel`: one program a multiprocessor, which its shared memory fills."""
+        return (self._units,)
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """The launches of a bound kernel. A walk is for all sequences, or for those that the parallel splits leave."""
+
+    walk_all: Launch
+    walk_rest: Launch
+    split: Launch
+    fold: Launch
+    pairs_all: Launch | None
+    pairs_rest: Launch | None
+    """In the place of walks, on a grid of their own, for operands that they serve."""
+    segment: Launch | None
+    segment_fold: Launch | None
+
 
 def _folded_span(heads: int) -> int:
     """Heads of a program that folds behind segments: a power of two that divides those of a query tile and all."""
@@ -72,11 +93,17 @@ def launches(
     problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
     """The launches of `latent_walk_kernel` for all sequences and for those that are left, `latent_split_kernel` and
-    `fold_kernel`, and, where the tile has segments, `latent_segment_kernel` and `fold_kernel`.
+    `fold_kernel`, then what stands in for these where the tile has it: `seesaw_walk_kernel`, twice as well, and
+    `latent_segment_kernel` and `fold_kernel`.
 
     limits: by default those of a server, with decode steps of one token.
     """
-    decode = _decode_of(problem, params, tile, limits or SERVER)
+    made = _launches(problem, params, tile, arch, limits or SERVER)
+    return tuple(launch for launch in vars(made).values() if launch is not None)
+
+
+def _launches(problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, limits: Limits) -> _Launches:
+    decode = _decode_of(problem, params, tile, limits)
     data, index = pointer(problem.dtype), pointer("int32")
     heads, rank, rope = (problem.size(dim) for dim in ("num_heads", "kv_lora_rank", "rope_dim"))
     inputs: dict[str, ArgumentType] = {"q_ptr": data, "kv_ptr": data}
@@ -112,19 +139,28 @@ def launches(
     bounded = tile.decode_registers and arch.vendor == "nvidia"
     registers = {"maxnreg": tile.decode_registers} if bounded else {}
     # Without the fusion: the compiler would contract a product and a sum in one kernel and not in the other.
-    walks = tuple(
+    walk_sizes = sizes("seqs", "max_kv", "stride_table") | strides | out_strides
+    walk_all, walk_rest = (
         Launch(
             latent_walk_kernel,
-            inputs
-            | {"bases_ptr": bases, "out_ptr": data}
-            | sizes("seqs", "max_kv", "stride_table")
-            | strides
-            | out_strides,
+            inputs | {"bases_ptr": bases, "out_ptr": data} | walk_sizes,
             packed(tile.prefill_block_m),
             options(arch, tile.prefill_warps, tile.prefill_stages, fp_fusion=False),
         )
         for bases in (None, index)
     )
+    in_gluon = not triton.knobs.runtime.interpret  # which cannot be interpreted
+    pairs_all = pairs_rest = None
+    if walks_pairs(arch, problem, params, tile, decode.block_b) and in_gluon:
+        pairs_all, pairs_rest = (
+            Launch(
+                seesaw_walk_kernel,
+                inputs | {"bases_ptr": bases, "running_ptr": pointer("float32"), "out_ptr": data} | walk_sizes,
+                packed(SEESAW_ROWS) | {"BLOCK_B": decode.block_b},
+                options(arch, WARPS, 1, fp_fusion=False),
+            )
+            for bases in (None, index)
+        )
     fold_constants: dict[str, Constant] = {
         "HEADS": heads,
         "GROUP": heads,
@@ -141,14 +177,14 @@ def launches(
         packed(tile.decode_block_m) | decode.constants,
         options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False) | registers,
     )
-    if seesaws(arch, problem, params, tile, decode.block_b) and not triton.knobs.runtime.interpret:
+    if seesaws(arch, problem, params, tile, decode.block_b) and in_gluon:
         split = replace(
             split, kernel=seesaw_split_kernel, options=options(arch, WARPS, 1, fp_fusion=False), unaligned=split
         )
     fold = fold_launch(arch, neither, data, out_strides, fold_constants, _FOLD_WARPS)
-    walked = walks_runs(arch, problem, params, tile, decode.block_b) and not triton.knobs.runtime.interpret
+    walked = walks_runs(arch, problem, params, tile, decode.block_b) and in_gluon
     if not tile.segment_programs or (tile.decode_overlap and not walked):
-        return (*walks, split, fold)
+        return _Launches(walk_all, walk_rest, split, fold, pairs_all, pairs_rest, None, None)
 
     segment_types = inputs | {"folded_ptr": index, "running_ptr": pointer("float32")} | workspace_types()
     segment = Launch(
@@ -177,7 +213,7 @@ def launches(
         dependent=True,
         segments=True,
     )
-    return (*walks, split, fold, segment, segment_fold)
+    return _Launches(walk_all, walk_rest, split, fold, pairs_all, pairs_rest, segment, segment_fold)
 
 
 def bind_mla(context: BindContext) -> Kernel:
@@ -190,7 +226,8 @@ def bind_mla(context: BindContext) -> Kernel:
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     need_max_seq_len(context)
-    walk_all, walk_rest, split, fold, *segments = launches(problem, params, tile, context.device.arch, limits)
+    made = _launches(problem, params, tile, context.device.arch, limits)
+    segment, segment_fold = made.segment, made.segment_fold
     decode = _decode_of(problem, params, tile, limits)
     heads, rank = problem.size("num_heads"), problem.size("kv_lora_rank")
     walked = Packing.of(heads, tile.prefill_block_m)
@@ -201,8 +238,8 @@ def bind_mla(context: BindContext) -> Kernel:
         heads=heads,
         width=padded(rank),
         blocks=blocks,
-        segments=tile.segment_programs if segments else 0,
-        running=decode.block_m * padded(rank) if segments and segments[0].unaligned else 0,
+        segments=tile.segment_programs if segment else 0,
+        running=SEESAW_ROWS * padded(rank) if made.pairs_all or (segment and segment.unaligned) else 0,
     )
     log2_e, span = math.log2(math.e), _folded_span(heads)
 
@@ -223,11 +260,12 @@ def bind_mla(context: BindContext) -> Kernel:
         table_stride, out_strides = block_table.stride(0), out.stride()[:2]
         exp2_scale = scale * log2_e
 
-        walk, walk_bases = walk_all, None
+        walk, pairs, walk_bases = made.walk_all, made.pairs_all, None
         left = parallel.leaves(tokens)
         if decode.most_queries:
-            if in_segments := parallel.in_segments(seqs):
-                segment, fold_now = segments
+            in_segments = parallel.in_segments(seqs)
+            if segment and segment_fold and in_segments:
+                fold_now = segment_fold
                 segment(
                     parallel.segment_grid,
                     *inputs,
@@ -244,8 +282,8 @@ def bind_mla(context: BindContext) -> Kernel:
                     *out_strides,
                 )
             else:
-                fold_now = fold
-                split(
+                fold_now = made.fold
+                made.split(
                     parallel.split_grid(tokens),
                     *inputs,
                     *parallel.workspace,
@@ -270,19 +308,14 @@ def bind_mla(context: BindContext) -> Kernel:
                 0,
                 *out_strides,
             )
-            walk, walk_bases = walk_rest, parallel.bases
+            walk, pairs, walk_bases = made.walk_rest, made.pairs_rest, parallel.bases
         if left:
-            walk(
-                (walked.head_blocks, tokens // walked.tokens + seqs),
-                *inputs,
-                walk_bases,
-                out,
-                exp2_scale,
-                seqs,
-                max_kv,
-                table_stride,
-                *strides,
-                *out_strides,
-            )
+            sizes = (exp2_scale, seqs, max_kv, table_stride, *strides, *out_strides)
+            in_pairs = (*inputs, walk_bases, parallel.running, out, *sizes)
+            if pairs and pairs.serves(*in_pairs):
+                pairs(parallel.pair_grid, *in_pairs)
+            else:
+                grid = (walked.head_blocks, tokens // walked.tokens + seqs)
+                walk(grid, *inputs, walk_bases, out, *sizes)
 
     return mla

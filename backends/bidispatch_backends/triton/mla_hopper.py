@@ -221,6 +221,111 @@ def _copy_tile(
 
 
 @gluon.jit
+def _copy_item(
+    copied_to,
+    pointers,
+    strides,
+    step,
+    done,
+    head_block,
+    query_start,
+    query_len,
+    first_token,
+    begin,
+    end,
+    high,
+    NUM_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HALF: gl.constexpr,
+    ROPE: gl.constexpr,
+):
+    """Copy the KV tiles of an item, at least one, and its queries. pointers: q, the cache and the sequence's pages.
+
+    step, done: KV tiles and items copied so far, which are returned with these. A tile is handed over when the next is
+    asked for; the first with the queries. The last of all is left to the caller.
+    """
+    q_left, q_right, q_rope, kv_left, kv_right, kv_rope, ready, free, q_free = copied_to
+    q_ptr, kv_ptr, pages_ptr = pointers
+    stride_q_token, stride_q_head, stride_page, stride_slot = strides
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [_WARPS, 1], [1, 0])
+    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
+    WIDE_ROWS: gl.constexpr = gl.SliceLayout(1, WIDE)
+    NARROW_ROWS: gl.constexpr = gl.SliceLayout(1, NARROW)
+    dims = gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))[None, :]
+    rope_dims = 2 * HALF + gl.arange(0, ROPE, layout=gl.SliceLayout(0, NARROW))[None, :]
+    page = _find(pages_ptr, begin, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
+    rope_page = _find(pages_ptr, begin, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
+    tokens, heads, _ = _rows_of(head_block, first_token, query_len, WIDE_ROWS, NUM_HEADS, HEADS, TOKENS)
+    q_rows = ((query_start + tokens).to(gl.int64) * stride_q_token + heads * stride_q_head)[:, None]
+    rope_tokens, rope_heads, _ = _rows_of(head_block, first_token, query_len, NARROW_ROWS, NUM_HEADS, HEADS, TOKENS)
+    q_rope_rows = (query_start + rope_tokens).to(gl.int64) * stride_q_token + rope_heads * stride_q_head
+    _copy_tile(
+        kv_left,
+        kv_right,
+        kv_rope,
+        free,
+        step,
+        kv_ptr,
+        page,
+        rope_page,
+        begin,
+        high,
+        stride_page,
+        stride_slot,
+        PAGE_SIZE,
+        BLOCK_N,
+        HALF,
+        ROPE,
+        WIDE,
+        NARROW,
+    )
+    # The last tile of the item before must be there before its queries are done with.
+    if step > 0:
+        hopper.async_copy.wait_group(1)
+        publish(step - 1, ready, _BUFFERS)
+    step += 1
+    hopper.mbarrier.wait(q_free, (done + 1) % 2)
+    async_load(q_left.index(0), q_ptr + q_rows + dims)
+    async_load(q_right.index(0), q_ptr + q_rows + (dims + HALF))
+    async_load(q_rope.index(0), q_ptr + q_rope_rows[:, None] + rope_dims)
+    hopper.async_copy.commit_group()
+    done += 1
+    page = _find(pages_ptr, begin + BLOCK_N, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
+    rope_page = _find(pages_ptr, begin + BLOCK_N, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
+    for start in range(begin + BLOCK_N, end, BLOCK_N):
+        _copy_tile(
+            kv_left,
+            kv_right,
+            kv_rope,
+            free,
+            step,
+            kv_ptr,
+            page,
+            rope_page,
+            start,
+            high,
+            stride_page,
+            stride_slot,
+            PAGE_SIZE,
+            BLOCK_N,
+            HALF,
+            ROPE,
+            WIDE,
+            NARROW,
+        )
+        # The next tile's pages before the wait for this one, which hides their latency.
+        page = _find(pages_ptr, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
+        rope_page = _find(pages_ptr, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
+        hopper.async_copy.wait_group(1)
+        publish(step - 1, ready, _BUFFERS)
+        step += 1
+    return step, done
+
+
+@gluon.jit
 def _copy(
     copied,
     NUM_HEADS: gl.constexpr,
@@ -234,10 +339,7 @@ def _copy(
     HALF: gl.constexpr,
     ROPE: gl.constexpr,
 ):
-    """The warpgroup that copies: what an item is, its first KV tile, its queries, and the other tiles.
-
-    A tile is handed over when the next is asked for; the first with the queries.
-    """
+    """The warpgroup that copies: what an item is, then its queries and KV tiles."""
     (
         q_left,
         q_right,
@@ -266,13 +368,8 @@ def _copy(
         stride_page,
         stride_slot,
     ) = copied
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [_WARPS, 1], [1, 0])
-    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
-    WIDE_ROWS: gl.constexpr = gl.SliceLayout(1, WIDE)
-    NARROW_ROWS: gl.constexpr = gl.SliceLayout(1, NARROW)
     head_blocks: gl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
-    dims = gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))[None, :]
-    rope_dims = 2 * HALF + gl.arange(0, ROPE, layout=gl.SliceLayout(0, NARROW))[None, :]
+    copied_to = q_left, q_right, q_rope, kv_left, kv_right, kv_rope, ready, free, q_free
     batch, _starts, _query_lens, _kv_lens, slot_starts, parallel, _item_starts, item_ends = _work_list(
         query_start_ptr, kv_lens_ptr, seqs, max_kv, capacity, TOKENS, SPLITS, MOST_QUERIES, BLOCK_B
     )
@@ -307,73 +404,27 @@ def _copy(
         hopper.mbarrier.arrive(item_ready.index(number % 2))
         number += 1
         if begin < end:
-            pages_ptr = table_ptr + seq.to(gl.int64) * stride_table
-            page = _find(pages_ptr, begin, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
-            rope_page = _find(pages_ptr, begin, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
-            tokens, heads, _ = _rows_of(work, first_token, query_len, WIDE_ROWS, NUM_HEADS, HEADS, TOKENS)
-            q_rows = ((query_start + tokens).to(gl.int64) * stride_q_token + heads * stride_q_head)[:, None]
-            rope_tokens, rope_heads, _ = _rows_of(work, first_token, query_len, NARROW_ROWS, NUM_HEADS, HEADS, TOKENS)
-            q_rope_rows = (query_start + rope_tokens).to(gl.int64) * stride_q_token + rope_heads * stride_q_head
-            _copy_tile(
-                kv_left,
-                kv_right,
-                kv_rope,
-                free,
+            step, done = _copy_item(
+                copied_to,
+                (q_ptr, kv_ptr, table_ptr + seq.to(gl.int64) * stride_table),
+                (stride_q_token, stride_q_head, stride_page, stride_slot),
                 step,
-                kv_ptr,
-                page,
-                rope_page,
+                done,
+                work % head_blocks,
+                query_start,
+                query_len,
+                first_token,
                 begin,
+                end,
                 high,
-                stride_page,
-                stride_slot,
+                NUM_HEADS,
+                HEADS,
+                TOKENS,
                 PAGE_SIZE,
                 BLOCK_N,
                 HALF,
                 ROPE,
-                WIDE,
-                NARROW,
             )
-            # The last tile of the item before must be there before its queries are done with.
-            if step > 0:
-                hopper.async_copy.wait_group(1)
-                publish(step - 1, ready, _BUFFERS)
-            step += 1
-            hopper.mbarrier.wait(q_free, (done + 1) % 2)
-            async_load(q_left.index(0), q_ptr + q_rows + dims)
-            async_load(q_right.index(0), q_ptr + q_rows + (dims + HALF))
-            async_load(q_rope.index(0), q_ptr + q_rope_rows[:, None] + rope_dims)
-            hopper.async_copy.commit_group()
-            done += 1
-            page = _find(pages_ptr, begin + BLOCK_N, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
-            rope_page = _find(pages_ptr, begin + BLOCK_N, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
-            for start in range(begin + BLOCK_N, end, BLOCK_N):
-                _copy_tile(
-                    kv_left,
-                    kv_right,
-                    kv_rope,
-                    free,
-                    step,
-                    kv_ptr,
-                    page,
-                    rope_page,
-                    start,
-                    high,
-                    stride_page,
-                    stride_slot,
-                    PAGE_SIZE,
-                    BLOCK_N,
-                    HALF,
-                    ROPE,
-                    WIDE,
-                    NARROW,
-                )
-                # The next tile's pages before the wait for this one, which hides their latency.
-                page = _find(pages_ptr, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
-                rope_page = _find(pages_ptr, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
-                hopper.async_copy.wait_group(1)
-                publish(step - 1, ready, _BUFFERS)
-                step += 1
     if step > 0:
         hopper.async_copy.wait_group(0)
         publish(step - 1, ready, _BUFFERS)

@@ -32,7 +32,7 @@ from bidispatch_backends.triton.attention_state import (
     split_start,
     visible_range,
 )
-from bidispatch_backends.triton.hopper import async_load, barrier, publish
+from bidispatch_backends.triton.hopper import barrier, publish
 from bidispatch_backends.triton.mla_hopper import (
     _ATTEND_REGISTERS,
     _BUFFERS,
@@ -43,9 +43,8 @@ from bidispatch_backends.triton.mla_hopper import (
     _WARPS,
     _allocate,
     _ask,
-    _copy_tile,
+    _copy_item,
     _field,
-    _find,
     _first_tile,
     _others_values,
     _own_values,
@@ -69,6 +68,26 @@ def _send(items, item_ready, item_free, number, fields):
     items.index(number % 2).store(fields)
     barrier()
     hopper.mbarrier.arrive(item_ready.index(number % 2))
+
+
+@gluon.jit
+def _fields_of(slot, seq_splits, query_len, first_token, first, high, begin, end, head_block, query_start, whole):
+    """What is handed over of an item: positions [begin, end) of a query tile, and whether they are all that it sees.
+
+    slot: of the first split's state, where they are not. first: the position of the tile's first token.
+    """
+    at = gl.arange(0, _FIELDS, layout=gl.BlockedLayout([1], [32], [_WARPS], [0]))
+    fields = gl.where(at == 0, slot, gl.where(at == 1, seq_splits, gl.where(at == 2, query_len, 0)))
+    fields = gl.where(at == 3, first_token, gl.where(at == 4, first, gl.where(at == 5, high, fields)))
+    fields = gl.where(at == 6, begin, gl.where(at == 7, end, gl.where(at == 8, head_block, fields)))
+    return gl.where(at == 9, query_start, gl.where(at == 10, gl.where(whole, 1, 0), fields))
+
+
+@gluon.jit
+def _send_end(items, item_ready, item_free, number):
+    """Say that no item follows."""
+    at = gl.arange(0, _FIELDS, layout=gl.BlockedLayout([1], [32], [_WARPS], [0]))
+    _send(items, item_ready, item_free, number, gl.where(at == 10, -1, 0))
 
 
 @gluon.jit
@@ -118,10 +137,9 @@ def _copy(
     HALF: gl.constexpr,
     ROPE: gl.constexpr,
 ):
-    """The warpgroup that copies: what an item is, its first KV tile, its queries, and the other tiles.
+    """The warpgroup that copies: what an item is, then its queries and KV tiles.
 
-    An item is a run of splits that a program folds, or one split whose state it stores. As in `mla_hopper`, a tile is
-    handed over when the next is asked for; the first with the queries.
+    An item is a run of splits that a program folds, or one split whose state it stores.
     """
     (
         q_left,
@@ -152,14 +170,9 @@ def _copy(
         stride_page,
         stride_slot,
     ) = copied
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [_WARPS, 1], [1, 0])
-    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
-    WIDE_ROWS: gl.constexpr = gl.SliceLayout(1, WIDE)
-    NARROW_ROWS: gl.constexpr = gl.SliceLayout(1, NARROW)
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [_WARPS], [0])
     head_blocks: gl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
-    dims = gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))[None, :]
-    rope_dims = 2 * HALF + gl.arange(0, ROPE, layout=gl.SliceLayout(0, NARROW))[None, :]
+    copied_to = q_left, q_right, q_rope, kv_left, kv_right, kv_rope, ready, free, q_free
     batch, query_tiles, kv_tiles, slot_starts, parallel = _sequences(
         query_start_ptr,
         kv_lens_ptr,
@@ -176,7 +189,6 @@ def _copy(
     if gl.program_id(0) == 0:
         gl.store(bases_ptr + batch, gl.where(parallel, slot_starts, -1), mask=batch < seqs)
     place, stop = part_of(gl.program_id(0), gl.num_programs(0), query_tiles, kv_tiles, head_blocks)
-    at = gl.arange(0, _FIELDS, layout=ROWS)
     step = gl.program_id(0) * 0
     done = gl.program_id(0) * 0
     number = gl.program_id(0) * 0
@@ -212,7 +224,6 @@ def _copy(
         whole = begins_pair & (end == high)
         place = next_place
 
-        pages_ptr = table_ptr + seq.to(gl.int64) * stride_table
         if begins_pair & (begin < end):
             folded_tokens, folded_heads, valid = _rows_of(
                 head_block, first_token, query_len, ROWS, NUM_HEADS, HEADS, TOKENS
@@ -221,86 +232,48 @@ def _copy(
             gl.store(folded_ptr + folded_rows, gl.where(whole, -1, end_split) + folded_heads * 0, mask=valid)
         while begin < end:
             item_end = gl.where(begins_pair, end, gl.minimum(split_start(split + 1, SPLITS), end))
-            fields = gl.where(at == 0, base + split, gl.where(at == 1, seq_splits, gl.where(at == 2, query_len, 0)))
-            fields = gl.where(at == 3, first_token, gl.where(at == 4, first, gl.where(at == 5, high, fields)))
-            fields = gl.where(at == 6, begin, gl.where(at == 7, item_end, gl.where(at == 8, head_block, fields)))
-            fields = gl.where(at == 9, query_start, gl.where(at == 10, gl.where(whole, 1, 0), fields))
+            fields = _fields_of(
+                base + split,
+                seq_splits,
+                query_len,
+                first_token,
+                first,
+                high,
+                begin,
+                item_end,
+                head_block,
+                query_start,
+                whole,
+            )
             _send(items, item_ready, item_free, number, fields)
             number += 1
-            page = _find(pages_ptr, begin, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
-            rope_page = _find(pages_ptr, begin, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
-            tokens, heads, _valid = _rows_of(head_block, first_token, query_len, WIDE_ROWS, NUM_HEADS, HEADS, TOKENS)
-            q_rows = ((query_start + tokens).to(gl.int64) * stride_q_token + heads * stride_q_head)[:, None]
-            rope_tokens, rope_heads, _there = _rows_of(
-                head_block, first_token, query_len, NARROW_ROWS, NUM_HEADS, HEADS, TOKENS
-            )
-            q_rope_rows = (query_start + rope_tokens).to(gl.int64) * stride_q_token + rope_heads * stride_q_head
-            _copy_tile(
-                kv_left,
-                kv_right,
-                kv_rope,
-                free,
+            step, done = _copy_item(
+                copied_to,
+                (q_ptr, kv_ptr, table_ptr + seq.to(gl.int64) * stride_table),
+                (stride_q_token, stride_q_head, stride_page, stride_slot),
                 step,
-                kv_ptr,
-                page,
-                rope_page,
+                done,
+                head_block,
+                query_start,
+                query_len,
+                first_token,
                 begin,
+                item_end,
                 high,
-                stride_page,
-                stride_slot,
+                NUM_HEADS,
+                HEADS,
+                TOKENS,
                 PAGE_SIZE,
                 BLOCK_N,
                 HALF,
                 ROPE,
-                WIDE,
-                NARROW,
             )
-            # The last tile of the item before must be there before its queries are done with.
-            if step > 0:
-                hopper.async_copy.wait_group(1)
-                publish(step - 1, ready, _BUFFERS)
-            step += 1
-            hopper.mbarrier.wait(q_free, (done + 1) % 2)
-            async_load(q_left.index(0), q_ptr + q_rows + dims)
-            async_load(q_right.index(0), q_ptr + q_rows + (dims + HALF))
-            async_load(q_rope.index(0), q_ptr + q_rope_rows[:, None] + rope_dims)
-            hopper.async_copy.commit_group()
-            done += 1
-            page = _find(pages_ptr, begin + BLOCK_N, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
-            rope_page = _find(pages_ptr, begin + BLOCK_N, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
-            for start in range(begin + BLOCK_N, item_end, BLOCK_N):
-                _copy_tile(
-                    kv_left,
-                    kv_right,
-                    kv_rope,
-                    free,
-                    step,
-                    kv_ptr,
-                    page,
-                    rope_page,
-                    start,
-                    high,
-                    stride_page,
-                    stride_slot,
-                    PAGE_SIZE,
-                    BLOCK_N,
-                    HALF,
-                    ROPE,
-                    WIDE,
-                    NARROW,
-                )
-                # The next tile's pages before the wait for this one, which hides their latency.
-                page = _find(pages_ptr, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, WIDE_ROWS)
-                rope_page = _find(pages_ptr, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, NARROW_ROWS)
-                hopper.async_copy.wait_group(1)
-                publish(step - 1, ready, _BUFFERS)
-                step += 1
             begin = item_end
             split += 1
     if step > 0:
         hopper.async_copy.wait_group(0)
         publish(step - 1, ready, _BUFFERS)
-    _send(items, item_ready, item_free, number, gl.where(at == 10, -1, 0))
+    _send_end(items, item_ready, item_free, number)
 
 
 @gluon.jit

@@ -11,13 +11,14 @@ from bidispatch.device import Arch, Device
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.triton.attention_params import AttentionParams, AttentionTile, padded
 
-__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for", "seesaws", "walks_runs"]
+__all__ = ["MlaParams", "MlaTile", "mla_numerics", "mla_tiles", "mla_tiles_for", "seesaws", "walks_pairs", "walks_runs"]
 
 _MATRIX_ROWS = 16
 """Rows of the narrowest tile a matrix unit takes."""
 _ASYNC_ROWS = 64
 """Rows from which a product on Hopper is wgmma."""
 _ELEMENT_BYTES = 2
+_SEESAW_BLOCK_N = 32
 _SEESAW_SEQS = 512
 """Sequences whose lengths a warp can hold in registers."""
 
@@ -47,6 +48,8 @@ class MlaTile(AttentionTile):
     """Rows of a tile of parallel splits."""
     decode_overlap: bool = False
     """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
+    prefill_overlap: bool = False
+    """Whether one program walks a query tile in that way too, where `walks_pairs` holds; then its tile has 64 rows."""
     segment_programs: int = Field(default=0, ge=0, le=64)
     """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks
     runs of splits. Best as many as run at once. 0: the splits run in parallel there too, as they do where
@@ -63,25 +66,35 @@ def mla_numerics(params: Any, problem: Problem) -> str:
     return f"kv_split_mla.{params.kv_split}.{params.block_n}.exp2"
 
 
-def seesaws(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
-    """Whether the parallel splits are those of `mla_hopper`: what its layouts are made for."""
+def _seesaw_made(arch: Arch, problem: Problem, params: Any, max_seqs: int) -> bool:
+    """Whether a problem is what the layouts of `mla_hopper` are made for."""
     return (
-        tile.decode_overlap
-        and arch.family == "sm90"
-        and (tile.decode_block_m, params.block_n) == (_ASYNC_ROWS, 32)
+        arch.family == "sm90"
+        and params.block_n == _SEESAW_BLOCK_N
         and (problem.size("kv_lora_rank"), problem.size("rope_dim")) == (512, 64)
         and max_seqs <= _SEESAW_SEQS
     )
 
 
-def walks_runs(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
-    """Whether the runs of splits of many sequences are those of `mla_hopper_segments`.
+def _in_pairs(params: Any) -> bool:
+    """Whether splits hold KV tiles in pairs, as they must where a fold is between one side's tile and the other's."""
+    return all(size % (2 * params.block_n) == 0 for _, size in params.ranges)
 
-    It folds where a split ends between a tile of the one side and one of the other, so splits hold tiles in pairs.
-    """
-    return seesaws(arch, problem, params, tile, max_seqs) and all(
-        size % (2 * params.block_n) == 0 for _, size in params.ranges
-    )
+
+def seesaws(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
+    """Whether the parallel splits are those of `mla_hopper`."""
+    made = _seesaw_made(arch, problem, params, max_seqs)
+    return tile.decode_overlap and tile.decode_block_m == _ASYNC_ROWS and made
+
+
+def walks_runs(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
+    """Whether the runs of splits of many sequences are those of `mla_hopper_segments`."""
+    return seesaws(arch, problem, params, tile, max_seqs) and _in_pairs(params)
+
+
+def walks_pairs(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
+    """Whether what no parallel splits serve is walked by `mla_hopper_walk`."""
+    return tile.prefill_overlap and _seesaw_made(arch, problem, params, max_seqs) and _in_pairs(params)
 
 
 def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
@@ -133,6 +146,7 @@ def mla_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int 
         decode_warps=8 if rows > _MATRIX_ROWS else 4,
         decode_stages=_stages(device.arch, problem, params, rows),
         prefill_block_m=walked,
+        prefill_overlap=overlap,
         prefill_warps=8,
         prefill_stages=_stages(device.arch, problem, params, walked),
         decode_programs=1 if overlap else 2,
