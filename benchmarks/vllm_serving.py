@@ -1,7 +1,7 @@
 """Whole models in vLLM: stock, in its own invariant mode, and served by bidispatch; prices, and the invariance check.
 
     python benchmarks/vllm_serving.py [--model qwen3-8b]... [--arm ours]... [--case 8x8192]... [--startup] [--out FILE]
-    python benchmarks/vllm_serving.py --merge PART... --out vllm.json
+    python benchmarks/vllm_serving.py --merge [vllm.json] PART... --out vllm.json
 
 (Not named vllm.py: scripts here could then not import vllm.) Models are benchmarks/models/*.json, with random weights.
 Each arm is an engine in a process of its own, started once for its prices and its check; several may run side by side,
@@ -41,6 +41,9 @@ CASE_LIMIT = {DECODE: 1.10, PREFILL: 1.25}
 COLD_LIMIT_S, WARM_LIMIT_S = 30.0, 10.0
 WORKSPACE_LIMIT = 1 << 30
 LEVEL = "sequence"
+_CHECKED = ("comparisons", "comparisons_differ", "max_logprob_difference", "counters")
+_RESULTS = ("start_s", "compiled_after_ready", "compiled_by_others", "workspace_bytes", "faults")
+"""What an `Engine` has of its check, and of the rest of a part's result."""
 CACHES = (
     "VLLM_CACHE_ROOT",
     "TRITON_CACHE_DIR",
@@ -131,14 +134,45 @@ def text_of_case(price: Mapping[str, Any]) -> str:
 
 def joined(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One part for each model and arm, where one run timed start-up and another prices and the check: the later one's
-    values where it has any.
+    values where it has any. What went wrong in prices is gone with them.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for part in parts:
         known = found.setdefault((part["model"], part["arm"]), {"result": {}})
-        result = {**known["result"], **{name: value for name, value in part["result"].items() if value}}
-        known |= {**part, "result": {**part["result"], **result}}
+        old, new = known["result"], part["result"]
+        if new.get("prices"):
+            old = {name: value for name, value in old.items() if name not in ("error", "faults")}
+        result = {**new, **old, **{name: value for name, value in new.items() if value not in (None, [])}}
+        known |= {**part, "result": result}
     return list(found.values())
+
+
+def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a run; of a whole, those that it was put together from, as far as it holds them."""
+    if "parts" in document:
+        return list(document["parts"])
+    prices: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    models: dict[str, dict[str, Any]] = {}
+    for row in document["rows"]:
+        models[row["model"]] = {"layers": row["layers"], "latent": row["latent"]}
+        batch, tokens = (int(number) for number in row["case"].split(" x "))
+        for arm in ARMS:
+            if row[f"{arm}_ms"] is not None:
+                price = {"phase": row["phase"], "batch": batch, "tokens": tokens, "ms": row[f"{arm}_ms"]}
+                prices.setdefault((row["model"], arm), []).append(price | {"gpu_ms": row.get(f"{arm}_gpu_ms")})
+    found = []
+    for engine in document["environment"]["engines"]:
+        known = models.get(engine["model"], {"layers": 0, "latent": False})
+        checked = {name: engine[name] for name in _CHECKED}
+        result = {name: engine[name] for name in _RESULTS} | {
+            "layers": known["layers"],
+            "prices": prices.get((engine["model"], engine["arm"]), []),
+            "check": checked if engine["comparisons"] is not None else None,
+        }
+        starts = {name: engine[name] for name in ("cold_s", "warm_s") if engine[name] is not None}
+        named = {"model": engine["model"], "arm": engine["arm"], "latent": known["latent"]}
+        found.append(named | starts | {"result": result})
+    return found
 
 
 def rows_of(parts: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -359,7 +393,7 @@ def main(words: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     if arguments.merge:
         documents = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge]
-        parts = joined(part for document in documents for part in document["parts"])
+        parts = joined(part for document in documents for part in parts_of(document))
         environment_of_run = documents[0]["environment"]
         return _finish(parts, environment_of_run, arguments.out, began)
     try:
@@ -411,7 +445,7 @@ def _arguments(words: Sequence[str] | None) -> tuple[argparse.Namespace, argpars
     parser.add_argument("--no-prices", action="store_true", help="the check only")
     parser.add_argument("--startup", action="store_true", help="start each arm once more, in empty caches")
     parser.add_argument("--out", type=Path, help="JSON: a part, or with --merge the whole")
-    parser.add_argument("--merge", type=Path, nargs="+", help="parts to put together")
+    parser.add_argument("--merge", type=Path, nargs="+", help="parts, or a whole with parts to put in, to put together")
     return parser.parse_args(words), parser
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 
 
 @pytest.fixture(scope="module", params=["vllm_serving"])
@@ -142,6 +143,28 @@ def test_a_run_of_start_up_joins_one_of_prices(serving):
     assert [(each["arm"], each.get("cold_s")) for each in found] == [("stock", 60.0), ("ours", None)]
     assert found[0]["result"] == {**prices["result"], "start_s": 20.0}
     assert serving.joined([start, prices])[0]["result"]["prices"] == prices["result"]["prices"]
+
+
+def test_a_later_run_takes_the_place_of_an_earlier_with_its_faults(serving):
+    earlier = part("ours", 10.0, faults=["8 x 8192: too small"], compiled_after_ready=1)
+    later = part("ours", 11.0, compiled_after_ready=0)
+    (found,) = serving.joined([earlier, later])
+    assert found["result"]["compiled_after_ready"] == 0
+    assert not found["result"].get("faults")
+    assert serving.rows_of([found])[0].ours_ms == 11.0
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/vllm.json")), ids=lambda path: path.parent.name)
+def test_a_whole_is_taken_apart_and_put_together_again(serving, path):
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    parts = serving.joined(serving.parts_of(whole))
+    assert json.loads(json.dumps([vars(row) for row in serving.rows_of(parts)])) == whole["rows"]
+    engines = json.loads(json.dumps([vars(engine) for engine in serving.engines_of(parts)]))
+    assert engines == whole["environment"]["engines"]
+    model, arm = parts[0]["model"], parts[0]["arm"]
+    other = part(arm, 1.0)
+    merged = serving.rows_of(serving.joined([*parts, other | {"model": model}]))
+    assert any(getattr(row, f"{arm}_ms") == 1.0 for row in merged if row.model == model)
 
 
 def test_what_is_refused(serving):
