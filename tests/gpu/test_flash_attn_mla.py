@@ -18,7 +18,7 @@ from bidispatch.verify.graphs import check_graphs
 from bidispatch.verify.sequences import check_sequences, graph_groups, sequence_limits
 from bidispatch.verify.subject import Subject
 
-WHOLE, SPLIT = "flash_attn.fa3_mla", "flash_attn.fa3_mla_kv_split"
+WHOLE, SPLIT = "flash_attn.fa3_mla", "flash_attn.fa3_mla_splits"
 NAMES = (WHOLE, SPLIT)
 DTYPES = ("bfloat16", "float16")
 SHAPES = (

@@ -26,7 +26,8 @@ LIMITS = Limits(64, 8, 1024)
 PARAMS = {
     "fa2_splits": {"num_splits": 3},
     "fa2_capacity_splits": {"num_splits": 4, "kv_capacity": 1024},
-    **{name: {"split_size": 256} for name in ("fa2_kv_split", "fa3_kv_split", "fa3_mla_kv_split")},
+    "fa3_mla_splits": {"split_size": 128, "num_splits": 4},
+    **{name: {"split_size": 256} for name in ("fa2_kv_split", "fa3_kv_split")},
 }
 BATCHES = {"attention": paged_batch, "attention.mla": latent_batch}
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +18,7 @@ from bidispatch.verify.cases import Sizes
 from bidispatch.verify.sequences import check_sequences, sequence_limits
 from bidispatch.verify.subject import Subject
 
-WHOLE, SPLIT = "fa3_mla", "fa3_mla_kv_split"
+WHOLE, SPLIT = "fa3_mla", "fa3_mla_splits"
 NAMES = (WHOLE, SPLIT)
 RANK, WIDTH = 512, 576
 PIECES = [(1, 600, 0), (5, 300, 1), (1, 1, 2), (0, 0, 3), (9, 9, 4), (1, 256, 5), (1, 257, 6)]
@@ -36,7 +33,7 @@ def problem_of(**dims):
     return ops.get("attention.mla").problem("float16", {"num_heads": 2, "page_size": 16, **dims})
 
 
-def library_alone(problem, arguments, *, max_query, leftpad=None, causal=True):
+def library_alone(problem, arguments, *, max_query, leftpad=None, causal=True, schedule=None, most=1):
     """FA3 as vLLM's backend calls it: views of q and of the cache, one split."""
     q, cache, table, lengths, starts = arguments
     out = torch.empty(*q.shape[:2], RANK, dtype=q.dtype)
@@ -44,7 +41,22 @@ def library_alone(problem, arguments, *, max_query, leftpad=None, causal=True):
     longest = table.shape[1] * problem.size("page_size")
     _, lse, *_ = torch.ops._vllm_fa3_C.fwd(
         *(q[..., RANK:], keys, values, None, None, q[..., :RANK], out, starts, None, None, None, lengths, max_query),
-        *(longest, table, None, leftpad, *(None,) * 6, *scalars(problem), causal, -1, -1, 0.0, True, None, 1, True),
+        *(
+            longest,
+            table,
+            None,
+            leftpad,
+            *(None,) * 6,
+            *scalars(problem),
+            causal,
+            -1,
+            -1,
+            0.0,
+            True,
+            schedule,
+            most,
+            True,
+        ),
         *(0, None, 1, 0, None),
     )
     return out, lse
@@ -68,29 +80,36 @@ def test_one_split_has_the_bits_of_the_library():
     assert same_bits(bind(WHOLE, problem)(arguments), library_alone(problem, arguments, max_query=64)[0])
 
 
+def scheduled(rows, splits, heads):
+    """A schedule of a few sequences, as hopper/flash_prepare_scheduler.cu lays it out."""
+    slack = [0] * (-len(rows) % 4)
+    return torch.tensor([*(count * heads for count in rows), *slack, *splits, *slack, 0], dtype=torch.int32)
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_splits_are_the_librarys_and_merged_in_ascending_order(page_size):
-    """Bit by bit: each split as a sequence of its own, then a left fold in fp32 over what the library rounded."""
+def test_splits_are_the_librarys_by_a_sequences_own_length(page_size):
+    """Bit by bit: one for each 128 positions, at most four; where rows may be more than one, with the same bits."""
     problem = problem_of(page_size=page_size)
-    arguments = batch(problem, [(1, 700, 0)])
-    q, cache, table, *_ = arguments
-    starts, kept = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    maximum, total, acc = None, None, None
-    for first in range(0, 700, 256):
-        pages = table[:, first // page_size : (first + 256) // page_size].contiguous()
-        length = torch.tensor([min(256, 700 - first)], dtype=torch.int32)
-        shown = (q, cache, pages, length, starts)
-        out, lse = library_alone(problem, shown, max_query=2, leftpad=kept, causal=False)
-        partial, lse = out[0].float().numpy(), lse[:, 0].numpy() * np.float32(math.log2(math.e))
-        if maximum is None:
-            maximum, total, acc = lse, np.ones_like(lse), partial
-            continue
-        new = np.maximum(maximum, lse)
-        decay, weight = np.exp2(maximum - new), np.exp2(lse - new)
-        total = total * decay + weight
-        acc = acc * decay[:, None] + partial * weight[:, None]
-        maximum = new
-    assert same_bits(bind(SPLIT, problem)(arguments)[0], torch.from_numpy(acc / total[:, None]).half())
+    pieces = [(1, 128, 0), (1, 129, 1), (1, 700, 2), (1, 1000, 3), (1, 1, 4), (1, 400, 5)]
+    arguments = batch(problem, pieces)
+    made = scheduled([1] * 6, [1, 2, 4, 4, 1, 4], 2)
+    kept = torch.zeros(6, dtype=torch.int32)
+    wanted, _ = library_alone(problem, arguments, max_query=1, leftpad=kept, causal=False, schedule=made, most=4)
+    assert same_bits(bind(SPLIT, problem, Limits(6, 6, 1024, max_query_len=1))(arguments), wanted)
+    assert same_bits(bind(SPLIT, problem)(arguments), wanted)
+
+
+def test_the_librarys_own_schedule_follows_the_batch():
+    """Negative control."""
+    problem = problem_of()
+    pieces = [(1, 700, 0), (1, 600, 1), (1, 900, 2)]
+
+    def first(pieces):
+        return library_alone(problem, batch(problem, pieces), max_query=1, causal=False, most=4)[0][:1]
+
+    assert not same_bits(first(pieces), first(pieces[:1]))
+    with_ours = bind(SPLIT, problem)
+    assert same_bits(with_ours(batch(problem, pieces))[:1], with_ours(batch(problem, pieces[:1])))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,16 +178,17 @@ def test_lone_queries_are_split_and_the_split_is_seen():
     split = bind(SPLIT, problem)(arguments)
     assert {call.operator for call in fake.calls} == {"fa3.varlen", "fa3.batch"}
     assert not same_bits(split, bind(SPLIT, problem, split_size=512)(arguments))
+    assert not same_bits(split, bind(SPLIT, problem, num_splits=3)(arguments))
     assert not same_bits(split, bind(WHOLE, problem)(arguments))
 
 
 def test_entries_of_no_position_have_no_row():
-    """1024 positions are bound for: four entries a sequence. What they hold afterwards is looked at by nobody."""
+    """One that is not a lone query. What it holds afterwards is looked at by nobody."""
     problem = problem_of()
     bind(SPLIT, problem)(batch(problem, [(1, 300, 0), (3, 300, 1), (1, 1, 2)]))
     (call,) = (call for call in fake.calls if call.operator == "fa3.batch")
-    assert call.lengths == (256, 44, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0)
-    assert call.rest["used_q"] == tuple(min(1, length) for length in call.lengths)
+    assert call.lengths == (300, 0, 1)
+    assert call.rest["used_q"] == (1, 0, 1)
 
 
 def test_longer_queries_of_the_splits_have_one_split():
@@ -188,7 +208,7 @@ def test_what_a_kernel_is_bound_for_moves_no_bit(name):
     alone = bind(name, problem, Limits(3, 3, 1024, max_query_len=1))
     fake.calls.clear()
     result = alone(batch(problem, lone))
-    assert {call.operator for call in fake.calls} == {"fa3.batch" if name == SPLIT else "fa3.varlen"}
+    assert [call.operator for call in fake.calls] == ["fa3.varlen"]  # rows as they are
     assert same_bits(result, wanted[[0, 4, 5]])
 
 
@@ -196,12 +216,13 @@ def test_more_lone_queries_than_the_workspace_holds_are_taken_in_turn():
     problem = problem_of(num_heads=16)
     pieces = [(1, 20 * i + 1, i) for i in range(20)]
     limits = Limits(64, 32, 4096)
-    little = launch_of(SPLIT, problem, limits, tile={"workspace_mb": 4})
+    little = launch_of(SPLIT, problem, limits, tile={"workspace_mb": 2})
     held = sum(t.numel() * t.element_size() for t in (little._rows, little._partial, little._pages, little._entry_lens))
-    assert held <= 4 << 20
+    inside = 4 * little._queries * 16 * (4 * 513)
+    assert held + inside <= 2 << 20
     wanted = bind(SPLIT, problem, limits)(batch(problem, pieces))
     fake.calls.clear()
-    assert same_bits(bind(SPLIT, problem, limits, tile={"workspace_mb": 4})(batch(problem, pieces)), wanted)
+    assert same_bits(bind(SPLIT, problem, limits, tile={"workspace_mb": 2})(batch(problem, pieces)), wanted)
     assert sum(call.operator == "fa3.batch" for call in fake.calls) > 1
 
 

@@ -260,14 +260,36 @@ def _fa2_kvcache(*arguments, package, page_multiple):
     return [out, lse]
 
 
+def _splits_by(schedule, most, causal, rows, lens, block, group):
+    """hopper/flash_prepare_scheduler.cu, and how a schedule that is made ahead is laid out; flash_api.cpp, for 992."""
+    if most == 1:
+        assert schedule is None
+        return [1] * len(lens)
+    assert len(lens) <= 992
+    if schedule is None:
+        blocks = [math.ceil(length / block) * (count > 0) for count, length in zip(rows, lens, strict=True)]
+        share = math.ceil(1.1 * sum(blocks) / _SMS)
+        return [max(1, min(math.ceil(count / max(1, share)), most)) for count in blocks]
+    rounded = math.ceil(len(lens) / 4) * 4
+    assert not causal, "one more vector"
+    assert schedule.shape == (2 * rounded + 1,)
+    assert schedule.dtype == torch.int32
+    assert schedule[: len(lens)].tolist() == [count * group for count in rows]
+    assert schedule[-1] == 0, "a counter that has been used"
+    numbers = schedule[rounded : rounded + len(lens)].tolist()
+    assert all(1 <= number <= most for number in numbers)
+    schedule[-1] = 99  # as a counter that has run
+    return numbers
+
+
 def _fa3_forward(*arguments):
     q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_new, used_q, used, max_q, max_k, table = arguments[:15]
     leftpad = arguments[16]
     scale, causal, left, right, softcap, _, metadata, splits, pack, margin, sinks = arguments[23:34]
-    assert (k_new, v_new, cu_k, cu_new, metadata, sinks) == (None,) * 6
+    assert (k_new, v_new, cu_k, cu_new, sinks) == (None,) * 5
     assert used_q is None or (used_q.dtype == torch.int32 and used_q.shape == used.shape and q.shape[1] == 1)
     assert leftpad is None or (leftpad.shape == used.shape and leftpad.dtype == torch.int32 and not leftpad.any())
-    assert (left, right, splits, margin) == (-1, -1, 1, 0)
+    assert (left, right, margin) == (-1, -1, 0)
     assert pack in (True, None)
     varlen = cu_q is not None
     lens = used.tolist()
@@ -301,9 +323,11 @@ def _fa3_forward(*arguments):
         block, flat_qv = LATENT_BLOCK, q_v.flatten(0, -3)
         whole_pages = loads_by_tma(k.shape[1], block, max_query * group, LATENT_BLOCK, leftpad)
     lse = torch.full((q.shape[-2], len(flat_q)), -math.inf)
+    used_rows = rows if used_q is None else used_q.tolist()
+    numbers = _splits_by(metadata, splits, causal, used_rows, lens, block, group)
     for i, length in enumerate(lens):
         owned = slice(starts[i], starts[i + 1])
-        assert rows[i] <= max_query
+        assert rows[i] <= max_query or metadata is not None
         if not rows[i]:
             continue
         if used_q is not None and not used_q[i]:
@@ -313,7 +337,8 @@ def _fa3_forward(*arguments):
             flat_out[owned] = 0
             continue
         result, lse[:, owned] = _sequence(
-            *(flat_q[owned], k, v, table[i], length, causal, block, 1, 1 << 30, scale, softcap),
+            *(flat_q[owned], k, v, table[i], length, causal, block, numbers[i], _extent(length, block, numbers[i])),
+            *(scale, softcap),
             None if flat_qv is None else flat_qv[owned],
             whole_pages=whole_pages,
         )

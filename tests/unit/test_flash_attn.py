@@ -146,7 +146,6 @@ def test_records_are_tied_to_the_libraries_that_may_serve(name):
         "fa2": ("flash-attn", "vllm"),
         "fa2_kv_split": ("flash-attn", "vllm", "triton"),  # the merge's arithmetic is Triton's
         "fa3_kv_split": ("vllm", "triton"),
-        "fa3_mla_kv_split": ("vllm", "triton"),
         "fa3_triton_splits": ("vllm", "triton"),
         "fa2_capacity_splits": ("flash-attn",),
     }
@@ -192,13 +191,19 @@ def test_what_it_cannot_do_is_said(name, arch, dtype, dims, says):
     ("name", "arch", "dtype", "dims", "says"),
     [
         ("fa3_mla", "sm90", "bfloat16", {}, []),
-        ("fa3_mla_kv_split", "sm90", "float16", {"num_heads": 128, "page_size": 256}, []),
+        ("fa3_mla_splits", "sm90", "float16", {"num_heads": 128, "page_size": 256}, []),
         ("fa3_mla", "sm90", "bfloat16", {"num_heads": 20, "page_size": 48}, []),
         ("fa3_mla", "sm90", "bfloat16", {"page_size": 8}, ["vllm needs page_size a multiple of 16, asked for 8"]),
         ("fa3_mla", "sm90", "bfloat16", {"kv_lora_rank": 256}, ["needs kv_lora_rank in 512, asked for 256"]),
         ("fa3_mla", "sm90", "bfloat16", {"rope_dim": 32}, ["needs rope_dim in 64, asked for 32"]),
         ("fa3_mla", "sm100", "bfloat16", {}, ["needs sm90, the device is sm100"]),
-        ("fa3_mla_kv_split", "sm90", "bfloat16", {"page_size": 48}, ["needs page_size to divide 256, asked for 48"]),
+        (
+            "fa3_mla_splits",
+            "sm90",
+            "bfloat16",
+            {"page_size": 8},
+            ["vllm needs page_size a multiple of 16, asked for 8"],
+        ),
     ],
 )
 def test_what_it_cannot_do_for_latents_is_said(name, arch, dtype, dims, says):
@@ -228,7 +233,9 @@ def test_no_default_profile_lists_what_has_not_run_on_a_gpu():
     ("name", "given", "says"),
     [
         ("fa3_mla", {"num_splits": 4}, "only 1 keeps prefill = decode"),
-        ("fa3_mla_kv_split", {"split_size": 1000}, "split_size=1000 is not a multiple of 256"),
+        ("fa3_mla_splits", {"split_size": 1000}, "split_size=1000 is not a multiple of 64"),
+        ("fa3_mla_splits", {"num_splits": 1}, "greater than or equal to 2"),
+        ("fa3_mla_splits", {"num_splits": 129}, "less than or equal to 128"),
         ("fa2", {"num_splits": 4}, "flash_attn.fa2_splits"),
         ("fa3", {"num_splits": 0}, "only 1 keeps prefill = decode"),
         ("fa2_splits", {"num_splits": 1}, "greater than or equal to 2"),
@@ -260,7 +267,7 @@ def test_labels_name_what_fixes_the_bits(host):
     assert label("fa2_kv_split", split_size=2048) == "fa2_kv_split.2048.vllm-0.25.1"
     assert label("fa3_kv_split", split_size=2048) == "fa3_kv_split.2048.vllm-0.25.1"
     assert label("fa3_mla") == "fa3_mla.vllm-0.25.1"
-    assert label("fa3_mla_kv_split") == "fa3_mla_kv_split.2048.vllm-0.25.1"
+    assert label("fa3_mla_splits") == "fa3_mla_splits.512.32.vllm-0.25.1"
     assert len({label(name.partition(".")[2]) for name in NAMES}) == len(NAMES)
 
 
@@ -334,7 +341,7 @@ def test_other_arguments_than_those_that_were_read_are_refused():
 def test_fa3_refuses_splits():
     from bidispatch_backends.flash_attn.library import Fa3
 
-    with pytest.raises(BackendError, match="num_splits=4 must be 1"):
+    with pytest.raises(BackendError, match="num_splits=4 needs a schedule"):
         Fa3(lambda *arguments: []).decode(*[torch.empty(1)] * 7, num_splits=4, scale=1.0, softcap=0.0)
 
 

@@ -184,18 +184,18 @@ def register(registry: Registry) -> None:
     )
     registry.register(
         Implementation(
-            name="flash_attn.fa3_mla_kv_split",
+            name="flash_attn.fa3_mla_splits",
             op="attention.mla",
-            load="bidispatch_backends.flash_attn.attention:bind_fa3_mla_kv_split",
+            load="bidispatch_backends.flash_attn.attention:bind_fa3_mla_splits",
             archs=("sm90",),
             dtypes=_DTYPES,
-            requires=(*_FA3_MLA, Check(params.pages_divide_splits)),
-            numerics=params.fa3_mla_kv_split_numerics,
+            requires=_FA3_MLA,
+            numerics=params.fa3_mla_splits_numerics,
             claims=Invariance.BATCH,
-            params=params.LatentSplitSizeParams,
+            params=params.LatentSplitsParams,
             tile=params.WorkspaceTile,
-            tiles=params.workspace_tiles,
-            libraries=("vllm", "triton"),
-            summary="vLLM's FA3 with q_v; a lone query's KV in splits of one size, merged in order; longer in one",
+            tiles=params.latent_workspace_tiles,
+            libraries=("vllm",),
+            summary="vLLM's FA3 with q_v; splits of a lone query's own KV, never by the batch; longer queries in one",
         )
     )

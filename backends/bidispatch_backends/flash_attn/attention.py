@@ -17,7 +17,7 @@ from bidispatch.runtime.context import BindContext, Kernel, need_max_seq_len, ne
 from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.flash_attn.discovery import FA2, FA2_PACKAGE, FA2_VLLM, Libraries
 from bidispatch_backends.flash_attn.heads import heads_of
-from bidispatch_backends.flash_attn.kernels import Launches, launches
+from bidispatch_backends.flash_attn.kernels import Launches, launches, schedule_size
 from bidispatch_backends.flash_attn.library import Fa2, Fa3, fa2_of, fa3
 from bidispatch_backends.triton.attention import bind_lone_queries
 from bidispatch_backends.triton.launch import ceil_div
@@ -30,7 +30,7 @@ __all__ = [
     "bind_fa3",
     "bind_fa3_kv_split",
     "bind_fa3_mla",
-    "bind_fa3_mla_kv_split",
+    "bind_fa3_mla_splits",
     "bind_fa3_triton_splits",
 ]
 
@@ -114,9 +114,9 @@ def bind_fa3_mla(context: BindContext) -> Kernel:
     return _LatentAttention(context, fa3(context.problem.size("kv_lora_rank")), None)
 
 
-def bind_fa3_mla_kv_split(context: BindContext) -> Kernel:
-    """The same with a lone query's KV in splits of one size, each a sequence of FA3's, merged in ascending order."""
-    return _LatentAttention(context, fa3(context.problem.size("kv_lora_rank")), _sized(context))
+def bind_fa3_mla_splits(context: BindContext) -> Kernel:
+    """The same with splits of a lone query's own KV, as FA3 cuts it by a schedule made here."""
+    return _LatentSplits(context, fa3(context.problem.size("kv_lora_rank")))
 
 
 def _sized(context: BindContext) -> _Split:
@@ -140,6 +140,8 @@ def _fa2(context: BindContext, libraries: Libraries) -> Fa2:
 class _Attention:
     """A bound kernel and its workspaces."""
 
+    _most_entries = _LARGEST_GRID
+
     def __init__(
         self, context: BindContext, library: Fa2 | Fa3, split: _Split | None, *, replaced: bool = False
     ) -> None:
@@ -153,12 +155,18 @@ class _Attention:
         self._tile_bound = self._pinned(library)
         # With one row a sequence and splits, nothing is left for the one-split call.
         self._walks = split is None or self._longest_query > 1
-        self._launches = _launches(context, split, replaced=replaced)
+        self._launches = self._launched(context, split, replaced=replaced)
         # What is made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self._used = self._integers(context, limits.max_seqs)
             entries = self._allocate(context, split) if split else 0
             self._no_starts = self._integers(context, max(limits.max_seqs, entries) + 1)
+
+    def _launched(self, context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:
+        problem, arch = context.problem, context.device.arch
+        if split is None:
+            return launches(problem, arch, replaced=replaced)
+        return launches(problem, arch, split.entries, split.extent, copies_pages=split.own_table)
 
     def _pinned(self, library: Fa2 | Fa3) -> int:
         """FA3's max_seqlen_q: one number, above what moves its tile. 0 for FA2, where it is a bound of the grid."""
@@ -183,6 +191,7 @@ class _Attention:
             context.limits.max_seqs,
             (context.tile.workspace_mb << 20) // a_query,
             _LARGEST_GRID // (split.entries * (heads if split.num_splits > 1 else 1)),
+            self._most_entries // split.entries,
         )
         self._queries = max(1, most)
         entries: int = self._queries * split.entries
@@ -267,6 +276,12 @@ class _Attention:
             (tokens,), seq_lens, query_start_loc, out, seqs, max_kv, self._longest_query, *out.stride()[:2]
         )
 
+    def _decode(
+        self, operands: tuple[torch.Tensor, ...], lens: torch.Tensor, split: _Split, scale: float
+    ) -> torch.Tensor:
+        """The library's decode call of entries of these lengths, and the LSE."""
+        return self._library.decode(*operands, num_splits=split.num_splits, scale=scale, softcap=self._heads.softcap)
+
     def _lone_queries(
         self,
         split: _Split,
@@ -288,12 +303,8 @@ class _Attention:
         grid = (count, split.entries, self._launches.page_chunks)
         prepare(grid, q, block_table, *ends, rows, self._pages, lens, first, max_kv, *strides)
         table = self._pages[:entries] if split.own_table else block_table[first : first + count]
-        lse = self._library.decode(
-            *(rows, k_cache, v_cache, table, lens, self._no_starts[: entries + 1], partial),
-            num_splits=split.num_splits,
-            scale=scale,
-            softcap=self._heads.softcap,
-        )
+        operands = rows, k_cache, v_cache, table, lens, self._no_starts[: entries + 1], partial
+        lse = self._decode(operands, lens, split, scale)
         merge((count, self._heads.queries), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
 
 
@@ -304,11 +315,71 @@ class _LatentAttention(_Attention):
         self._aligned(q, {"kv_cache": kv_cache}, *rest)
 
 
-def _launches(context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:
-    problem, arch = context.problem, context.device.arch
-    if split is None:
-        return launches(problem, arch, replaced=replaced)
-    return launches(problem, arch, split.entries, split.extent, copies_pages=split.own_table)
+class _LatentSplits(_LatentAttention):
+    """The same with splits that FA3 cuts. Where every query is a lone one, it is shown the caller's rows, uncopied."""
+
+    _most_entries = 992
+    """Sequences whose splits FA3 lets a schedule count."""
+
+    def __init__(self, context: BindContext, library: Fa3) -> None:
+        self._fa3 = library
+        most = context.params.num_splits
+        super().__init__(context, library, _Split(1, _whole_pages(context), most, own_table=False))
+        with torch.inference_mode(False):
+            self._schedules = self._integers(context, schedule_size(self._queries))
+
+    def _launched(self, context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:
+        cut = context.params.split_size, context.params.num_splits
+        problem, arch = context.problem, context.device.arch
+        return launches(problem, arch, 1, _whole_pages(context), copies_pages=False, scheduled=cut)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        tokens, seqs = q.shape[0], seq_lens.shape[0]
+        if self._walks or max(tokens, seqs) > self._queries:
+            super()._attend(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, scale, out)
+            return
+        max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
+        used = self._used[:seqs]
+        schedule = self._schedule(seq_lens, query_start_loc, used, max_kv)
+        self._fa3.varlen(
+            *(q, k_cache, v_cache, block_table, used, query_start_loc, self._no_starts[: seqs + 1], out),
+            max_query_len=1,
+            max_kv_len=self._max_kv,
+            scale=scale,
+            causal=False,
+            softcap=self._heads.softcap,
+            num_splits=self._split.num_splits if self._split else 1,
+            schedule=schedule,
+        )
+        self._launches.spoil((tokens,), seq_lens, query_start_loc, out, seqs, max_kv, 1, *out.stride()[:2])
+
+    def _schedule(
+        self, lens: torch.Tensor, starts: torch.Tensor | None, used: torch.Tensor, max_kv: int
+    ) -> torch.Tensor:
+        seqs = len(lens)
+        schedule = self._schedules[: schedule_size(seqs)]
+        of_rows, of_entries = self._launches.schedules
+        launch = of_entries if starts is None else of_rows
+        launch((ceil_div(seqs, self._launches.seqs_a_program),), lens, starts, used, schedule, seqs, max_kv)
+        return schedule
+
+    def _decode(
+        self, operands: tuple[torch.Tensor, ...], lens: torch.Tensor, split: _Split, scale: float
+    ) -> torch.Tensor:
+        schedule = self._schedule(lens, None, lens, self._max_kv)
+        return self._fa3.decode(
+            *operands, num_splits=split.num_splits, scale=scale, softcap=self._heads.softcap, schedule=schedule
+        )
 
 
 def _on_vectors(tensor: torch.Tensor) -> bool:

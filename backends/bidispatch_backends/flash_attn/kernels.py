@@ -22,7 +22,16 @@ from bidispatch.ops.schema import Problem
 from bidispatch_backends.flash_attn.heads import heads_of
 from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer, power_of_two
 
-__all__ = ["Launches", "launches", "lengths_kernel", "merge_kernel", "prepare_kernel", "spoil_kernel"]
+__all__ = [
+    "Launches",
+    "launches",
+    "lengths_kernel",
+    "merge_kernel",
+    "prepare_kernel",
+    "schedule_kernel",
+    "schedule_size",
+    "spoil_kernel",
+]
 
 _SEQS = 128
 _PAGES = 1024
@@ -46,6 +55,47 @@ def lengths_kernel(kv_lens_ptr, query_start_ptr, used_ptr, seqs, max_kv, ALONE: 
         alone = tl.load(query_start_ptr + seq + 1, mask=inside, other=0) - first == 1
         used = tl.where(alone, tl.minimum(used, 1), used)
     tl.store(used_ptr + seq, used, mask=inside)
+
+
+@triton.jit(do_not_specialize=["seqs", "max_kv"])
+def schedule_kernel(
+    kv_lens_ptr,
+    query_start_ptr,
+    used_ptr,
+    schedule_ptr,
+    seqs,
+    max_kv,
+    HEADS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """FA3's schedule, with a sequence's splits by its own length: one for each SPLIT positions, at most MOST.
+
+    schedule: as hopper/flash_prepare_scheduler.cu has it for calls that are not causal: rows of the packed heads
+    [seqs, rounded up to 4], splits [as many], and a counter of tiles that starts at 0. used: as in `lengths_kernel`.
+    Without query_start_ptr a sequence has one row, or none where it has no position.
+    """
+    seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = seq < seqs
+    used = tl.minimum(tl.load(kv_lens_ptr + seq, mask=inside, other=0), max_kv)
+    if query_start_ptr is None:
+        rows = tl.minimum(used, 1)
+    else:
+        rows = tl.load(query_start_ptr + seq + 1, mask=inside, other=0)
+        rows -= tl.load(query_start_ptr + seq, mask=inside, other=0)
+    splits = tl.maximum(tl.minimum(tl.cdiv(used, SPLIT), MOST), 1)
+    rounded = tl.cdiv(seqs, 4) * 4
+    tl.store(used_ptr + seq, used, mask=inside)
+    tl.store(schedule_ptr + seq, rows * HEADS, mask=inside)
+    tl.store(schedule_ptr + rounded + seq, splits, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(schedule_ptr + 2 * rounded, 0)
+
+
+def schedule_size(seqs: int) -> int:
+    """Integers of the schedule of so many sequences."""
+    return 2 * ceil_div(seqs, 4) * 4 + 1
 
 
 @triton.jit
@@ -210,6 +260,8 @@ class Launches:
     spoil: Launch
     prepare: Launch | None
     merge: Launch | None
+    schedules: tuple[Launch, ...]
+    """For splits that FA3 cuts: of the caller's rows, and of those that `prepare` copied."""
 
     page_chunks: int
     """Programs that copy an entry's pages: axis 2 of `prepare`."""
@@ -228,11 +280,13 @@ def launches(
     *,
     copies_pages: bool = True,
     replaced: bool = False,
+    scheduled: tuple[int, int] | None = None,
 ) -> Launches:
     """`entries` of `extent` KV positions for a lone query; 0 where it is served as every other.
 
     copies_pages: whether its part of the block table is copied; else the library is shown the caller's. replaced:
-    whether someone else writes the rows of lone queries afterwards.
+    whether someone else writes the rows of lone queries afterwards. scheduled: positions of a split and the most splits
+    of a sequence, where FA3 cuts them.
     """
     data, index, state = pointer(problem.dtype), pointer("int32"), pointer("float32")
     heads = heads_of(problem)
@@ -260,7 +314,7 @@ def launches(
         four_warps,
     )
     if not entries:
-        return Launches(lengths, spoil, None, None, 0)
+        return Launches(lengths, spoil, None, None, (), 0)
     cut = {"ENTRIES": entries, "EXTENT": extent}
     width = extent // problem.size("page_size")
     pages = min(_PAGES, power_of_two(width)) if copies_pages else 0
@@ -278,4 +332,15 @@ def launches(
         cut | result | {"BLOCK_D": power_of_two(heads.value_dim)},
         one_warp if heads.value_dim <= _ONE_WARP else four_warps,
     )
-    return Launches(lengths, spoil, prepare, merge, ceil_div(width, pages) if pages else 1)
+    schedules: tuple[Launch, ...] = ()
+    if scheduled:
+        positions, most = scheduled
+        of = {"HEADS": heads.queries, "SPLIT": positions, "MOST": most, "BLOCK": _SEQS}
+        pointers = {"used_ptr": index, "schedule_ptr": index}
+        schedules = tuple(
+            Launch(
+                schedule_kernel, {"kv_lens_ptr": index, "query_start_ptr": starts, **pointers, **sizes}, of, four_warps
+            )
+            for starts in (index, None)
+        )
+    return Launches(lengths, spoil, prepare, merge, schedules, ceil_div(width, pages) if pages else 1)

@@ -113,7 +113,10 @@ class Fa2:
 
 
 class Fa3:
-    """FA3's one operator, with one split and without scheduler metadata: it then launches by the arguments alone.
+    """FA3's one operator, with one split and without a schedule, or with splits by a schedule that is made for it.
+
+    A schedule (`scheduler_metadata`) says how many splits each sequence has, so that FA3 does not count them by the
+    batch: int32, as `kernels.schedule_kernel` makes it. Only for calls of one row a sequence, which are not causal.
 
     With `rank`, keys of `attention.mla`: q is [..., rank + rope_dim], and both caches are the one of its op,
     [pages, page_size, rank + rope_dim]. The rotary part is the library's q and k, the rest its q_v and v, all as views.
@@ -139,11 +142,13 @@ class Fa3:
         scale: float,
         causal: bool,
         softcap: float,
+        num_splits: int = 1,
+        schedule: torch.Tensor | None = None,
     ) -> None:
         """As `Fa2.varlen`; max_query_len chooses the tile, so it must be one number for all calls of a bound kernel."""
         lengths = (query_start_loc, None, None, None, kv_lens, max_query_len, max_kv_len)
-        tables = (block_table, no_starts)
-        self._call(q, k_cache, v_cache, out, lengths, tables, scale=scale, causal=causal, softcap=softcap)
+        tables, splits = (block_table, no_starts), (num_splits, schedule)
+        self._call(q, k_cache, v_cache, out, lengths, tables, splits, scale=scale, causal=causal, softcap=softcap)
 
     def decode(
         self,
@@ -158,14 +163,14 @@ class Fa3:
         num_splits: int,
         scale: float,
         softcap: float,
+        schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Fa2.decode`, for one split. Every call has one row an entry, so every call has one tile."""
-        if num_splits != 1:
-            raise BackendError(f"FA3 divides a batch into splits by its lengths; num_splits={num_splits} must be 1")
+        """As `Fa2.decode`. Every call has one row an entry, so every call has one tile."""
         # An entry of no position has no tile where it has no row; else 0 is written for each of its heads, 512 wide.
         rows = kv_lens.clamp(max=1) if self._rank else None
         lengths, tables = (None, None, None, rows, kv_lens, None, None), (block_table, no_starts)
-        return self._call(q, k_cache, v_cache, out, lengths, tables, scale=scale, causal=False, softcap=softcap)
+        splits = num_splits, schedule
+        return self._call(q, k_cache, v_cache, out, lengths, tables, splits, scale=scale, causal=False, softcap=softcap)
 
     def _call(
         self,
@@ -175,11 +180,15 @@ class Fa3:
         out: torch.Tensor,
         lengths: tuple[torch.Tensor | int | None, ...],
         tables: tuple[torch.Tensor, torch.Tensor],
+        splits: tuple[int, torch.Tensor | None],
         *,
         scale: float,
         causal: bool,
         softcap: float,
     ) -> torch.Tensor:
+        num_splits, schedule = splits
+        if (num_splits > 1) != (schedule is not None):
+            raise BackendError(f"FA3 counts splits by the batch's lengths: num_splits={num_splits} needs a schedule")
         no_new, no_rotary, no_scales = (None,) * 2, (None,) * 3, (None,) * 3
         block_table, no_starts = tables
         q_v, leftpad = None, None
@@ -190,7 +199,7 @@ class Fa3:
             leftpad = no_starts[: len(no_starts) - 1]
         results = self._forward(
             *(q, k_cache, v_cache, *no_new, q_v, out, *lengths, block_table, None, leftpad, *no_rotary, *no_scales),
-            *(scale, causal, _NO_WINDOW, _NO_WINDOW, softcap, True, None, 1, True, 0, None, 1, 0, None),
+            *(scale, causal, _NO_WINDOW, _NO_WINDOW, softcap, True, schedule, num_splits, True, 0, None, 1, 0, None),
         )
         return results[1]  # type: ignore[no-any-return]
 

@@ -13,7 +13,13 @@ Read in flash-attn 2.8.3 (csrc/flash_attn/) and vllm-project/flash-attention 617
   number (flash_fwd_kernel.h:528, `params.seqlen_k`): absolute, if the table has one width. In vLLM's it is the
   sequence's own length over the number (`binfo.actual_seqlen_k`): free of the batch, not of the position, so that
   level `batch` is all there is. Hence two implementations and two labels.
-- FA3 splits dynamically by the batch (hopper/flash_prepare_scheduler.cu): one split only. Its tile follows
+- FA3 counts a sequence's splits by the batch (hopper/flash_prepare_scheduler.cu), unless it is handed a schedule that
+  says how many there are (`scheduler_metadata`): for one split none is needed, for more it is made here, from the
+  sequence's own length. It cuts the KV that a tile of rows sees into so many parts of as many blocks (hopper/block.h,
+  `get_n_block_min_max`), keeps them in fp32 and adds them in ascending order (flash_fwd_combine_kernel.h), so that for
+  a lone query all follows from its length. A call of more than 992 sequences has one split
+  (flash_api.cpp, `PREPARE_VARLEN_MAX_BATCHES_1CTA`), so more are taken in turn.
+- FA3's tile follows
   `max_seqlen_q` x group <= 64 (hopper/heuristics.h, `use_one_mma_wg`), which moves the KV block where head_dim is 64;
   causal, which `max_seqlen_q` = 1 drops (hopper/flash_api.cpp, `mha_fwd`); a page that is a multiple of a KV block
   (same, `get_pagedkv_tma`); and a window, which moves where blocks begin.
@@ -47,7 +53,7 @@ from bidispatch_backends.triton.attention_params import AttentionTile, attention
 
 __all__ = [
     "CapacitySplitsParams",
-    "LatentSplitSizeParams",
+    "LatentSplitsParams",
     "OneSplitParams",
     "OneSplitTile",
     "SplitSizeParams",
@@ -59,10 +65,11 @@ __all__ = [
     "fa2_numerics",
     "fa2_splits_numerics",
     "fa3_kv_split_numerics",
-    "fa3_mla_kv_split_numerics",
     "fa3_mla_numerics",
+    "fa3_mla_splits_numerics",
     "fa3_numerics",
     "fa3_triton_splits_numerics",
+    "latent_workspace_tiles",
     "lone_split_tiles",
     "no_sinks",
     "no_window",
@@ -76,6 +83,8 @@ __all__ = [
 
 _MOST_SPLITS = 128  # flash_api.cpp, set_params_splitkv
 _LARGEST_BLOCK = 256
+_LATENT_BLOCK = 64  # hopper/tile_size.h:18
+_LATENT_WORKSPACE_MB = 2304
 _LONE_WORKSPACE_MB = 1024
 """Every lone query must have its splits in parallel: who served it else would depend on how many there are."""
 
@@ -135,13 +144,22 @@ class SplitSizeParams(Params):
         return value
 
 
-class LatentSplitSizeParams(SplitSizeParams):
-    """The same for `attention.mla`, whose rows are wider: what a split copies of q and gives is, for 128 heads, as many
-    bytes as the KV of 240 positions, so splits are longer.
+class LatentSplitsParams(Params):
+    """Splits of a sequence's own KV, in fp32 partial results that FA3 adds in ascending order.
+
+    A sequence has one for each `split_size` positions, at most `num_splits`; all of one size, in KV blocks of 64.
     """
 
-    split_size: int = Field(default=2048, ge=_LARGEST_BLOCK)
-    """KV positions, a multiple of 256: whole pages and whole KV blocks."""
+    split_size: int = Field(default=512, ge=_LATENT_BLOCK)
+    """KV positions, a multiple of 64."""
+    num_splits: int = Field(default=32, ge=2, le=_MOST_SPLITS)
+
+    @field_validator("split_size")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if value % _LATENT_BLOCK:
+            raise ValueError(f"split_size={value} is not a multiple of {_LATENT_BLOCK}")
+        return value
 
 
 class WorkspaceTile(Tile):
@@ -168,6 +186,13 @@ def search_one_split(device: Device, problem: Problem, params: Any, m: int) -> t
     """Both ways where heads share keys."""
     shared = problem.size("num_heads") > problem.size("num_kv_heads")
     return (OneSplitTile(), OneSplitTile(pack_lone_queries=True)) if shared else (OneSplitTile(),)
+
+
+def latent_workspace_tiles(
+    device: Device, problem: Problem, params: Any
+) -> tuple[tuple[int | None, WorkspaceTile], ...]:
+    """Room for a server's sequences of 128 heads: FA3 holds every split a sequence may have in fp32, 257 KB each."""
+    return ((None, WorkspaceTile(workspace_mb=_LATENT_WORKSPACE_MB)),)
 
 
 def workspace_tiles(device: Device, problem: Problem, params: Any) -> tuple[tuple[int | None, WorkspaceTile], ...]:
@@ -214,9 +239,9 @@ def fa3_mla_numerics(params: Any, problem: Problem) -> str:
     return f"fa3_mla.{FA3.installed(problem)}"
 
 
-def fa3_mla_kv_split_numerics(params: Any, problem: Problem) -> str:
-    """`fa3_mla_kv_split.<positions>.<library>`."""
-    return f"fa3_mla_kv_split.{params.split_size}.{FA3.installed(problem)}"
+def fa3_mla_splits_numerics(params: Any, problem: Problem) -> str:
+    """`fa3_mla_splits.<positions>.<splits>.<library>`."""
+    return f"fa3_mla_splits.{params.split_size}.{params.num_splits}.{FA3.installed(problem)}"
 
 
 def fa3_triton_splits_numerics(params: Any, problem: Problem) -> str:
