@@ -2,9 +2,10 @@
 
 ::
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitize_small.py
+    compute-sanitizer --tool memcheck python tests/gpu/sanitize_small.py [OP...]
 
-Exits 1 when a result is not near the reference. Without a GPU it runs the processor's kernels.
+All ops if none is named. Exits 1 when a result is not near the reference. On a machine without a GPU it runs the
+processor's kernels.
 """
 
 from __future__ import annotations
@@ -84,14 +85,22 @@ FORCED = (
 )
 
 
-# Decode steps of so many sequences that a program walks the splits of one after the other.
-STEPS = (
-    ("attention", {"num_heads": 16, "num_kv_heads": 8, "head_dim": 64}, paged_batch),
-    ("attention", {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "window": 100, "sinks": True}, paged_batch),
-    ("attention.mla", {"num_heads": 16}, latent_batch),
-    ("attention.mla", {"num_heads": 128}, latent_batch),
-)
+# Decode steps of so many sequences that a program walks the splits of one after the other, and prompts and chunks.
 LENGTHS = (1, 63, 300, 700, 257) * 30
+DECODE, PROMPTS = (tuple(1 for _ in LENGTHS), LENGTHS), ((300, 20, 1, 90, 17, 0), (300, 40, 1, 700, 600, 0))
+STEPS = (
+    ("attention", {"num_heads": 16, "num_kv_heads": 8, "head_dim": 64}, paged_batch, DECODE),
+    (
+        "attention",
+        {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "window": 100, "sinks": True},
+        paged_batch,
+        DECODE,
+    ),
+    *(
+        ("attention.mla", {"num_heads": heads, "page_size": page}, latent_batch, lengths)
+        for heads, page, lengths in ((16, 64, DECODE), (128, 64, DECODE), (16, 16, PROMPTS), (128, 64, PROMPTS))
+    ),
+)
 
 
 def has_e4m3(plan: bid.Plan) -> bool:
@@ -133,11 +142,13 @@ def _tolerance(problem: Problem, out: torch.Tensor) -> float:
     return max(TOLERANCE[problem.dtype], TOLERANCE[inner])
 
 
-def main() -> int:
-    """Run everything; return the exit code."""
+def main(only: Sequence[str]) -> int:
+    """Run everything, or these ops; return the exit code."""
     plan = bid.plan("auto")
     wrong = calls = 0
     for name, every in DIMS.items():
+        if only and name not in only:
+            continue
         for dtype in ops.get(name).dtypes:
             for dims in every:
                 problem = ops.get(name).problem(dtype, dims)
@@ -149,17 +160,21 @@ def main() -> int:
                     if not error <= 1:
                         wrong += 1
                         print(f"{problem}, {rows} rows: {error:.2f} of the tolerance")  # noqa: T201 - a script
-    for name, dims, batch in STEPS:
+    for name, dims, batch, (queries, lengths) in STEPS:
+        if only and name not in only:
+            continue
         problem = ops.get(name).problem("bfloat16", dims)
-        step = batch(problem, [1] * len(LENGTHS), LENGTHS, device=plan.device.torch_device)
+        step = batch(problem, queries, lengths, device=plan.device.torch_device)
         error = error_of(plan, problem, step)
         calls += 1
         if not error <= 1:
             wrong += 1
-            print(f"{problem}, {len(LENGTHS)} sequences: {error:.2f} of the tolerance")  # noqa: T201 - a script
+            print(f"{problem}, {len(lengths)} sequences: {error:.2f} of the tolerance")  # noqa: T201 - a script
     if plan.device.arch.vendor != "cpu":
         for name, dtype, dims in FORCED:
             op = ops.get(default_registry().get(name).op)
+            if only and op.name not in only:
+                continue
             with bid.override(f"{op.name}={name}"):
                 errors = [worst_error(plan, op.problem(dtype, dims), rows) for rows in ROWS]
             calls += len(errors)
@@ -170,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
