@@ -133,8 +133,8 @@ def test_a_row_is_its_own_whatever_the_batch(name, data):
             query, length, seed = piece
             chunk = kernel(batch(problem, [(min(length, 20), length, seed)]))
             assert same_bits(rows, chunk[-query:])
-    for operator in {call.operator for call in fake.calls}:
-        seen = [call for call in fake.calls if call.operator == operator]
+    for splits in {call.num_splits for call in fake.calls}:
+        seen = [call for call in fake.calls if call.num_splits == splits]
         assert len({(call.num_splits, call.causal, call.max_kv, call.max_query) for call in seen}) == 1
         assert {call.rest["leftpad"] for call in seen} == {True}
 
@@ -176,19 +176,18 @@ def test_lone_queries_are_split_and_the_split_is_seen():
     problem = problem_of()
     arguments = batch(problem, [(1, 1000, 0)])
     split = bind(SPLIT, problem)(arguments)
-    assert {call.operator for call in fake.calls} == {"fa3.varlen", "fa3.batch"}
+    assert [call.num_splits for call in fake.calls] == [1, 4]
     assert not same_bits(split, bind(SPLIT, problem, split_size=512)(arguments))
     assert not same_bits(split, bind(SPLIT, problem, num_splits=3)(arguments))
     assert not same_bits(split, bind(WHOLE, problem)(arguments))
 
 
-def test_entries_of_no_position_have_no_row():
-    """One that is not a lone query. What it holds afterwards is looked at by nobody."""
+def test_what_is_no_lone_query_is_shown_without_a_position():
     problem = problem_of()
     bind(SPLIT, problem)(batch(problem, [(1, 300, 0), (3, 300, 1), (1, 1, 2)]))
-    (call,) = (call for call in fake.calls if call.operator == "fa3.batch")
-    assert call.lengths == (300, 0, 1)
-    assert call.rest["used_q"] == (1, 0, 1)
+    walked, split = fake.calls
+    assert (walked.num_splits, walked.lengths) == (1, (1, 300, 1))
+    assert (split.num_splits, split.lengths, split.rows) == (4, (300, 0, 1), (1, 1, 1))
 
 
 def test_longer_queries_of_the_splits_have_one_split():
@@ -208,7 +207,8 @@ def test_what_a_kernel_is_bound_for_moves_no_bit(name):
     alone = bind(name, problem, Limits(3, 3, 1024, max_query_len=1))
     fake.calls.clear()
     result = alone(batch(problem, lone))
-    assert [call.operator for call in fake.calls] == ["fa3.varlen"]  # rows as they are
+    (call,) = fake.calls  # rows as they are
+    assert call.rows == (1, 1, 1)
     assert same_bits(result, wanted[[0, 4, 5]])
 
 
@@ -223,7 +223,7 @@ def test_more_lone_queries_than_the_workspace_holds_are_taken_in_turn():
     wanted = bind(SPLIT, problem, limits)(batch(problem, pieces))
     fake.calls.clear()
     assert same_bits(bind(SPLIT, problem, limits, tile={"workspace_mb": 2})(batch(problem, pieces)), wanted)
-    assert sum(call.operator == "fa3.batch" for call in fake.calls) > 1
+    assert sum(call.num_splits > 1 for call in fake.calls) > 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -343,6 +343,8 @@ def _fa3_forward(*arguments):
             whole_pages=whole_pages,
         )
         flat_out[owned] = result.to(out.dtype)
+    if splits > 1 and not varlen and used_q is not None:  # flash_fwd_combine_launch_template.h: the first entry's
+        flat_out[1:] = flat_out[0].clone()
     return [out, lse if varlen else lse.T.reshape(len(q), q.shape[1], -1).transpose(1, 2)]
 
 

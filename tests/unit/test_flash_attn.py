@@ -341,7 +341,7 @@ def test_other_arguments_than_those_that_were_read_are_refused():
 def test_fa3_refuses_splits():
     from bidispatch_backends.flash_attn.library import Fa3
 
-    with pytest.raises(BackendError, match="num_splits=4 needs a schedule"):
+    with pytest.raises(BackendError, match="num_splits=4 must be 1"):
         Fa3(lambda *arguments: []).decode(*[torch.empty(1)] * 7, num_splits=4, scale=1.0, softcap=0.0)
 
 

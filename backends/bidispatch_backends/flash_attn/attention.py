@@ -276,11 +276,10 @@ class _Attention:
             (tokens,), seq_lens, query_start_loc, out, seqs, max_kv, self._longest_query, *out.stride()[:2]
         )
 
-    def _decode(
-        self, operands: tuple[torch.Tensor, ...], lens: torch.Tensor, split: _Split, scale: float
-    ) -> torch.Tensor:
-        """The library's decode call of entries of these lengths, and the LSE."""
-        return self._library.decode(*operands, num_splits=split.num_splits, scale=scale, softcap=self._heads.softcap)
+    def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
+        """The library's call of entries, and its LSE."""
+        softcap = self._heads.softcap
+        return self._library.decode(*operands, num_splits=split.num_splits, scale=scale, softcap=softcap)
 
     def _lone_queries(
         self,
@@ -304,7 +303,7 @@ class _Attention:
         prepare(grid, q, block_table, *ends, rows, self._pages, lens, first, max_kv, *strides)
         table = self._pages[:entries] if split.own_table else block_table[first : first + count]
         operands = rows, k_cache, v_cache, table, lens, self._no_starts[: entries + 1], partial
-        lse = self._decode(operands, lens, split, scale)
+        lse = self._decode(operands, split, scale)
         merge((count, self._heads.queries), partial, lse.contiguous(), *ends, out, first, max_kv, *out.stride()[:2])
 
 
@@ -323,10 +322,11 @@ class _LatentSplits(_LatentAttention):
 
     def __init__(self, context: BindContext, library: Fa3) -> None:
         self._fa3 = library
-        most = context.params.num_splits
-        super().__init__(context, library, _Split(1, _whole_pages(context), most, own_table=False))
+        self._most_splits = context.params.num_splits
+        super().__init__(context, library, _Split(1, _whole_pages(context), self._most_splits, own_table=False))
         with torch.inference_mode(False):
             self._schedules = self._integers(context, schedule_size(self._queries))
+            self._entry_starts = torch.arange(self._queries + 1, dtype=torch.int32, device=context.device.torch_device)
 
     def _launched(self, context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:
         cut = context.params.split_size, context.params.num_splits
@@ -350,35 +350,44 @@ class _LatentSplits(_LatentAttention):
             return
         max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
         used = self._used[:seqs]
-        schedule = self._schedule(seq_lens, query_start_loc, used, max_kv)
-        self._fa3.varlen(
-            *(q, k_cache, v_cache, block_table, used, query_start_loc, self._no_starts[: seqs + 1], out),
+        self._in_splits(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, used, out, max_kv, scale)
+        self._launches.spoil((tokens,), seq_lens, query_start_loc, out, seqs, max_kv, 1, *out.stride()[:2])
+
+    def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
+        rows, k_cache, v_cache, table, lens, _, partial = operands
+        starts = self._entry_starts[: len(lens) + 1]
+        return self._in_splits(
+            rows[:, 0], k_cache, v_cache, table, lens, starts, lens, partial[:, 0], self._max_kv, scale
+        )
+
+    def _in_splits(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        lens: torch.Tensor,
+        starts: torch.Tensor,
+        used: torch.Tensor,
+        out: torch.Tensor,
+        max_kv: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Sequences of one row at most. used: where what they are shown of their KV goes. Returns the LSE."""
+        seqs = len(lens)
+        schedule = self._schedules[: schedule_size(seqs)]
+        if self._launches.schedule:
+            programs = ceil_div(seqs, self._launches.seqs_a_program)
+            self._launches.schedule((programs,), lens, starts, used, schedule, seqs, max_kv)
+        return self._fa3.varlen(
+            *(q, k_cache, v_cache, block_table, used, starts, self._no_starts[: seqs + 1], out),
             max_query_len=1,
             max_kv_len=self._max_kv,
             scale=scale,
             causal=False,
             softcap=self._heads.softcap,
-            num_splits=self._split.num_splits if self._split else 1,
+            num_splits=self._most_splits,
             schedule=schedule,
-        )
-        self._launches.spoil((tokens,), seq_lens, query_start_loc, out, seqs, max_kv, 1, *out.stride()[:2])
-
-    def _schedule(
-        self, lens: torch.Tensor, starts: torch.Tensor | None, used: torch.Tensor, max_kv: int
-    ) -> torch.Tensor:
-        seqs = len(lens)
-        schedule = self._schedules[: schedule_size(seqs)]
-        of_rows, of_entries = self._launches.schedules
-        launch = of_entries if starts is None else of_rows
-        launch((ceil_div(seqs, self._launches.seqs_a_program),), lens, starts, used, schedule, seqs, max_kv)
-        return schedule
-
-    def _decode(
-        self, operands: tuple[torch.Tensor, ...], lens: torch.Tensor, split: _Split, scale: float
-    ) -> torch.Tensor:
-        schedule = self._schedule(lens, None, lens, self._max_kv)
-        return self._fa3.decode(
-            *operands, num_splits=split.num_splits, scale=scale, softcap=self._heads.softcap, schedule=schedule
         )
 
 

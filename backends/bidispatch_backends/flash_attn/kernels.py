@@ -74,16 +74,12 @@ def schedule_kernel(
 
     schedule: as hopper/flash_prepare_scheduler.cu has it for calls that are not causal: rows of the packed heads
     [seqs, rounded up to 4], splits [as many], and a counter of tiles that starts at 0. used: as in `lengths_kernel`.
-    Without query_start_ptr a sequence has one row, or none where it has no position.
     """
     seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = seq < seqs
     used = tl.minimum(tl.load(kv_lens_ptr + seq, mask=inside, other=0), max_kv)
-    if query_start_ptr is None:
-        rows = tl.minimum(used, 1)
-    else:
-        rows = tl.load(query_start_ptr + seq + 1, mask=inside, other=0)
-        rows -= tl.load(query_start_ptr + seq, mask=inside, other=0)
+    rows = tl.load(query_start_ptr + seq + 1, mask=inside, other=0)
+    rows -= tl.load(query_start_ptr + seq, mask=inside, other=0)
     splits = tl.maximum(tl.minimum(tl.cdiv(used, SPLIT), MOST), 1)
     rounded = tl.cdiv(seqs, 4) * 4
     tl.store(used_ptr + seq, used, mask=inside)
@@ -260,8 +256,8 @@ class Launches:
     spoil: Launch
     prepare: Launch | None
     merge: Launch | None
-    schedules: tuple[Launch, ...]
-    """For splits that FA3 cuts: of the caller's rows, and of those that `prepare` copied."""
+    schedule: Launch | None
+    """For splits that FA3 cuts."""
 
     page_chunks: int
     """Programs that copy an entry's pages: axis 2 of `prepare`."""
@@ -314,7 +310,7 @@ def launches(
         four_warps,
     )
     if not entries:
-        return Launches(lengths, spoil, None, None, (), 0)
+        return Launches(lengths, spoil, None, None, None, 0)
     cut = {"ENTRIES": entries, "EXTENT": extent}
     width = extent // problem.size("page_size")
     pages = min(_PAGES, power_of_two(width)) if copies_pages else 0
@@ -332,15 +328,13 @@ def launches(
         cut | result | {"BLOCK_D": power_of_two(heads.value_dim)},
         one_warp if heads.value_dim <= _ONE_WARP else four_warps,
     )
-    schedules: tuple[Launch, ...] = ()
+    schedule = None
     if scheduled:
         positions, most = scheduled
-        of = {"HEADS": heads.queries, "SPLIT": positions, "MOST": most, "BLOCK": _SEQS}
-        pointers = {"used_ptr": index, "schedule_ptr": index}
-        schedules = tuple(
-            Launch(
-                schedule_kernel, {"kv_lens_ptr": index, "query_start_ptr": starts, **pointers, **sizes}, of, four_warps
-            )
-            for starts in (index, None)
+        schedule = Launch(
+            schedule_kernel,
+            {**ends, "used_ptr": index, "schedule_ptr": index, **sizes},
+            {"HEADS": heads.queries, "SPLIT": positions, "MOST": most, "BLOCK": _SEQS},
+            four_warps,
         )
-    return Launches(lengths, spoil, prepare, merge, schedules, ceil_div(width, pages) if pages else 1)
+    return Launches(lengths, spoil, prepare, merge, schedule, ceil_div(width, pages) if pages else 1)

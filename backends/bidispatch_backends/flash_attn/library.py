@@ -144,11 +144,14 @@ class Fa3:
         softcap: float,
         num_splits: int = 1,
         schedule: torch.Tensor | None = None,
-    ) -> None:
-        """As `Fa2.varlen`; max_query_len chooses the tile, so it must be one number for all calls of a bound kernel."""
+    ) -> torch.Tensor:
+        """As `Fa2.varlen`; max_query_len chooses the tile, so it must be one number for all calls of a bound kernel.
+
+        Returns the fp32 LSE [heads, tokens].
+        """
         lengths = (query_start_loc, None, None, None, kv_lens, max_query_len, max_kv_len)
         tables, splits = (block_table, no_starts), (num_splits, schedule)
-        self._call(q, k_cache, v_cache, out, lengths, tables, splits, scale=scale, causal=causal, softcap=softcap)
+        return self._call(q, k_cache, v_cache, out, lengths, tables, splits, (scale, causal, softcap))
 
     def decode(
         self,
@@ -163,14 +166,16 @@ class Fa3:
         num_splits: int,
         scale: float,
         softcap: float,
-        schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Fa2.decode`. Every call has one row an entry, so every call has one tile."""
-        # An entry of no position has no tile where it has no row; else 0 is written for each of its heads, 512 wide.
-        rows = kv_lens.clamp(max=1) if self._rank else None
-        lengths, tables = (None, None, None, rows, kv_lens, None, None), (block_table, no_starts)
-        splits = num_splits, schedule
-        return self._call(q, k_cache, v_cache, out, lengths, tables, splits, scale=scale, causal=False, softcap=softcap)
+        """As `Fa2.decode`, for one split. One row an entry, so every call has one tile.
+
+        Not for splits: where `cu_seqlens_q` does not name the rows, what adds splits up takes the first entry's for
+        every one (hopper/flash_fwd_combine_launch_template.h).
+        """
+        if num_splits != 1:
+            raise BackendError(f"FA3's splits are for `varlen`, by a schedule; num_splits={num_splits} must be 1")
+        lengths, tables = (None, None, None, None, kv_lens, None, None), (block_table, no_starts)
+        return self._call(q, k_cache, v_cache, out, lengths, tables, (1, None), (scale, False, softcap))
 
     def _call(
         self,
@@ -181,12 +186,10 @@ class Fa3:
         lengths: tuple[torch.Tensor | int | None, ...],
         tables: tuple[torch.Tensor, torch.Tensor],
         splits: tuple[int, torch.Tensor | None],
-        *,
-        scale: float,
-        causal: bool,
-        softcap: float,
+        scores: tuple[float, bool, float],
     ) -> torch.Tensor:
-        num_splits, schedule = splits
+        """scores: scale, whether causal, soft cap."""
+        (num_splits, schedule), (scale, causal, softcap) = splits, scores
         if (num_splits > 1) != (schedule is not None):
             raise BackendError(f"FA3 counts splits by the batch's lengths: num_splits={num_splits} needs a schedule")
         no_new, no_rotary, no_scales = (None,) * 2, (None,) * 3, (None,) * 3
