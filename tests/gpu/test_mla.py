@@ -81,8 +81,7 @@ WAYS = [
     {"segment_programs": 1, "decode_overlap": False},  # the Triton kernel
     {"segment_programs": 1, "workspace_mb": 64},  # some sequences are left to the walk
     {"segment_programs": 0},
-    {"decode_query_len": 0},
-    {"decode_query_len": 0, "prefill_overlap": False},  # the Triton kernel
+    {"decode_query_len": 0},  # Triton's walk
 ]
 
 
@@ -121,7 +120,7 @@ def test_alike_sequences_have_the_bits_of_prefill(heads, context):
             assert same_bits(out, whole[rows]), (count, sizes)
 
 
-WALKS = [{"prefill_overlap": True}, {"prefill_overlap": False}]
+WALKS = [{"prefill_overlap": True}, {"prefill_overlap": False}, {"decode_query_len": 0}]
 
 
 @pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 64), ("float16", 16), ("bfloat16", 32)])
@@ -136,13 +135,11 @@ def test_prompts_have_the_bits_of_the_triton_walk_and_of_decode(heads, dtype, pa
     compared = 0
     for order in ([*range(len(ends))], [*reversed(range(len(ends)))], [9], [6, 7]):
         rows, batch = steps(arguments, [ends[i] for i in order], [queries[i] for i in order])
-        for decode_query_len in (0, 16):
-            for sizes in WALKS:
-                attend = bound(problem, device, PROMPTS, decode_query_len=decode_query_len, **sizes)
-                out = torch.full((len(rows), heads, 512), float("nan"), dtype=whole.dtype, device="cuda")
-                attend(*batch, out=out)
-                assert same_bits(out, whole[rows]), (order, decode_query_len, sizes)
-                compared += len(rows)
+        for sizes in WALKS:
+            out = torch.full((len(rows), heads, 512), float("nan"), dtype=whole.dtype, device="cuda")
+            bound(problem, device, PROMPTS, **sizes)(*batch, out=out)
+            assert same_bits(out, whole[rows]), (order, sizes)
+            compared += len(rows)
     record_property("rows", compared)
     decode = bound(problem, device, PROMPTS)
     for few in torch.arange(0, LENGTH, 31).split(16):
@@ -151,14 +148,13 @@ def test_prompts_have_the_bits_of_the_triton_walk_and_of_decode(heads, dtype, pa
 
 
 @pytest.mark.parametrize("sizes", WALKS, ids=str)
-@pytest.mark.parametrize("decode_query_len", [0, 16])
-def test_a_walk_writes_nan_and_zeros_where_it_must_and_nothing_else(sizes, decode_query_len):
+def test_a_walk_writes_nan_and_zeros_where_it_must_and_nothing_else(sizes):
     """Prompts past the limits, ones without a position to see, rows behind the last sequence, operands out of line."""
     device = Device.detect()
     for heads in (16, 128):
         problem = problem_of(heads)
         arguments, whole = prefill(problem, device)
-        attend = bound(problem, device, Limits(8192, 16, 4096), decode_query_len=decode_query_len, **sizes)
+        attend = bound(problem, device, Limits(8192, 16, 4096), **sizes)
         ends, queries = [4096, 5000, 300, 4097, 60], [40, 100, 300, 30, 50]
         rows, batch = steps(arguments, ends, queries)
         batch[3][4] = 0
@@ -186,7 +182,7 @@ def test_what_one_prompt_leaves_in_the_running_state_reaches_no_other(heads):
     lengths = [900, 3000, 40, 1500] * 3
     batch = latent_batch(problem, lengths, lengths, device="cuda", sequence_seeds=list(range(12)))
     scratch = Scratch()
-    attend = bound(problem, device, Limits(sum(lengths), 12, 4096), scratch, decode_query_len=0)
+    attend = bound(problem, device, Limits(sum(lengths), 12, 4096), scratch)
     clean = attend(*batch)
     for value in (float("inf"), float("nan"), float("-inf")):
         for block in scratch._blocks.values():

@@ -182,10 +182,34 @@ def test_splits_of_tiles_in_pairs_are_walked_in_runs_on_hopper(splits, served):
     assert tile.segment_programs == 1
     assert walks_runs(device.arch, problem, params, tile, 256) is served
     assert not walks_runs(device.arch, problem, params, tile, 1024)
-    kernels = [launch.kernel.fn.__name__ for launch in launches(problem, params, tile, device.arch)]
-    assert kernels[-2:] == (
-        ["seesaw_segment_kernel", "fold_kernel"] if served else ["seesaw_split_kernel", "fold_kernel"]
-    )
+    runs = ["seesaw_segment_kernel", "fold_kernel"]
+    for changed, more in (
+        ({}, [*runs, "seesaw_walk_kernel"]),
+        ({"prefill_overlap": False}, runs),
+        ({"segment_programs": 0}, []),
+    ):
+        made = launches(problem, params, tile.model_copy(update=changed), device.arch)
+        kernels = [launch.kernel.fn.__name__ for launch in made]
+        assert kernels[2:] == ["seesaw_split_kernel", "fold_kernel", *(more if served else [])]
+
+
+def test_the_walk_of_pairs_takes_operands_on_16_bytes():
+    """Others are Triton's, on a grid of its own."""
+    device, problem, params = hopper(16)
+    ((_, tile),) = mla_tiles(device, problem, params)
+    pairs = launches(problem, params, tile, device.arch)[-1]
+    q, cache, out = torch.zeros(4, 16, 577), torch.zeros(3, 64, 576), torch.zeros(4, 16, 512)
+    numbers = torch.zeros(17, dtype=torch.int32)
+    places = [1.0, 4, 8192, 128]
+
+    def served(q, numbers=numbers, strides=(9216, 576)):
+        tensors = (q, cache, numbers, numbers, numbers, numbers, numbers, out)
+        return pairs.serves(*tensors, *places, *strides, 64 * 576, 576, 16 * 512, 512)
+
+    assert served(q)
+    assert not served(q.flatten()[1:])
+    assert not served(q, numbers[1:])
+    assert not served(q, strides=(16 * 584, 584))
 
 
 def test_only_hopper_has_segments_by_default():

@@ -142,7 +142,7 @@ class Parallel:
     ) -> None:
         """blocks: tiles of one token's heads. segments: programs of `segment_kernel` a multiprocessor, if any.
 
-        running: what each of these programs, or one a multiprocessor, holds of its own in memory, in float32.
+        running: what each of these programs holds of its own in memory, in float32.
         """
         limits, tile = context.limits, context.tile
         self.decode = decode
@@ -159,9 +159,9 @@ class Parallel:
         states = decode.capacity * heads if decode.most_queries else 0
         seqs = limits.max_seqs if decode.most_queries else 0
         sizes = ((seqs, torch.int32), *((count, torch.float32) for count in (states, states, states * width)))
-        folded = limits.max_tokens * heads if states and segments else 0
+        folded, running = (limits.max_tokens * heads, self._segments * running) if states and segments else (0, 0)
         *workspace, self.folded, self.running = empties(
-            context, *sizes, (folded, torch.int32), (max(self._units, self._segments) * running, torch.float32)
+            context, *sizes, (folded, torch.int32), (running, torch.float32)
         )
         self.workspace = tuple(workspace)
         self.bases = self.workspace[0]

@@ -87,11 +87,6 @@ class Launch:
     def _constants(self) -> tuple[Constant, ...]:
         return tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
 
-    def serves(self, *arguments: Any) -> bool:
-        """Whether a call's operands are what the kernel's copies of 16 bytes need; else `unaligned` serves them."""
-        places = (tensor.data_ptr() for tensor in arguments[: self._tensors] if tensor is not None)
-        return not any(size % _ALIGNMENT for size in (*places, *self._sizes(arguments)))
-
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch on the current stream.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from bidispatch_backends.triton.attention_launch import (
 )
 from bidispatch_backends.triton.attention_params import padded
 from bidispatch_backends.triton.hopper import WARPS
-from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer
+from bidispatch_backends.triton.launch import _ALIGNMENT, ArgumentType, Constant, Launch, options, pointer
 from bidispatch_backends.triton.mla_hopper import SEESAW_ROWS, seesaw_split_kernel
 from bidispatch_backends.triton.mla_hopper_segments import seesaw_segment_kernel
 from bidispatch_backends.triton.mla_hopper_walk import seesaw_walk_kernel
@@ -65,6 +66,16 @@ class Runs(Parallel):
 
 
 @dataclass(frozen=True)
+class _Pairs(Launch):
+    """Of `seesaw_walk_kernel`, which has a grid of its own, so that what serves other operands is chosen before."""
+
+    def serves(self, *arguments: Any) -> bool:
+        """Whether the operands are what the kernel's copies of 16 bytes need."""
+        places = (tensor.data_ptr() for tensor in arguments[: self._tensors])
+        return not any(size % _ALIGNMENT for size in (*places, *self._sizes(arguments)))
+
+
+@dataclass(frozen=True)
 class _Launches:
     """The launches of a bound kernel. A walk is for all sequences, or for those that the parallel splits leave."""
 
@@ -72,11 +83,10 @@ class _Launches:
     walk_rest: Launch
     split: Launch
     fold: Launch
-    pairs_all: Launch | None
-    pairs_rest: Launch | None
-    """In the place of walks, on a grid of their own, for operands that they serve."""
-    segment: Launch | None
-    segment_fold: Launch | None
+    segment: Launch | None = None
+    segment_fold: Launch | None = None
+    pairs: _Pairs | None = None
+    """In the place of `walk_rest`, where segments have memory of their programs' own."""
 
 
 def _folded_span(heads: int) -> int:
@@ -93,8 +103,8 @@ def launches(
     problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
     """The launches of `latent_walk_kernel` for all sequences and for those that are left, `latent_split_kernel` and
-    `fold_kernel`, then what stands in for these where the tile has it: `seesaw_walk_kernel`, twice as well, and
-    `latent_segment_kernel` and `fold_kernel`.
+    `fold_kernel`, then, where the tile has segments, `latent_segment_kernel` and `fold_kernel`, and what else stands in
+    for the second walk on Hopper.
 
     limits: by default those of a server, with decode steps of one token.
     """
@@ -150,17 +160,6 @@ def _launches(problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, li
         for bases in (None, index)
     )
     in_gluon = not triton.knobs.runtime.interpret  # which cannot be interpreted
-    pairs_all = pairs_rest = None
-    if walks_pairs(arch, problem, params, tile, decode.block_b) and in_gluon:
-        pairs_all, pairs_rest = (
-            Launch(
-                seesaw_walk_kernel,
-                inputs | {"bases_ptr": bases, "running_ptr": pointer("float32"), "out_ptr": data} | walk_sizes,
-                packed(SEESAW_ROWS) | {"BLOCK_B": decode.block_b},
-                options(arch, WARPS, 1, fp_fusion=False),
-            )
-            for bases in (None, index)
-        )
     fold_constants: dict[str, Constant] = {
         "HEADS": heads,
         "GROUP": heads,
@@ -184,7 +183,7 @@ def _launches(problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, li
     fold = fold_launch(arch, neither, data, out_strides, fold_constants, _FOLD_WARPS)
     walked = walks_runs(arch, problem, params, tile, decode.block_b) and in_gluon
     if not tile.segment_programs or (tile.decode_overlap and not walked):
-        return _Launches(walk_all, walk_rest, split, fold, pairs_all, pairs_rest, None, None)
+        return _Launches(walk_all, walk_rest, split, fold)
 
     segment_types = inputs | {"folded_ptr": index, "running_ptr": pointer("float32")} | workspace_types()
     segment = Launch(
@@ -213,7 +212,15 @@ def _launches(problem: Problem, params: MlaParams, tile: MlaTile, arch: Arch, li
         dependent=True,
         segments=True,
     )
-    return _Launches(walk_all, walk_rest, split, fold, pairs_all, pairs_rest, segment, segment_fold)
+    pairs = None
+    if walked and walks_pairs(arch, problem, params, tile, decode.block_b):
+        pairs = _Pairs(
+            seesaw_walk_kernel,
+            inputs | {"bases_ptr": index, "running_ptr": pointer("float32"), "out_ptr": data} | walk_sizes,
+            packed(SEESAW_ROWS) | {"BLOCK_B": decode.block_b},
+            options(arch, WARPS, 1, fp_fusion=False),
+        )
+    return _Launches(walk_all, walk_rest, split, fold, segment, segment_fold, pairs)
 
 
 def bind_mla(context: BindContext) -> Kernel:
@@ -239,7 +246,7 @@ def bind_mla(context: BindContext) -> Kernel:
         width=padded(rank),
         blocks=blocks,
         segments=tile.segment_programs if segment else 0,
-        running=SEESAW_ROWS * padded(rank) if made.pairs_all or (segment and segment.unaligned) else 0,
+        running=decode.block_m * padded(rank) if segment and segment.unaligned else 0,
     )
     log2_e, span = math.log2(math.e), _folded_span(heads)
 
@@ -260,7 +267,7 @@ def bind_mla(context: BindContext) -> Kernel:
         table_stride, out_strides = block_table.stride(0), out.stride()[:2]
         exp2_scale = scale * log2_e
 
-        walk, pairs, walk_bases = made.walk_all, made.pairs_all, None
+        walk, pairs, walk_bases = made.walk_all, None, None
         left = parallel.leaves(tokens)
         if decode.most_queries:
             in_segments = parallel.in_segments(seqs)
@@ -308,7 +315,7 @@ def bind_mla(context: BindContext) -> Kernel:
                 0,
                 *out_strides,
             )
-            walk, pairs, walk_bases = made.walk_rest, made.pairs_rest, parallel.bases
+            walk, pairs, walk_bases = made.walk_rest, made.pairs, parallel.bases
         if left:
             sizes = (exp2_scale, seqs, max_kv, table_stride, *strides, *out_strides)
             in_pairs = (*inputs, walk_bases, parallel.running, out, *sizes)

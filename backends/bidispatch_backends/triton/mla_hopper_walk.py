@@ -37,21 +37,17 @@ __all__ = ["seesaw_walk_kernel"]
 
 
 @gluon.jit
-def _tiles(
-    query_start_ptr, kv_lens_ptr, bases_ptr, seqs, LEFT: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr
-):
-    """Of every sequence: its number, what is known of its lengths, and the query tiles before its end that are walked.
+def _tiles(query_start_ptr, kv_lens_ptr, bases_ptr, seqs, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
+    """Of every sequence: its number, its first token, its lengths, its query tiles, and those up to its end.
 
-    LEFT: whether those that the parallel splits took (bases[b] >= 0) are not. Every warp counts for itself.
+    Sequences that the parallel splits took (bases[b] >= 0) have none. Every warp counts for itself.
     """
     batch = gl.arange(0, BLOCK_B, layout=gl.BlockedLayout([max(1, BLOCK_B // 32)], [32], [_WARPS], [0]))
     there = batch < seqs
     starts = gl.load(query_start_ptr + batch, mask=there, other=0)
     query_lens = gl.load(query_start_ptr + batch + 1, mask=there, other=0) - starts
     kv_lens = gl.load(kv_lens_ptr + batch, mask=there, other=0)
-    walked = query_lens > 0
-    if LEFT:
-        walked = walked & (gl.load(bases_ptr + batch, mask=there, other=0) < 0)
+    walked = (query_lens > 0) & (gl.load(bases_ptr + batch, mask=there, other=0) < 0)
     tiles = gl.where(walked, (query_lens + TOKENS - 1) // TOKENS, 0)
     return batch, starts, query_lens, kv_lens, tiles, gl.associative_scan(tiles, 0, _plus)
 
@@ -83,7 +79,6 @@ def _fill(
 @gluon.jit
 def _copy(
     copied,
-    LEFT: gl.constexpr,
     NUM_HEADS: gl.constexpr,
     HEADS: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -127,7 +122,7 @@ def _copy(
     head_blocks: gl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     copied_to = q_left, q_right, q_rope, kv_left, kv_right, kv_rope, ready, free, q_free
     _batch, _starts, _query_lens, _kv_lens, _tile_counts, ends = _tiles(
-        query_start_ptr, kv_lens_ptr, bases_ptr, seqs, LEFT, TOKENS, BLOCK_B
+        query_start_ptr, kv_lens_ptr, bases_ptr, seqs, TOKENS, BLOCK_B
     )
     pairs = gl.max(ends, 0) * head_blocks
     step = gl.program_id(0) * 0
@@ -139,7 +134,7 @@ def _copy(
         if pair < pairs:
             # Counted anew, which takes less than holding the counts would.
             batch, starts, query_lens, kv_lens, tile_counts, ends = _tiles(
-                query_start_ptr, kv_lens_ptr, bases_ptr, seqs, LEFT, TOKENS, BLOCK_B
+                query_start_ptr, kv_lens_ptr, bases_ptr, seqs, TOKENS, BLOCK_B
             )
             tile = gl.max(ends, 0) - 1 - pair // head_blocks
             its = (ends > tile) & (ends - tile_counts <= tile)
@@ -240,7 +235,6 @@ def seesaw_walk_kernel(
     """
     gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
     HALF: gl.constexpr = BLOCK_L // 2
-    LEFT: gl.constexpr = bases_ptr is not None
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free = _allocate(
         dtype, BLOCK_N, HALF, ROPE
@@ -248,7 +242,6 @@ def seesaw_walk_kernel(
     q_left, q_right, q_rope = queries
     kv_left, kv_right, kv_rope = tiles
     weights, maxima, decays, ones = handed
-    left_ptr = bases_ptr if LEFT else query_start_ptr  # which is then never read
     attend = (
         q_left,
         q_right,
@@ -296,7 +289,7 @@ def seesaw_walk_kernel(
         table_ptr,
         kv_lens_ptr,
         query_start_ptr,
-        left_ptr,
+        bases_ptr,
         out_ptr,
         seqs,
         max_kv,
@@ -312,7 +305,7 @@ def seesaw_walk_kernel(
         [
             (_attend, (gl.constexpr(0), attend, NUM_HEADS, HEADS, TOKENS, SPLITS, BLOCK_N, HALF)),
             (_attend, (gl.constexpr(1), attend, NUM_HEADS, HEADS, TOKENS, SPLITS, BLOCK_N, HALF)),
-            (_copy, (copy, LEFT, NUM_HEADS, HEADS, TOKENS, PAGE_SIZE, BLOCK_B, BLOCK_N, HALF, ROPE)),
+            (_copy, (copy, NUM_HEADS, HEADS, TOKENS, PAGE_SIZE, BLOCK_B, BLOCK_N, HALF, ROPE)),
         ],
         [_WARPS, _WARPS],
         [_ATTEND_REGISTERS, _COPY_REGISTERS],

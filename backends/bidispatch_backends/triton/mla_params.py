@@ -18,7 +18,6 @@ _MATRIX_ROWS = 16
 _ASYNC_ROWS = 64
 """Rows from which a product on Hopper is wgmma."""
 _ELEMENT_BYTES = 2
-_SEESAW_BLOCK_N = 32
 _SEESAW_SEQS = 512
 """Sequences whose lengths a warp can hold in registers."""
 
@@ -49,7 +48,7 @@ class MlaTile(AttentionTile):
     decode_overlap: bool = False
     """Whether parallel splits do the softmax of a KV tile beside the products of others, where `seesaws` holds."""
     prefill_overlap: bool = False
-    """Whether one program walks a query tile in that way too, where `walks_pairs` holds; then its tile has 64 rows."""
+    """Whether what no parallel splits serve is walked in that way too, in tiles of 64 rows, if `walks_pairs` holds."""
     segment_programs: int = Field(default=0, ge=0, le=64)
     """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks
     runs of splits. Best as many as run at once. 0: the splits run in parallel there too, as they do where
@@ -66,35 +65,30 @@ def mla_numerics(params: Any, problem: Problem) -> str:
     return f"kv_split_mla.{params.kv_split}.{params.block_n}.exp2"
 
 
-def _seesaw_made(arch: Arch, problem: Problem, params: Any, max_seqs: int) -> bool:
-    """Whether a problem is what the layouts of `mla_hopper` are made for."""
+def seesaws(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
+    """Whether the parallel splits are those of `mla_hopper`: what its layouts are made for."""
     return (
-        arch.family == "sm90"
-        and params.block_n == _SEESAW_BLOCK_N
+        tile.decode_overlap
+        and arch.family == "sm90"
+        and (tile.decode_block_m, params.block_n) == (_ASYNC_ROWS, 32)
         and (problem.size("kv_lora_rank"), problem.size("rope_dim")) == (512, 64)
         and max_seqs <= _SEESAW_SEQS
     )
 
 
-def _in_pairs(params: Any) -> bool:
-    """Whether splits hold KV tiles in pairs, as they must where a fold is between one side's tile and the other's."""
-    return all(size % (2 * params.block_n) == 0 for _, size in params.ranges)
-
-
-def seesaws(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
-    """Whether the parallel splits are those of `mla_hopper`."""
-    made = _seesaw_made(arch, problem, params, max_seqs)
-    return tile.decode_overlap and tile.decode_block_m == _ASYNC_ROWS and made
-
-
 def walks_runs(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
-    """Whether the runs of splits of many sequences are those of `mla_hopper_segments`."""
-    return seesaws(arch, problem, params, tile, max_seqs) and _in_pairs(params)
+    """Whether the runs of splits of many sequences are those of `mla_hopper_segments`.
+
+    It folds where a split ends between a tile of the one side and one of the other, so splits hold tiles in pairs.
+    """
+    return seesaws(arch, problem, params, tile, max_seqs) and all(
+        size % (2 * params.block_n) == 0 for _, size in params.ranges
+    )
 
 
 def walks_pairs(arch: Arch, problem: Problem, params: Any, tile: MlaTile, max_seqs: int) -> bool:
-    """Whether what no parallel splits serve is walked by `mla_hopper_walk`."""
-    return tile.prefill_overlap and _seesaw_made(arch, problem, params, max_seqs) and _in_pairs(params)
+    """Whether what no parallel splits serve is walked by `mla_hopper_walk`, in the memory that segments have."""
+    return tile.prefill_overlap and tile.segment_programs > 0 and walks_runs(arch, problem, params, tile, max_seqs)
 
 
 def _fits(arch: Arch, problem: Problem, params: Any, rows: int, stages: int) -> bool:
