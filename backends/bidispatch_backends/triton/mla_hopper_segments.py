@@ -62,6 +62,14 @@ _AHEAD = gl.constexpr(2)
 
 
 @gluon.jit
+def _of_roles(allocated):
+    """Of a program's shared memory and barriers, what the warps that attend take, and what those that copy do."""
+    queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free = allocated
+    both = items, ready, free, q_free, item_ready, item_free
+    return queries + tiles + handed + both + (weights_ready, weights_free), queries + tiles + both
+
+
+@gluon.jit
 def _send(items, item_ready, item_free, number, fields):
     """Hand an item's integers to the warps that attend."""
     hopper.mbarrier.wait(item_free.index(number % 2), (number // 2 + 1) % 2)
@@ -703,69 +711,10 @@ def seesaw_segment_kernel(
     gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
     HALF: gl.constexpr = BLOCK_L // 2
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free = _allocate(
-        dtype, BLOCK_N, HALF, ROPE
-    )
-    q_left, q_right, q_rope = queries
-    kv_left, kv_right, kv_rope = tiles
-    weights, maxima, decays, ones = handed
-    attend = (
-        q_left,
-        q_right,
-        q_rope,
-        kv_left,
-        kv_right,
-        kv_rope,
-        weights,
-        maxima,
-        decays,
-        ones,
-        items,
-        ready,
-        free,
-        q_free,
-        item_ready,
-        item_free,
-        weights_ready,
-        weights_free,
-        running_ptr,
-        maxima_ptr,
-        totals_ptr,
-        accs_ptr,
-        out_ptr,
-        exp2_scale,
-        stride_out_token,
-        stride_out_head,
-    )
-    copy = (
-        q_left,
-        q_right,
-        q_rope,
-        kv_left,
-        kv_right,
-        kv_rope,
-        items,
-        ready,
-        free,
-        q_free,
-        item_ready,
-        item_free,
-        q_ptr,
-        kv_ptr,
-        table_ptr,
-        kv_lens_ptr,
-        query_start_ptr,
-        folded_ptr,
-        bases_ptr,
-        seqs,
-        max_kv,
-        capacity,
-        stride_table,
-        stride_q_token,
-        stride_q_head,
-        stride_page,
-        stride_slot,
-    )
+    attend, copy = _of_roles(_allocate(dtype, BLOCK_N, HALF, ROPE))
+    attend += running_ptr, maxima_ptr, totals_ptr, accs_ptr, out_ptr, exp2_scale, stride_out_token, stride_out_head
+    copy += q_ptr, kv_ptr, table_ptr, kv_lens_ptr, query_start_ptr, folded_ptr, bases_ptr, seqs, max_kv, capacity
+    copy += stride_table, stride_q_token, stride_q_head, stride_page, stride_slot
     gl.warp_specialize(
         [
             (_attend, (gl.constexpr(0), attend, NUM_HEADS, HEADS, TOKENS, SPLITS, BLOCK_N, HALF)),

@@ -31,7 +31,7 @@ from bidispatch_backends.triton.mla_hopper import (
     _copy_item,
     _plus,
 )
-from bidispatch_backends.triton.mla_hopper_segments import _attend, _fields_of, _send, _send_end
+from bidispatch_backends.triton.mla_hopper_segments import _attend, _fields_of, _of_roles, _send, _send_end
 
 __all__ = ["seesaw_walk_kernel"]
 
@@ -236,71 +236,11 @@ def seesaw_walk_kernel(
     gl.static_assert(RANK == BLOCK_L and ROPE == BLOCK_R and BLOCK_M == _ROWS)
     HALF: gl.constexpr = BLOCK_L // 2
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    queries, tiles, handed, items, ready, free, q_free, item_ready, item_free, weights_ready, weights_free = _allocate(
-        dtype, BLOCK_N, HALF, ROPE
-    )
-    q_left, q_right, q_rope = queries
-    kv_left, kv_right, kv_rope = tiles
-    weights, maxima, decays, ones = handed
-    attend = (
-        q_left,
-        q_right,
-        q_rope,
-        kv_left,
-        kv_right,
-        kv_rope,
-        weights,
-        maxima,
-        decays,
-        ones,
-        items,
-        ready,
-        free,
-        q_free,
-        item_ready,
-        item_free,
-        weights_ready,
-        weights_free,
-        running_ptr,
-        # Where states would go of pairs that are cut: none is.
-        running_ptr,
-        running_ptr,
-        running_ptr,
-        out_ptr,
-        exp2_scale,
-        stride_out_token,
-        stride_out_head,
-    )
-    copy = (
-        q_left,
-        q_right,
-        q_rope,
-        kv_left,
-        kv_right,
-        kv_rope,
-        items,
-        ready,
-        free,
-        q_free,
-        item_ready,
-        item_free,
-        q_ptr,
-        kv_ptr,
-        table_ptr,
-        kv_lens_ptr,
-        query_start_ptr,
-        bases_ptr,
-        out_ptr,
-        seqs,
-        max_kv,
-        stride_table,
-        stride_q_token,
-        stride_q_head,
-        stride_page,
-        stride_slot,
-        stride_out_token,
-        stride_out_head,
-    )
+    attend, copy = _of_roles(_allocate(dtype, BLOCK_N, HALF, ROPE))
+    # Three times in the place of where states go of pairs that are cut: none is.
+    attend += running_ptr, running_ptr, running_ptr, running_ptr, out_ptr, exp2_scale, stride_out_token, stride_out_head
+    copy += q_ptr, kv_ptr, table_ptr, kv_lens_ptr, query_start_ptr, bases_ptr, out_ptr, seqs, max_kv
+    copy += stride_table, stride_q_token, stride_q_head, stride_page, stride_slot, stride_out_token, stride_out_head
     gl.warp_specialize(
         [
             (_attend, (gl.constexpr(0), attend, NUM_HEADS, HEADS, TOKENS, SPLITS, BLOCK_N, HALF)),
