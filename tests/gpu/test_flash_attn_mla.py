@@ -207,6 +207,19 @@ def test_a_sequence_too_long_is_nan_and_no_other(plan):
         assert same_bits(result[[0, 4]], wanted[[0, 4]])
 
 
+@pytest.mark.parametrize("limits", [Limits(8, 8, 16384), Limits(3, 3, 16384, 1)], ids=str)
+def test_nan_of_a_sequences_own_stays_nan(plan, limits):
+    """Where FA3 adds splits up it makes 0 of it."""
+    problem = problem_of(num_heads=16)
+    arguments = batch(problem, [(1, 300, 0), (1, 9000, 1), (1, 90, 2)])
+    wanted = {name: bound(plan, name, problem, limits)(*arguments) for name in NAMES}
+    arguments[1][arguments[2][1, 3].long(), 5] = float("nan")
+    for name in NAMES:
+        result = bound(plan, name, problem, limits)(*arguments)
+        assert result[1].isnan().all()
+        assert same_bits(result[[0, 2]], wanted[name][[0, 2]])
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_a_cache_with_gaps_and_views_of_q(plan, page_size):
     """Rows 584 elements apart, q of a wider tensor: strides are the library's to follow."""

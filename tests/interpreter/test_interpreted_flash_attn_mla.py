@@ -237,6 +237,19 @@ def test_neighbours_and_their_pages_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("limits", [Limits(64, 8, 1024), Limits(3, 3, 1024, max_query_len=1)], ids=str)
+def test_nan_of_a_sequences_own_stays_nan(name, limits):
+    """Where FA3 adds splits up it makes 0 of it. No other row is touched."""
+    problem = problem_of()
+    arguments = batch(problem, [(1, 300, 0), (1, 900, 1), (1, 90, 2)])
+    wanted = bind(name, problem, limits)(arguments)
+    arguments[1][arguments[2][1, 3].long(), 5] = float("nan")
+    result = bind(name, problem, limits)(arguments)
+    assert result[1].isnan().all()
+    assert same_bits(result[[0, 2]], wanted[[0, 2]])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_was_not_promised_gives_nan(name):
     """A sequence longer than bound for, or than its table holds; more rows than bound for."""
     problem = problem_of()

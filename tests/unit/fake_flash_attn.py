@@ -342,6 +342,8 @@ def _fa3_forward(*arguments):
             None if flat_qv is None else flat_qv[owned],
             whole_pages=whole_pages,
         )
+        if numbers[i] > 1:  # flash_fwd_combine_kernel.h: a sum of NaN scales by 0
+            result = torch.where(lse[:, owned].T[..., None].isnan(), 0.0, result)
         flat_out[owned] = result.to(out.dtype)
     if splits > 1 and not varlen and used_q is not None:  # flash_fwd_combine_launch_template.h: the first entry's
         flat_out[1:] = flat_out[0].clone()

@@ -272,9 +272,8 @@ class _Attention:
                 count = min(self._queries, seqs - first)
                 inputs = (q, k_cache, v_cache, block_table, seq_lens, query_start_loc)
                 self._lone_queries(self._split, first, count, max_kv, inputs, scale, out)
-        self._launches.spoil(
-            (tokens,), seq_lens, query_start_loc, out, seqs, max_kv, self._longest_query, *out.stride()[:2]
-        )
+        sizes = seqs, max_kv, self._longest_query, *out.stride()[:2]
+        self._launches.spoil((tokens,), seq_lens, query_start_loc, None, out, *sizes)
 
     def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
         """The library's call of entries, and its LSE."""
@@ -350,15 +349,16 @@ class _LatentSplits(_LatentAttention):
             return
         max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
         used = self._used[:seqs]
-        self._in_splits(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, used, out, max_kv, scale)
-        self._launches.spoil((tokens,), seq_lens, query_start_loc, out, seqs, max_kv, 1, *out.stride()[:2])
+        lse = self._in_splits(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, used, out, max_kv, scale)
+        sizes = seqs, max_kv, 1, *out.stride()[:2]
+        self._launches.spoil_split((tokens,), seq_lens, query_start_loc, lse, out, *sizes)
 
     def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
         rows, k_cache, v_cache, table, lens, _, partial = operands
         starts = self._entry_starts[: len(lens) + 1]
-        return self._in_splits(
-            rows[:, 0], k_cache, v_cache, table, lens, starts, lens, partial[:, 0], self._max_kv, scale
-        )
+        q, out = rows[:, 0], partial[:, 0]
+        lse = self._in_splits(q, k_cache, v_cache, table, lens, starts, lens, out, self._max_kv, scale)
+        return lse.T
 
     def _in_splits(
         self,

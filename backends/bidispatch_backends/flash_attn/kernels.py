@@ -177,7 +177,7 @@ def merge_kernel(
 
     partial [entries, HEADS, HEAD_DIM] as the library rounded it, lse [entries, HEADS] fp32, natural. A left fold of
     (maximum, total, acc) in units of log2; one entry is copied as it is: its weight is 1 and so is its total.
-    HEAD_DIM is that of the result.
+    HEAD_DIM is that of the result. An LSE of NaN gives NaN, whatever the library made of that row.
     """
     seq = first_seq + tl.program_id(0)
     head = tl.program_id(1)
@@ -206,7 +206,7 @@ def merge_kernel(
             total = total * decay + weight
             acc = acc * decay + partial * weight
             maximum = new_maximum
-    result = acc / total
+    result = tl.where(maximum == maximum, acc / total, float("nan"))
     out_ptrs = out_ptr + token.to(tl.int64) * stride_out_token + head * stride_out_head + dims
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -215,6 +215,7 @@ def merge_kernel(
 def spoil_kernel(
     kv_lens_ptr,
     query_start_ptr,
+    lse_ptr,
     out_ptr,
     seqs,
     max_kv,
@@ -224,9 +225,12 @@ def spoil_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """NaN for the rows of sequences longer than max_kv, of which the library was shown a part, or with more rows than
     max_query, of which it may have left some out. One token a program.
+
+    lse_ptr: where the library makes 0 of NaN, its LSE [HEADS, tokens]; a row of which some head's is NaN is NaN too.
     """
     token = tl.program_id(0)
     if token >= tl.load(query_start_ptr + seqs):
@@ -239,7 +243,12 @@ def spoil_kernel(
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     rows = tl.load(query_start_ptr + low + 1) - tl.load(query_start_ptr + low)
-    if (tl.load(kv_lens_ptr + low) <= max_kv) & (rows <= max_query):
+    served = (tl.load(kv_lens_ptr + low) <= max_kv) & (rows <= max_query)
+    if lse_ptr is not None:
+        heads = tl.arange(0, BLOCK_H)
+        lse = tl.load(lse_ptr + heads * tl.num_programs(0) + token, mask=heads < HEADS, other=0.0)
+        served = served & (tl.max((lse != lse).to(tl.int32), 0) == 0)
+    if served:
         return
     for start in range(0, HEADS * HEAD_DIM, BLOCK):
         place = start + tl.arange(0, BLOCK)
@@ -257,7 +266,8 @@ class Launches:
     prepare: Launch | None
     merge: Launch | None
     schedule: Launch | None
-    """For splits that FA3 cuts."""
+    """For splits that FA3 cuts, as is `spoil_split`, in the place of `spoil` where the LSE is at hand."""
+    spoil_split: Launch
 
     page_chunks: int
     """Programs that copy an entry's pages: axis 2 of `prepare`."""
@@ -303,14 +313,17 @@ def launches(
         {"ALONE": entries > 0 or replaced, "BLOCK": _SEQS},
         four_warps,
     )
-    spoil = Launch(
-        spoil_kernel,
-        {**ends, "out_ptr": data, **sizes, "max_query": "i32", **out_strides},
-        result | {"BLOCK": _ELEMENTS},
-        four_warps,
+    spoil, spoil_split = (
+        Launch(
+            spoil_kernel,
+            {**ends, "lse_ptr": lse, "out_ptr": data, **sizes, "max_query": "i32", **out_strides},
+            result | {"BLOCK": _ELEMENTS, "BLOCK_H": power_of_two(heads.queries)},
+            four_warps,
+        )
+        for lse in (None, state)
     )
     if not entries:
-        return Launches(lengths, spoil, None, None, None, 0)
+        return Launches(lengths, spoil, None, None, None, spoil_split, 0)
     cut = {"ENTRIES": entries, "EXTENT": extent}
     width = extent // problem.size("page_size")
     pages = min(_PAGES, power_of_two(width)) if copies_pages else 0
@@ -337,4 +350,4 @@ def launches(
             {"HEADS": heads.queries, "SPLIT": positions, "MOST": most, "BLOCK": _SEQS},
             four_warps,
         )
-    return Launches(lengths, spoil, prepare, merge, schedule, ceil_div(width, pages) if pages else 1)
+    return Launches(lengths, spoil, prepare, merge, schedule, spoil_split, ceil_div(width, pages) if pages else 1)

@@ -147,7 +147,7 @@ class Fa3:
     ) -> torch.Tensor:
         """As `Fa2.varlen`; max_query_len chooses the tile, so it must be one number for all calls of a bound kernel.
 
-        Returns the fp32 LSE [heads, tokens].
+        Returns the fp32 LSE [heads, tokens]. With splits, a row whose LSE is NaN is 0 in out.
         """
         lengths = (query_start_loc, None, None, None, kv_lens, max_query_len, max_kv_len)
         tables, splits = (block_table, no_starts), (num_splits, schedule)
@@ -169,8 +169,8 @@ class Fa3:
     ) -> torch.Tensor:
         """As `Fa2.decode`, for one split. One row an entry, so every call has one tile.
 
-        Not for splits: where `cu_seqlens_q` does not name the rows, what adds splits up takes the first entry's for
-        every one (hopper/flash_fwd_combine_launch_template.h).
+        Not for splits, whose schedule is for rows that `cu_seqlens_q` names: where `seqused_q` does instead, what adds
+        splits up takes the first entry's for every one (hopper/flash_fwd_combine_launch_template.h).
         """
         if num_splits != 1:
             raise BackendError(f"FA3's splits are for `varlen`, by a schedule; num_splits={num_splits} must be 1")
