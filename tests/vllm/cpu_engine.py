@@ -47,6 +47,8 @@ class Platform(CpuPlatform):
 
 
 vllm.platforms._current_platform = vllm.platforms.current_platform = Platform()
+# Where the processor has AMX, vLLM packs weights by a kernel that its wheel for CUDA has not either.
+torch.cpu._is_amx_tile_supported = torch._C._cpu._is_amx_tile_supported = lambda: False
 
 import vllm.utils.torch_utils
 
