@@ -17,6 +17,7 @@ import triton
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import BindContext, Kernel, Limits, need_max_seq_len, need_positive_scale
+from bidispatch_backends.aligned import ALIGNMENT
 from bidispatch_backends.triton.attention_launch import (
     SERVER,
     Decode,
@@ -27,7 +28,7 @@ from bidispatch_backends.triton.attention_launch import (
 )
 from bidispatch_backends.triton.attention_params import padded
 from bidispatch_backends.triton.hopper import WARPS
-from bidispatch_backends.triton.launch import _ALIGNMENT, ArgumentType, Constant, Launch, options, pointer
+from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, options, pointer
 from bidispatch_backends.triton.mla_hopper import SEESAW_ROWS, seesaw_split_kernel
 from bidispatch_backends.triton.mla_hopper_segments import seesaw_segment_kernel
 from bidispatch_backends.triton.mla_hopper_walk import seesaw_walk_kernel
@@ -72,7 +73,7 @@ class _Pairs(Launch):
     def serves(self, *arguments: Any) -> bool:
         """Whether the operands are what the kernel's copies of 16 bytes need."""
         places = (tensor.data_ptr() for tensor in arguments[: self._tensors])
-        return not any(size % _ALIGNMENT for size in (*places, *self._sizes(arguments)))
+        return not any(size % ALIGNMENT for size in (*places, *self._sizes(arguments)))
 
 
 @dataclass(frozen=True)
