@@ -23,9 +23,13 @@ import torch
 import triton
 import triton.language as tl
 from packaging.version import Version
+from quick import make_quick
 
 # Until Triton 3.7.1 the interpreter's range() turns arrays of one element into scalars, which numpy 2.4 refuses.
 _BROKEN = Version(triton.__version__) < Version("3.7.1") and Version(np.__version__) >= Version("2.4")
+
+
+make_quick()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,6 +87,16 @@ def _products_in_the_order_of_k(monkeypatch: pytest.MonkeyPatch) -> None:
         return (original if tl.bfloat16 in (a.dtype, b.dtype) else create_dot)(self, a, b, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", by_dtype)
+
+
+@pytest.fixture(autouse=True)
+def _two_splits_in_a_turn_of_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU loads eight, most of which are not there for sequences as short as these; each takes its time here.
+    That the number does not enter the bits is a test of its own.
+    """
+    from bidispatch_backends.triton import attention_kernels
+
+    monkeypatch.setattr(attention_kernels, "_AT_ONCE", tl.constexpr(2))
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from interpreted import DTYPES, SM90, TOLERANCE, bind, reference, relative_error, same_bits, scalars, tiles
 
 from bidispatch import ops
@@ -15,11 +16,13 @@ from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
+from bidispatch_backends.triton import attention_kernels
 from bidispatch_backends.triton.attention import launches
 from bidispatch_backends.triton.attention_launch import Parallel
 from bidispatch_backends.triton.attention_params import AttentionParams
 
 FP8 = "float8_e4m3fn"
+ON_A_GPU = attention_kernels._AT_ONCE.value  # read before conftest has another
 PARAMS = AttentionParams(kv_split="48/64@96/80@224", block_n=16)
 LIMITS = Limits(max_tokens=512, max_seqs=16, max_seq_len=512)
 HEADS = {"head_dim": 32, "num_heads": 4, "num_kv_heads": 2}
@@ -217,6 +220,19 @@ def test_splits_that_follow_the_batch_are_caught() -> None:
     differ = rows_that_differ(problem, lambda tokens: narrow if tokens < 12 else wide)
     assert differ["decoded"] > 0
     assert differ["in chunks"] > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 3, ON_A_GPU])
+@pytest.mark.parametrize("path", ["parallel", "segments"])
+def test_how_many_splits_a_turn_of_the_fold_loads_does_not_enter_the_bits(
+    path: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a turn of a GPU's, most can be behind the last split."""
+    problem = problem_of("float16", {**HEADS, "head_dim": 16})
+    batch = paged_batch(problem, [1, 2, 1, 1], [310, 60, 225, 1])
+    expected = attend(bind_path(problem, "walked"), problem, batch)
+    monkeypatch.setattr(attention_kernels, "_AT_ONCE", tl.constexpr(at_once))
+    assert same_bits(expected, attend(bind_path(problem, path), problem, batch))
 
 
 # Query and KV lengths of a decode step: nothing, one position, both sides of a tile's, a split's and a size's boundary,
