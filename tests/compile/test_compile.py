@@ -57,8 +57,7 @@ TILED = (
     _problem("qk_norm", head_dim=128, **HEADS),
     *(_problem("attention", dtype, head_dim=128, **HEADS) for dtype in DTYPES),
     *(_problem("attention", dtype, head_dim=256, **HEADS) for dtype in DTYPES),
-    *(_problem("attention.mla", num_heads=heads) for heads in (128, 32, 16)),
-    _problem("attention.mla", "float16", num_heads=128),
+    *(_problem("attention.mla", dtype, num_heads=heads) for dtype in DTYPES_16_BIT for heads in (128, 32, 16)),
     *(_problem("moe.router", dtype, experts=128, top_k=8) for dtype in DTYPES),
     *(_problem("moe.experts", dtype, **EXPERTS) for dtype in DTYPES_16_BIT),
 )
@@ -131,18 +130,7 @@ FP8_ODD = (
     _problem("gemm.fp8", FP8, n=4097, k=1000, bias=True, x_scaling="tensor", weight_scaling="tensor"),
 )
 INSTRUCTION_SETS = ("sm90", "gfx942")
-
-
-def compiled_for(problem: Problem) -> tuple[str, ...]:
-    """The archs it is worth its time on: attention in fp32 takes minutes, and its products are FMAs on every one."""
-    if problem.dtype == "float16":  # takes the room and the path of bf16 in a compiler
-        return INSTRUCTION_SETS
-    if (problem.op, problem.dtype) == ("attention", "float32"):
-        return ("sm86", *INSTRUCTION_SETS)  # the least shared memory, and the most
-    return COMPILED_ARCHS
-
-
-CASES = [(arch, problem) for problem in TILED for arch in compiled_for(problem)]
+CASES = [(arch, problem) for arch in COMPILED_ARCHS for problem in TILED]
 CASES += [(arch, problem) for arch in INSTRUCTION_SETS for problem in ODD]
 CASES += [(arch, problem) for arch in FP8_ARCHS for problem in (*FP8_PRODUCTS, *FP8_EXPERTS, *QUANTIZATIONS)]
 CASES += [("sm90", problem) for problem in FP8_ODD]
@@ -153,8 +141,8 @@ KERNELS = {"gemm.fp8_block": "triton.fp8_block"}
 
 
 OLDEST_ALIKE = {"sm86": "sm80", "sm89": "sm80", "sm103": "sm100"}
-"""Archs that Triton compiles for as it does for an older one, but for fp8 on sm89: what they have of their own is
-their shared memory, and with it their tiles. `test_archs_that_are_alike_are_compiled_alike` shows it."""
+"""Archs that Triton compiles for as it does for an older one: what they have of their own is their shared memory, and
+with it their tiles. `test_archs_that_are_alike_are_compiled_alike` shows it; fp8, which sm80 lacks, stays apart."""
 
 
 def compiled_as(arch: str, variant: Variant) -> str:
@@ -208,8 +196,7 @@ def test_every_selected_kernel_compiles_and_fits(arch: str, problem: Problem) ->
 @pytest.mark.parametrize("op", sorted({problem.op for _, problem in CASES}))
 def test_the_typical_problem_of_every_op_compiles(op: str) -> None:
     """Few enough to be compiled by a second version of Triton; see Makefile."""
-    dtype = FP8 if op in ("gemm.fp8_block", "gemm.fp8") else "bfloat16"
-    found = selected_variants("sm90", ops.get(op).typical(dtype))
+    found = selected_variants("sm90", ops.get(op).typical(ops.get(op).dtypes[0]))
     assert found
     assert shared_memory_faults("sm90", found) == []
 
@@ -224,16 +211,13 @@ def test_what_an_h200_has_of_its_own_compiles_and_fits(problem: Problem) -> None
         assert shared_memory_faults("sm90", {variant.key: variant for variant in found}) == []
 
 
-ALIKE_OPS = ("gemm", "gemm.int4", "rms_norm", "qk_norm", "softmax", "attention", "attention.mla", "moe.experts")
-
-
 def before_assembly(arch: str, variant: Variant) -> tuple[str, int]:
     """What Triton gives LLVM, less the arch's name and the places in files, and the shared memory of the binary."""
     compiled = compile_variant(variant, target_of(ARCHS[arch]))
     return re.sub(r'"cuda:\d+"|(?m:^#loc.*$)', "", compiled.asm["ttgir"]), compiled.metadata.shared
 
 
-@pytest.mark.parametrize("op", ALIKE_OPS)
+@pytest.mark.parametrize("op", sorted({problem.op for problem in TILED}))
 @pytest.mark.parametrize(("arch", "older"), OLDEST_ALIKE.items())
 def test_archs_that_are_alike_are_compiled_alike(arch: str, older: str, op: str) -> None:
     """Every kernel of an op's typical problem, in the tiles of the newer arch, whose assembler takes each too."""
@@ -283,7 +267,7 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
 
     def tiles(problem: Problem) -> set[tuple[str, str, str]]:
         kernel = "gemm" if problem.op == "bmm" else problem.op  # one kernel serves both
-        dtype = "" if problem.op in ROW_OPS else problem.dtype.replace("bfloat16", "float16")  # rows' follow n alone
+        dtype = "" if problem.op in ROW_OPS else problem.dtype  # their tiles follow n alone
         rungs = [rung for rung in triton_rungs(arch, problem) if rung.implementation.name not in elsewhere]
         return {(kernel, dtype, binary(problem, rung.tile)) for rung in rungs}
 
@@ -292,7 +276,7 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
         return str(tile.model_copy(update={"segment_programs": 1}) if problem.op == "attention" else tile)
 
     elsewhere = {name for name, *_ in SPLIT}  # whose tiles do not follow the size
-    compiled = set().union(*(tiles(problem) for of, problem in CASES if of == arch), *map(tiles, OTHER_ROWS))
+    compiled = set().union(*(tiles(problem) for problem in (*TILED, *OTHER_ROWS)))
     for dtype in DTYPES:
         for n in (1, 7, 64, 511, 512, 1000, 3000, 8192, 50257, 151936):
             for op in ROW_OPS:
@@ -302,9 +286,7 @@ def test_no_size_leads_to_a_tile_that_is_not_compiled(arch: str) -> None:
         for head_dim in (16, 64, 80, 96, 128, 192, 256):
             for heads in ((8, 8), (32, 8), (16, 1)):
                 dims = {"head_dim": head_dim, "num_heads": heads[0], "num_kv_heads": heads[1]}
-                problem = _problem("attention", dtype, **dims)
-                if dtype == "float16" or arch in compiled_for(problem):
-                    assert tiles(problem) <= compiled, f"attention {dtype} {dims}"
+                assert tiles(_problem("attention", dtype, **dims)) <= compiled, f"attention {dtype} {dims}"
     for dtype in DTYPES_16_BIT:
         for heads in (1, 16, 20, 32, 64, 96, 128):
             assert tiles(_problem("attention.mla", dtype, num_heads=heads)) <= compiled, f"MLA {dtype} {heads}"

@@ -24,7 +24,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 _AT_ONCE = tl.constexpr(8)
 """Splits of a turn of the fold, whose loads are in flight two turns ahead; one that is not there changes nothing.
 
-Compiling a fold takes 2 s with Triton 3.6, and 5 to 12 s with 3.7 to 3.9, whose pass TritonGPUCoalesceAsyncCopy took 4
+Compiling a fold takes 2 s with Triton 3.6, and 5 to 13 s with 3.7 to 3.9, whose pass TritonGPUCoalesceAsyncCopy took 4
 of 4.5 s where it was looked into: the 24 loads of a turn make 72 to 96 copies (sm90, cross-compiled on one core).
 """
 
