@@ -72,7 +72,7 @@ def steps(arguments, ends, queries):
 @pytest.fixture
 def in_segments(monkeypatch):
     """Segments for every call of a kernel whose tile has them, however few sequences it has."""
-    monkeypatch.setattr(Runs, "in_segments", lambda runs, seqs: runs.segment_grid[0] > 0)
+    monkeypatch.setattr(Runs, "in_segments", lambda runs, seqs: runs.segment_grid(seqs)[0] > 0)
 
 
 WAYS = [

@@ -282,7 +282,7 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
             if in_segments := parallel.in_segments(seqs):
                 fold_now = segment_fold
                 segment(
-                    parallel.segment_grid,
+                    parallel.segment_grid(seqs),
                     *inputs,
                     sinks,
                     alibi_slopes,

@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from bidispatch_backends.triton.attention_state import attend, finish, fold, split_at, split_start, visible_range
+from bidispatch_backends.triton.attention_state import (
+    attend,
+    finish,
+    fold,
+    split_at,
+    split_start,
+    store_state,
+    visible_range,
+)
 
 __all__ = ["fold_kernel", "segment_kernel", "split_kernel", "walk_kernel"]
 
@@ -260,6 +268,12 @@ def split_kernel(
                 stride_k_slot,
                 stride_v_page,
                 stride_v_slot,
+                False,
+                None,
+                None,
+                None,
+                None,
+                None,
                 HEAD_DIM,
                 PAGE_SIZE,
                 CAUSAL,
@@ -269,15 +283,14 @@ def split_kernel(
                 FENCED,
                 SPLITS,
                 False,
+                0,
                 True,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
             )
             states = (base + tokens * seq_splits + (split - first_split)) * (KV_HEADS * GROUP) + heads
-            tl.store(maxima_ptr + states, maximum, mask=valid)
-            tl.store(totals_ptr + states, total, mask=valid)
-            tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
+            store_state(maximum, total, acc, states, valid, maxima_ptr, totals_ptr, accs_ptr, BLOCK_D)
 
 
 @triton.jit
@@ -357,7 +370,8 @@ def segment_kernel(
     to each other read the same pages at the same time. Of a pair that a program begins, it walks all splits it has in
     one loop, folded as `walk_kernel` folds them, so that loads are in flight across their boundaries. Has it the whole
     pair, it stores the result; else the folded state, in the place of the first split's. Of a pair that a program
-    before it began, which is its first one at most, it stores the state of each split as `split_kernel` does.
+    before it began, which is its first one at most, it walks the splits likewise and stores the state of each, as
+    `split_kernel` does.
 
     folded: [tokens, heads], for `fold_kernel`: up to which split, excluded, that token's and head's are folded; -1
     where the result is stored. Every pair's first split has a program, so none is left from an earlier call.
@@ -413,16 +427,15 @@ def segment_kernel(
         inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
         q_rows = rows * stride_q_token + heads * stride_q_head
         q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside, other=0.0)
-        while begin < end:
-            split = split_at(begin, SPLITS)
-            stage_end = tl.where(begins_pair, end, tl.minimum(split_start(split + 1, SPLITS), end))
+        states = (base.to(tl.int64) + tokens * seq_splits - first_split) * (KV_HEADS * GROUP) + heads
+        if begin < end:
             maximum, total, acc = attend(
                 q,
                 k_ptr + kv_head.to(tl.int64) * stride_k_head,
                 v_ptr + kv_head.to(tl.int64) * stride_v_head,
                 table_ptr + seq.to(tl.int64) * stride_table,
                 begin,
-                stage_end,
+                end,
                 low,
                 high,
                 first,
@@ -435,6 +448,12 @@ def segment_kernel(
                 stride_k_slot,
                 stride_v_page,
                 stride_v_slot,
+                begins_pair == 0,
+                states,
+                valid,
+                maxima_ptr,
+                totals_ptr,
+                accs_ptr,
                 HEAD_DIM,
                 PAGE_SIZE,
                 CAUSAL,
@@ -444,6 +463,7 @@ def segment_kernel(
                 FENCED,
                 SPLITS,
                 True,
+                KV_HEADS * GROUP,
                 True,
                 BLOCK_M,
                 BLOCK_N,
@@ -458,12 +478,9 @@ def segment_kernel(
                 result = result.to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + out_rows[:, None] + dims[None, :], result, mask=inside)
             else:
-                slot = tl.where(begins_pair, 0, split - first_split)
-                states = (base.to(tl.int64) + tokens * seq_splits + slot) * (KV_HEADS * GROUP) + heads
-                tl.store(maxima_ptr + states, maximum, mask=valid)
-                tl.store(totals_ptr + states, total, mask=valid)
-                tl.store(accs_ptr + states[:, None] * BLOCK_D + dims[None, :], acc, mask=valid[:, None])
-            begin = stage_end
+                split = tl.where(begins_pair, first_split, split_at(end - 1, SPLITS))
+                states += split * (KV_HEADS * GROUP)
+                store_state(maximum, total, acc, states, valid, maxima_ptr, totals_ptr, accs_ptr, BLOCK_D)
     if DEPENDENT:  # at its end: the fold waits in places that other programs would need until then
         cuda.gdc_launch_dependents()
 
@@ -767,6 +784,12 @@ def walk_kernel(
         stride_k_slot,
         stride_v_page,
         stride_v_slot,
+        False,
+        None,
+        None,
+        None,
+        None,
+        None,
         HEAD_DIM,
         PAGE_SIZE,
         CAUSAL,
@@ -776,6 +799,7 @@ def walk_kernel(
         FENCED,
         SPLITS,
         True,
+        0,
         False,
         BLOCK_M,
         BLOCK_N,

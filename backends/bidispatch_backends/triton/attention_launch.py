@@ -186,10 +186,15 @@ class Parallel:
         """
         return bool(self.decode.most_queries and self._segments) and seqs * self._blocks * 16 >= self._units * 15
 
-    @property
-    def segment_grid(self) -> tuple[int, ...]:
-        """Of `segment_kernel`: as many programs for each tile of a token's heads."""
-        return (self._blocks, max(1, self._segments // self._blocks))
+    def segment_grid(self, seqs: int) -> tuple[int, ...]:
+        """Of `segment_kernel`: as many programs for each tile of a token's heads.
+
+        A few less where so many have whole sequences each, or equal parts of one: sequences of one length, and of a
+        power of two, are then cut where splits end.
+        """
+        most = max(1, self._segments // self._blocks)
+        even = (parts for parts in range(most, most * 15 // 16, -1) if not parts % seqs or not seqs % parts)
+        return (self._blocks, next(even, most))
 
     def fold_grid(self, tokens: int, seqs: int, span: int = 1) -> tuple[int, ...]:
         """Of `fold_kernel`. span: heads of a program."""

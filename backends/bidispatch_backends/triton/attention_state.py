@@ -26,7 +26,17 @@ import math
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "finish", "fold", "fold_decays", "fold_sums", "split_at", "split_start", "visible_range"]
+__all__ = [
+    "attend",
+    "finish",
+    "fold",
+    "fold_decays",
+    "fold_sums",
+    "split_at",
+    "split_start",
+    "store_state",
+    "visible_range",
+]
 
 _SUM_COLUMNS = tl.constexpr(16)  # the narrowest product every matrix unit has; all columns hold the same sum
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -157,6 +167,12 @@ def _attend_tiles(
     stride_k_slot,
     stride_v_page,
     stride_v_slot,
+    keeps,
+    states,
+    valid,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -166,6 +182,7 @@ def _attend_tiles(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     WALKS: tl.constexpr,
+    HEADS: tl.constexpr,
     SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -175,7 +192,8 @@ def _attend_tiles(
     """Carry a state over the tiles at begin, begin + BLOCK_N, ... Without MASKED every row sees all positions.
 
     With WALKS the tiles may go on past `boundary`, where the state's split ends: it is folded there into the folded
-    one, and starts afresh. A loop for each split would drain the pipeline of loads at every boundary.
+    one, or stored if it `keeps` them, and starts afresh. A loop for each split would drain the pipeline of loads at
+    every boundary.
     """
     dims = tl.arange(0, BLOCK_D)
     ones = tl.full((BLOCK_N, _SUM_COLUMNS), 1.0, dtype=q.dtype)
@@ -248,9 +266,24 @@ def _attend_tiles(
                 # After what scales the accumulator, by 1 here: were that not the first to read it, Triton would wait
                 # for its product as soon as it is asked for, and not in the next turn, with that of the scores.
                 if starts_split:
-                    folded_maximum, folded_total, folded_acc = fold(
-                        folded_maximum, folded_total, folded_acc, maximum, tl.max(total, axis=1), acc
-                    )
+                    split_total = tl.max(total, axis=1)
+                    if keeps:
+                        ended = split_at(start, SPLITS) - 1
+                        store_state(
+                            maximum,
+                            split_total,
+                            acc,
+                            states + ended * HEADS,
+                            valid,
+                            maxima_ptr,
+                            totals_ptr,
+                            accs_ptr,
+                            BLOCK_D,
+                        )
+                    else:
+                        folded_maximum, folded_total, folded_acc = fold(
+                            folded_maximum, folded_total, folded_acc, maximum, split_total, acc
+                        )
                     _, total, acc = _fresh(BLOCK_M, BLOCK_D)
                     boundary = split_start(split_at(start, SPLITS) + 1, SPLITS)
             if not EARLY:
@@ -281,6 +314,12 @@ def attend(
     stride_k_slot,
     stride_v_page,
     stride_v_slot,
+    keeps,
+    states,
+    valid,
+    maxima_ptr,
+    totals_ptr,
+    accs_ptr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -290,6 +329,7 @@ def attend(
     FENCED: tl.constexpr,
     SPLITS: tl.constexpr,
     WALKS: tl.constexpr,
+    HEADS: tl.constexpr,
     SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -301,6 +341,9 @@ def attend(
     between them. Without WALKS all is in one split. SKIPS is for few tiles: a loop without any then costs a branch.
     Returns the maximum [BLOCK_M] in units of log2, the sum of the weights [BLOCK_M] and the accumulator [BLOCK_M,
     BLOCK_D]; with WALKS those of all splits, folded.
+
+    keeps: with WALKS, whether the state of each split is left as it is: those but the last, which is returned, are
+    stored by `store_state`, split s at states [BLOCK_M] + s · HEADS. False needs no such arguments.
     """
     maximum, total, acc = _fresh(BLOCK_M, BLOCK_D)
     folded_maximum, folded_total, folded_acc = maximum, tl.max(total, axis=1), acc
@@ -342,6 +385,12 @@ def attend(
             stride_k_slot,
             stride_v_page,
             stride_v_slot,
+            keeps,
+            states,
+            valid,
+            maxima_ptr,
+            totals_ptr,
+            accs_ptr,
             HEAD_DIM,
             PAGE_SIZE,
             CAUSAL,
@@ -351,6 +400,7 @@ def attend(
             FENCED,
             SPLITS,
             WALKS,
+            HEADS,
             SKIPS,
             BLOCK_M,
             BLOCK_N,
@@ -381,6 +431,12 @@ def attend(
         stride_k_slot,
         stride_v_page,
         stride_v_slot,
+        keeps,
+        states,
+        valid,
+        maxima_ptr,
+        totals_ptr,
+        accs_ptr,
         HEAD_DIM,
         PAGE_SIZE,
         CAUSAL,
@@ -390,6 +446,7 @@ def attend(
         FENCED,
         SPLITS,
         WALKS,
+        HEADS,
         SKIPS,
         BLOCK_M,
         BLOCK_N,
@@ -420,6 +477,12 @@ def attend(
         stride_k_slot,
         stride_v_page,
         stride_v_slot,
+        keeps,
+        states,
+        valid,
+        maxima_ptr,
+        totals_ptr,
+        accs_ptr,
         HEAD_DIM,
         PAGE_SIZE,
         CAUSAL,
@@ -429,6 +492,7 @@ def attend(
         FENCED,
         SPLITS,
         WALKS,
+        HEADS,
         SKIPS,
         BLOCK_M,
         BLOCK_N,
@@ -436,9 +500,18 @@ def attend(
         True,
     )
     row_total = tl.max(total, axis=1)
-    if WALKS:
-        maximum, row_total, acc = fold(folded_maximum, folded_total, folded_acc, maximum, row_total, acc)
+    if WALKS:  # noqa: SIM102 - decided when it is compiled
+        if not keeps:
+            maximum, row_total, acc = fold(folded_maximum, folded_total, folded_acc, maximum, row_total, acc)
     return maximum, row_total, acc
+
+
+@triton.jit
+def store_state(maximum, total, acc, states, valid, maxima_ptr, totals_ptr, accs_ptr, BLOCK_D: tl.constexpr):
+    """Store a state in the workspace at `states` [rows], where it is `valid` [rows]; accs has BLOCK_D for each."""
+    tl.store(maxima_ptr + states, maximum, mask=valid)
+    tl.store(totals_ptr + states, total, mask=valid)
+    tl.store(accs_ptr + states[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], acc, mask=valid[:, None])
 
 
 @triton.jit

@@ -52,12 +52,11 @@ class Runs(Parallel):
 
         With fewer, most would begin within a pair that another began, and store the state of each split.
         """
-        (programs,) = self.segment_grid
+        (programs,) = self.segment_grid(seqs)
         idle = programs - seqs * self._blocks
         return bool(self.decode.most_queries and programs) and idle * MOST_IDLE <= programs
 
-    @property
-    def segment_grid(self) -> tuple[int, ...]:
+    def segment_grid(self, seqs: int) -> tuple[int, ...]:
         return (self._segments,)
 
     @property
@@ -275,7 +274,7 @@ def bind_mla(context: BindContext) -> Kernel:
             if segment and segment_fold and in_segments:
                 fold_now = segment_fold
                 segment(
-                    parallel.segment_grid,
+                    parallel.segment_grid(seqs),
                     *inputs,
                     parallel.folded,
                     parallel.running,
