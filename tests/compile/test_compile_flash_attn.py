@@ -45,12 +45,6 @@ def test_every_launch_for_latents_compiles(num_heads: int, entries: int, extent:
         made = kernels.launches(problem, ARCHS["sm90"], entries, extent, copies_pages=False, scheduled=cut)
         copies = [launch for launch in (made.prepare, made.merge) if launch]
         assert bool(made.schedule) == bool(entries)
-        for launch in (
-            made.lengths,
-            made.spoil,
-            made.spoil_split,
-            *copies,
-            *([made.schedule] if made.schedule else []),
-        ):
+        for launch in (made.lengths, made.spoil, made.admit, *copies, *([made.schedule] if made.schedule else [])):
             compiled = compile_variant(_variant(launch), target_of(ARCHS["sm90"]))
             assert compiled.metadata.shared <= 4096

@@ -99,7 +99,22 @@ def test_many_sequences_in_segments_have_the_bits_of_prefill(dims):
             assert same_bits(out, whole[rows]), (queries, sizes)
 
 
-@pytest.mark.parametrize("batch", [16, MANY])
+@pytest.mark.parametrize("dims", [{}, SMALL, {"window": 1000, "sinks": True}], ids=str)
+def test_few_sequences_of_any_length_in_segments_have_the_bits_of_prefill(dims):
+    """Parts that are cut out of long sequences, from 1 to 33 of a KV head, equal lengths and unequal ones."""
+    device = Device.detect()
+    problem = ops.get("attention").problem("bfloat16", {**HEADS, **dims})
+    length = 40000
+    arguments = paged_batch(problem, [length], [length], device="cuda")
+    whole = bound(problem, device, Limits(length, 1, length, length))(*arguments)
+    for ends in ([length] * 8, [8192] * 12, [4097, length, 1, 300, 17408, 16384, 9000, 33333, 12000, 2, 65, 20000]):
+        rows, batch = steps(problem, arguments, ends, 1)
+        for programs in (1, 2, 3):
+            attend = bound(problem, device, Limits(len(ends), len(ends), 131072, 1), segment_programs=programs)
+            assert same_bits(attend(*batch), whole[rows]), (ends, programs)
+
+
+@pytest.mark.parametrize("batch", [8, 16, MANY])
 def test_a_graph_captured_at_the_longest_context_serves_short_ones(batch):
     device = Device.detect()
     problem = ops.get("attention").problem("bfloat16", HEADS)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
 from interpreted import DTYPES, SM90, TOLERANCE, bind, reference, relative_error, same_bits, scalars, tiles
 
 from bidispatch import ops
@@ -18,7 +20,7 @@ from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
 from bidispatch_backends.triton import attention_kernels
 from bidispatch_backends.triton.attention import launches
-from bidispatch_backends.triton.attention_launch import Parallel
+from bidispatch_backends.triton.attention_launch import Parallel, even_parts
 from bidispatch_backends.triton.attention_params import AttentionParams
 
 FP8 = "float8_e4m3fn"
@@ -278,7 +280,7 @@ def test_segments_of_default_splits_have_the_bits_of_splits() -> None:
 
 
 def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the number of sequences in the call, whatever their lengths: as many pairs as multiprocessors are enough."""
+    """By the number of sequences in the call, whatever their lengths: a pair for every fourth program is enough."""
     problem = problem_of("float16", HEADS)
     asked = []
     original = Parallel.in_segments
@@ -287,8 +289,20 @@ def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> No
     )
     for seqs in (1, 2, 3, 4):
         batch = paged_batch(problem, [1] * seqs, [20] * seqs)
-        attend(bind_path(problem, "segments", parts=3), problem, batch)
-    assert asked == [False, True, True, True]
+        attend(bind_path(problem, "segments", parts=9), problem, batch)
+    assert asked == [False, False, True, True]
+
+
+@given(st.integers(1, 200), st.integers(1, 600))
+def test_parts_are_even_where_a_sixteenth_less_allows_it(most: int, seqs: int) -> None:
+    parts = even_parts(most, seqs)
+    assert most * 15 // 16 < parts <= most
+    evenly = [n for n in range(most, most * 15 // 16, -1) if n % seqs == 0 or seqs % n == 0]
+    assert parts == (evenly[0] if evenly else most)
+
+
+def test_parts_of_an_h200_for_the_batches_of_servers() -> None:
+    assert [even_parts(33, seqs) for seqs in (8, 16, 24, 32, 64, 256)] == [32, 32, 33, 32, 32, 32]
 
 
 def test_a_segment_that_carries_its_state_across_splits_is_caught() -> None:

@@ -121,13 +121,21 @@ def _attend(q, keys, values, visible, begin, end, block, scale, softcap, length)
     return maximum, total, acc
 
 
-def _row(q, keys, values, visible, block, splits, extent, scale, softcap, length):
-    """A row's result and its LSE, by `splits` of `extent` positions added in ascending order."""
+def _row(q, keys, values, visible, block, splits, extent, scale, softcap, length, *, drops_nan=False):
+    """A row's result and its LSE, by `splits` of `extent` positions added in ascending order.
+
+    drops_nan: whether a split whose scores hold NaN counts for nothing, as in hopper/softmax.h, where its LSE is -inf,
+    and flash_fwd_combine_kernel.h, where its weight then is 0.
+    """
     parts = []
     for split in range(splits):
         begin, end = split * extent, min((split + 1) * extent, length)
         if begin < end:
             parts.append(_attend(q, keys, values, visible, begin, end, block, scale, softcap, length))
+    if drops_nan:
+        for maximum, total, acc in parts:
+            lost = total.isnan()
+            maximum[lost], total[lost], acc[lost] = -math.inf, 0.0, 0.0
     highest = torch.stack([part[0] for part in parts]).amax(0)
     reference = torch.where(highest.isinf(), 0.0, highest)
     total, acc = torch.zeros(len(q)), torch.zeros(parts[0][2].shape)
@@ -135,7 +143,7 @@ def _row(q, keys, values, visible, block, splits, extent, scale, softcap, length
         weight = (maximum - reference).exp()
         total = total + part_total * weight
         acc = _coarse(acc + part_acc * weight[:, None])
-    return acc / total[:, None], reference + total.log()
+    return torch.where(total[:, None] == 0.0, 0.0, acc / total[:, None]), reference + total.log()
 
 
 def _gather(cache, table_row, length, group, *, whole_pages=False):
@@ -163,6 +171,7 @@ def _sequence(
     q_v=None,
     *,
     whole_pages=False,
+    drops_nan=False,
 ):
     """q [rows, heads, d] of one sequence: out and LSE [heads, rows]. q_v: what is asked of the values, added to it."""
     group = q.shape[1] // k_cache.shape[2]
@@ -171,7 +180,7 @@ def _sequence(
         q, keys = torch.cat((q, q_v), -1), torch.cat((keys, values), -1)
     seen = [length - len(q) + i + 1 if causal else length for i in range(len(q))]
     results = [
-        _row(row, keys, values, visible, block, splits, extent, scale, softcap, length)
+        _row(row, keys, values, visible, block, splits, extent, scale, softcap, length, drops_nan=drops_nan)
         for row, visible in zip(q.float(), seen, strict=True)
     ]
     return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results], 1)
@@ -287,7 +296,7 @@ def _fa3_forward(*arguments):
     leftpad = arguments[16]
     scale, causal, left, right, softcap, _, metadata, splits, pack, margin, sinks = arguments[23:34]
     assert (k_new, v_new, cu_k, cu_new, sinks) == (None,) * 5
-    assert used_q is None or (used_q.dtype == torch.int32 and used_q.shape == used.shape and q.shape[1] == 1)
+    assert used_q is None or (used_q.dtype == torch.int32 and used_q.shape == used.shape)
     assert leftpad is None or (leftpad.shape == used.shape and leftpad.dtype == torch.int32 and not leftpad.any())
     assert (left, right, margin) == (-1, -1, 0)
     assert pack in (True, None)
@@ -327,11 +336,11 @@ def _fa3_forward(*arguments):
     numbers = _splits_by(metadata, splits, causal, used_rows, lens, block, group)
     for i, length in enumerate(lens):
         owned = slice(starts[i], starts[i + 1])
-        assert rows[i] <= max_query or metadata is not None
-        if not rows[i]:
-            continue
-        if used_q is not None and not used_q[i]:
-            flat_out[owned] = lse[:, owned] = math.nan  # whatever was there
+        assert used_rows[i] in (0, rows[i])
+        assert used_rows[i] <= max_query or metadata is not None
+        if not used_rows[i]:
+            if splits > 1 and rows[i]:
+                flat_out[owned] = lse[:, owned] = math.nan  # whatever was there
             continue
         if not length:
             flat_out[owned] = 0
@@ -341,9 +350,8 @@ def _fa3_forward(*arguments):
             *(scale, softcap),
             None if flat_qv is None else flat_qv[owned],
             whole_pages=whole_pages,
+            drops_nan=numbers[i] > 1,
         )
-        if numbers[i] > 1:  # flash_fwd_combine_kernel.h: a sum of NaN scales by 0
-            result = torch.where(lse[:, owned].T[..., None].isnan(), 0.0, result)
         flat_out[owned] = result.to(out.dtype)
     if splits > 1 and not varlen and used_q is not None:  # flash_fwd_combine_launch_template.h: the first entry's
         flat_out[1:] = flat_out[0].clone()

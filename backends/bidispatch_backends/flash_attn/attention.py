@@ -1,8 +1,9 @@
 """`attention` and `attention.mla` by FlashAttention's kernels: one split for every row, or lone queries in splits.
 
-A call launches the same kernels whatever its lengths are: `lengths`, the library's varlen call, for lone queries in
-splits `prepare`, the library's decode call and `merge`, and `spoil`. Their arguments follow the call's shapes and the
-limits a kernel was bound for; of these only the bound of FA2's grid follows the number of tokens (see `params`).
+A call launches the same kernels whatever its lengths are: `admit` and FA3's varlen call, or `lengths`, FA2's and
+`spoil`; for lone queries in splits `prepare`, the library's decode call and `merge`. Their arguments follow the call's
+shapes and the limits a kernel was bound for; of these only the bound of FA2's grid follows the number of tokens (see
+`params`).
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class _Attention:
         # What is made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self._used = self._integers(context, limits.max_seqs)
+            self._rows_shown = self._integers(context, limits.max_seqs)
             entries = self._allocate(context, split) if split else 0
             self._no_starts = self._integers(context, max(limits.max_seqs, entries) + 1)
 
@@ -255,25 +257,43 @@ class _Attention:
     ) -> None:
         tokens, seqs = q.shape[0], seq_lens.shape[0]
         max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
+        ends = seq_lens, query_start_loc
+        limits = max_kv, self._longest_query, *out.stride()[:2]
+        spoils = True
         if self._walks:
             used = self._used[:seqs]
-            programs = ceil_div(seqs, self._launches.seqs_a_program)
-            self._launches.lengths((programs,), seq_lens, query_start_loc, used, seqs, max_kv)
-            self._library.varlen(
-                *(q, k_cache, v_cache, block_table, used, query_start_loc, self._no_starts[: seqs + 1], out),
-                max_query_len=self._tile_bound or max(2, min(tokens, self._longest_query)),
-                max_kv_len=self._max_kv,
-                scale=scale,
-                causal=self._heads.causal,
-                softcap=self._heads.softcap,
-            )
+            operands = q, k_cache, v_cache, block_table, used, query_start_loc, self._no_starts[: seqs + 1], out
+            causal, softcap = self._heads.causal, self._heads.softcap
+            if isinstance(self._library, Fa3):
+                rows, spoils = self._rows_shown[:seqs], False
+                self._launches.admit((seqs,), *ends, used, rows, out, *limits)
+                self._library.varlen(
+                    *operands,
+                    max_query_len=self._tile_bound,
+                    max_kv_len=self._max_kv,
+                    scale=scale,
+                    causal=causal,
+                    softcap=softcap,
+                    rows=rows,
+                )
+            else:
+                programs = ceil_div(seqs, self._launches.seqs_a_program)
+                self._launches.lengths((programs,), *ends, used, seqs, max_kv)
+                self._library.varlen(
+                    *operands,
+                    max_query_len=max(2, min(tokens, self._longest_query)),
+                    max_kv_len=self._max_kv,
+                    scale=scale,
+                    causal=causal,
+                    softcap=softcap,
+                )
         if self._split:
             for first in range(0, seqs, self._queries):
                 count = min(self._queries, seqs - first)
                 inputs = (q, k_cache, v_cache, block_table, seq_lens, query_start_loc)
                 self._lone_queries(self._split, first, count, max_kv, inputs, scale, out)
-        sizes = seqs, max_kv, self._longest_query, *out.stride()[:2]
-        self._launches.spoil((tokens,), seq_lens, query_start_loc, None, out, *sizes)
+        if spoils:
+            self._launches.spoil((tokens,), *ends, out, seqs, *limits)
 
     def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
         """The library's call of entries, and its LSE."""
@@ -349,9 +369,9 @@ class _LatentSplits(_LatentAttention):
             return
         max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
         used = self._used[:seqs]
-        lse = self._in_splits(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, used, out, max_kv, scale)
+        self._in_splits(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, used, out, max_kv, scale)
         sizes = seqs, max_kv, 1, *out.stride()[:2]
-        self._launches.spoil_split((tokens,), seq_lens, query_start_loc, lse, out, *sizes)
+        self._launches.spoil((tokens,), seq_lens, query_start_loc, out, *sizes)
 
     def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
         rows, k_cache, v_cache, table, lens, _, partial = operands

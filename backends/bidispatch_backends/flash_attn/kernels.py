@@ -1,4 +1,4 @@
-"""Small kernels around FlashAttention's: lengths it may be given, lone queries made ready, partial results merged.
+"""Small kernels around FlashAttention's: what it is shown, lone queries made ready, partial results merged.
 
 All shapes follow the call's shapes alone; lengths are read on the device. A lone query is the only row of its sequence
 in the call. Its *entries* are what the library is shown in its place: sequences of up to `EXTENT` positions, entry j
@@ -20,10 +20,11 @@ import triton.language as tl
 from bidispatch.device import Arch
 from bidispatch.ops.schema import Problem
 from bidispatch_backends.flash_attn.heads import heads_of
-from bidispatch_backends.triton.launch import ArgumentType, Launch, ceil_div, options, pointer, power_of_two
+from bidispatch_backends.triton.launch import ArgumentType, Constant, Launch, ceil_div, options, pointer, power_of_two
 
 __all__ = [
     "Launches",
+    "admit_kernel",
     "launches",
     "lengths_kernel",
     "merge_kernel",
@@ -55,6 +56,55 @@ def lengths_kernel(kv_lens_ptr, query_start_ptr, used_ptr, seqs, max_kv, ALONE: 
         alone = tl.load(query_start_ptr + seq + 1, mask=inside, other=0) - first == 1
         used = tl.where(alone, tl.minimum(used, 1), used)
     tl.store(used_ptr + seq, used, mask=inside)
+
+
+@triton.jit(do_not_specialize=["max_kv", "max_query"])
+def admit_kernel(
+    kv_lens_ptr,
+    query_start_ptr,
+    used_ptr,
+    rows_ptr,
+    out_ptr,
+    max_kv,
+    max_query,
+    stride_out_token,
+    stride_out_head,
+    ALONE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What FA3 is shown of a sequence, for which it takes a number of rows: `lengths_kernel` and `spoil_kernel` in one.
+
+    rows = those of its queries; 0 where it is longer than max_kv or has more than max_query, whose rows of the result
+    are NaN, and, with ALONE, for lone queries, which another kernel serves. FA3 writes to no other rows.
+    """
+    seq = tl.program_id(0)
+    first = tl.load(query_start_ptr + seq)
+    rows = tl.load(query_start_ptr + seq + 1) - first
+    kv_len = tl.load(kv_lens_ptr + seq)
+    served = (kv_len <= max_kv) & (rows <= max_query)
+    shown = served
+    if ALONE:  # but for one of no positions, whose result is FA3's 0
+        shown = served & ((rows != 1) | (kv_len <= 0))
+    tl.store(used_ptr + seq, tl.where(shown, kv_len, 0))
+    tl.store(rows_ptr + seq, tl.where(shown, rows, 0))
+    if served:
+        return
+    row_ptr = out_ptr + first.to(tl.int64) * stride_out_token
+    for _ in range(rows):
+        _store_nothing(row_ptr, stride_out_head, HEADS, HEAD_DIM, BLOCK)
+        row_ptr += stride_out_token
+
+
+@triton.jit
+def _store_nothing(row_ptr, stride_head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """NaN for a row of the result."""
+    for start in range(0, HEADS * HEAD_DIM, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        nothing = tl.full((BLOCK,), float("nan"), dtype=tl.float32).to(row_ptr.dtype.element_ty)
+        target = (place // HEAD_DIM) * stride_head + place % HEAD_DIM
+        tl.store(row_ptr + target, nothing, mask=place < HEADS * HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["seqs", "max_kv"])
@@ -177,13 +227,14 @@ def merge_kernel(
 
     partial [entries, HEADS, HEAD_DIM] as the library rounded it, lse [entries, HEADS] fp32, natural. A left fold of
     (maximum, total, acc) in units of log2; one entry is copied as it is: its weight is 1 and so is its total.
-    HEAD_DIM is that of the result. An LSE of NaN gives NaN, whatever the library made of that row.
+    HEAD_DIM is that of the result. An LSE of NaN gives NaN, whatever the library made of that row. Nothing is written
+    for a sequence of no positions, whose result is 0, and of more than max_kv, whose is NaN: by others.
     """
     seq = first_seq + tl.program_id(0)
     head = tl.program_id(1)
     token, alone = _lone_token(query_start_ptr, seq)
-    kv_len = tl.minimum(tl.load(kv_lens_ptr + seq), max_kv)
-    if (kv_len <= 0) | (alone == 0):
+    kv_len = tl.load(kv_lens_ptr + seq)
+    if (kv_len <= 0) | (kv_len > max_kv) | (alone == 0):
         return
     dims = tl.arange(0, BLOCK_D)
     inside = dims < HEAD_DIM
@@ -215,7 +266,6 @@ def merge_kernel(
 def spoil_kernel(
     kv_lens_ptr,
     query_start_ptr,
-    lse_ptr,
     out_ptr,
     seqs,
     max_kv,
@@ -225,12 +275,9 @@ def spoil_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):
     """NaN for the rows of sequences longer than max_kv, of which the library was shown a part, or with more rows than
     max_query, of which it may have left some out. One token a program.
-
-    lse_ptr: where the library makes 0 of NaN, its LSE [HEADS, tokens]; a row of which some head's is NaN is NaN too.
     """
     token = tl.program_id(0)
     if token >= tl.load(query_start_ptr + seqs):
@@ -243,18 +290,9 @@ def spoil_kernel(
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     rows = tl.load(query_start_ptr + low + 1) - tl.load(query_start_ptr + low)
-    served = (tl.load(kv_lens_ptr + low) <= max_kv) & (rows <= max_query)
-    if lse_ptr is not None:
-        heads = tl.arange(0, BLOCK_H)
-        lse = tl.load(lse_ptr + heads * tl.num_programs(0) + token, mask=heads < HEADS, other=0.0)
-        served = served & (tl.max((lse != lse).to(tl.int32), 0) == 0)
-    if served:
+    if (tl.load(kv_lens_ptr + low) <= max_kv) & (rows <= max_query):
         return
-    for start in range(0, HEADS * HEAD_DIM, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        target = token.to(tl.int64) * stride_out_token + (place // HEAD_DIM) * stride_out_head + place % HEAD_DIM
-        nothing = tl.full((BLOCK,), float("nan"), dtype=tl.float32).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + target, nothing, mask=place < HEADS * HEAD_DIM)
+    _store_nothing(out_ptr + token.to(tl.int64) * stride_out_token, stride_out_head, HEADS, HEAD_DIM, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -263,11 +301,12 @@ class Launches:
 
     lengths: Launch
     spoil: Launch
+    admit: Launch
+    """In the place of both, before FA3's call of one split."""
     prepare: Launch | None
     merge: Launch | None
     schedule: Launch | None
-    """For splits that FA3 cuts, as is `spoil_split`, in the place of `spoil` where the LSE is at hand."""
-    spoil_split: Launch
+    """For splits that FA3 cuts."""
 
     page_chunks: int
     """Programs that copy an entry's pages: axis 2 of `prepare`."""
@@ -313,17 +352,17 @@ def launches(
         {"ALONE": entries > 0 or replaced, "BLOCK": _SEQS},
         four_warps,
     )
-    spoil, spoil_split = (
-        Launch(
-            spoil_kernel,
-            {**ends, "lse_ptr": lse, "out_ptr": data, **sizes, "max_query": "i32", **out_strides},
-            result | {"BLOCK": _ELEMENTS, "BLOCK_H": power_of_two(heads.queries)},
-            four_warps,
-        )
-        for lse in (None, state)
+    nothing: dict[str, Constant] = {**result, "BLOCK": _ELEMENTS}
+    limits: dict[str, ArgumentType] = {"max_kv": "i32", "max_query": "i32"}
+    spoil = Launch(spoil_kernel, {**ends, "out_ptr": data, "seqs": "i32", **limits, **out_strides}, nothing, four_warps)
+    admit = Launch(
+        admit_kernel,
+        {**ends, "used_ptr": index, "rows_ptr": index, "out_ptr": data, **limits, **out_strides},
+        {"ALONE": entries > 0 or replaced, **nothing},
+        four_warps,
     )
     if not entries:
-        return Launches(lengths, spoil, None, None, None, spoil_split, 0)
+        return Launches(lengths, spoil, admit, None, None, None, 0)
     cut = {"ENTRIES": entries, "EXTENT": extent}
     width = extent // problem.size("page_size")
     pages = min(_PAGES, power_of_two(width)) if copies_pages else 0
@@ -350,4 +389,4 @@ def launches(
             {"HEADS": heads.queries, "SPLIT": positions, "MOST": most, "BLOCK": _SEQS},
             four_warps,
         )
-    return Launches(lengths, spoil, prepare, merge, schedule, spoil_split, ceil_div(width, pages) if pages else 1)
+    return Launches(lengths, spoil, admit, prepare, merge, schedule, ceil_div(width, pages) if pages else 1)

@@ -142,14 +142,16 @@ class Fa3:
         scale: float,
         causal: bool,
         softcap: float,
+        rows: torch.Tensor | None = None,
         num_splits: int = 1,
         schedule: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Fa2.varlen`; max_query_len chooses the tile, so it must be one number for all calls of a bound kernel.
 
-        Returns the fp32 LSE [heads, tokens]. With splits, a row whose LSE is NaN is 0 in out.
+        rows: how many of each sequence's are served, int32 [seqs], by default all; only for one split. Returns the fp32
+        LSE [heads, tokens]. With splits, one whose scores hold NaN is left out of the result.
         """
-        lengths = (query_start_loc, None, None, None, kv_lens, max_query_len, max_kv_len)
+        lengths = (query_start_loc, None, None, rows, kv_lens, max_query_len, max_kv_len)
         tables, splits = (block_table, no_starts), (num_splits, schedule)
         return self._call(q, k_cache, v_cache, out, lengths, tables, splits, (scale, causal, softcap))
 
