@@ -5,7 +5,6 @@ What the kernels are called with is in tests/interpreter/test_interpreted_flash_
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -223,10 +222,15 @@ def test_latents_need_the_library_and_say_what_to_install(host, name):
     assert "vllm>=0.20,<0.34 is not installed (`pip install" in unmet(name, latent_problem())[0]
 
 
-def test_no_default_profile_lists_what_no_gpu_has_shown_to_hold():
-    folder = pathlib.Path(bidispatch.__file__).parents[1]
-    found = [path for path in folder.rglob("*.yaml") if "fa3_mla_splits" in path.read_text()]
-    assert found == []
+@pytest.mark.parametrize(("num_heads", "splits"), [(16, (256, 64)), (128, (1024, 32))])
+def test_hopper_has_splits_of_latents_at_level_batch(host, num_heads, splits):
+    host({"vllm": "0.25.1"})
+    problem = latent_problem(num_heads=num_heads)
+    (rung,) = bidispatch.plan("sm90", require="batch").select_problem(problem).rungs
+    assert rung.implementation.name == "flash_attn.fa3_mla_splits"
+    assert (rung.params.split_size, rung.params.num_splits) == splits
+    (rung,) = bidispatch.plan("sm90").select_problem(problem).rungs
+    assert rung.implementation.name == "triton.mla"
 
 
 @pytest.mark.parametrize(
