@@ -48,6 +48,9 @@ _EARLY_SEQS = 2
 """Sequences of a call whose fold is launched while the splits run, at most. It saves one 0.3 to 0.6 µs of 9 to 25; with
 4 to 16 of them the programs that wait cost the splits 3 to 10 % (H100, contexts of 1k to 8k)."""
 
+_MOST_FOLDS = 2048
+"""Programs that fold one head each behind segments, at most. Segments of few sequences leave them much."""
+
 _SEGMENT_STATE = 4096
 """Elements of an accumulator, at most, of which a program of segments holds two. On sm90 64 rows of 128 would spill 450
 bytes a thread; 32 rows spill 140, about as many as 16 rows of 256 with one accumulator."""
@@ -68,7 +71,9 @@ def _group(problem: Problem) -> int:
 
 
 def _folded_rows(problem: Problem) -> int:
-    """Heads that a program folds behind segments, which leave it little: a power of two, of one KV head and tile."""
+    """Heads that a program folds behind segments of many sequences, which leave it little: a power of two, of one KV
+    head and tile.
+    """
     group = _group(problem)
     return min(group & -group, 8)
 
@@ -77,7 +82,8 @@ def launches(
     problem: Problem, params: AttentionParams, tile: AttentionTile, arch: Arch, limits: Limits | None = None
 ) -> tuple[Launch, ...]:
     """The launches of `walk_kernel` for all sequences and for those that are left, `split_kernel` and `fold_kernel`,
-    `segment_kernel` and `fold_kernel`, and the second and third once more where a fold may start early.
+    `segment_kernel` and `fold_kernel` for few and many heads, and the third and fourth once more where a fold may start
+    early.
 
     limits: by default those of a server, with decode steps of one token.
     """
@@ -155,9 +161,8 @@ def launches(
         chosen = options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False)
         return chosen | ({"maxnreg": registers} if bounded else {})
 
-    def fold_after(*, dependent: bool, segments: bool = False) -> Launch:
+    def fold_after(*, dependent: bool, segments: bool = False, rows: int = 1) -> Launch:
         ends = {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
-        rows = _folded_rows(problem) if segments else 1
         constants = widths | {"HEADS": heads}
         return fold_launch(
             arch,
@@ -200,7 +205,8 @@ def launches(
         compiled(tile.segment_registers),
     )
     early = parallel(True) if dependent_launch(arch) else ()
-    return (*walks, *parallel(False), segment, fold_after(dependent=True, segments=True), *early)
+    segment_folds = (fold_after(dependent=True, segments=True, rows=rows) for rows in (1, _folded_rows(problem)))
+    return (*walks, *parallel(False), segment, *segment_folds, *early)
 
 
 def bind_lone_queries(context: BindContext, others: Kernel) -> Kernel:
@@ -237,7 +243,7 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
     """
     problem, params, tile, limits = context.problem, context.params, context.tile, context.limits
     need_max_seq_len(context)
-    walk_all, walk_rest, split, fold, segment, segment_fold, *early = launches(
+    walk_all, walk_rest, split, fold, segment, fold_few, fold_many, *early = launches(
         problem, params, tile, context.device.arch, limits
     )
     decode = _decode_of(problem, params, tile, limits)
@@ -279,8 +285,10 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
         if left and others:
             others(*inputs, sinks, alibi_slopes, k_scale, v_scale, scale, out)
         if decode.most_queries:
+            folded = 1
             if in_segments := parallel.in_segments(seqs):
-                fold_now = segment_fold
+                few = seqs * heads <= _MOST_FOLDS
+                fold_now, folded = (fold_few, 1) if few else (fold_many, rows)
                 segment(
                     parallel.segment_grid(seqs),
                     *inputs,
@@ -318,7 +326,7 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
                     *strides,
                 )
             fold_now(
-                parallel.fold_grid(tokens, seqs, rows if in_segments else 1),
+                parallel.fold_grid(tokens, seqs, folded),
                 seq_lens,
                 query_start_loc,
                 sinks,

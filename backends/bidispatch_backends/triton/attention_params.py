@@ -128,8 +128,8 @@ class AttentionTile(Tile):
     of those that run at once (2 for a head of 128): once, all end together where the splits are alike; twice, the
     second ones also fill in where some splits are longer."""
     segment_programs: int = Field(default=2, ge=0, le=64)
-    """Programs a multiprocessor where a call has a pair of sequence and KV head for about each multiprocessor: each has
-    a part of them, as long as others', so best as many as run at once. 0: the splits run in parallel there too."""
+    """Programs a multiprocessor where a call has a pair of sequence and KV head for every fourth of them: each has a
+    part of the pairs, as long as others', so best as many as run at once. 0: the splits run in parallel there too."""
     segment_registers: int = Field(default=0, ge=0, le=255)
     """The most registers that a thread of these may take on NVIDIA, as `decode_registers`."""
     workspace_mb: int = Field(default=256, ge=0)
