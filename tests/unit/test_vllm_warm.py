@@ -68,8 +68,8 @@ def test_a_kernel_of_each_op_runs_within_its_limits(op, dtype, dims, limits, mon
     ("op", "dims"),
     [("attention", {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}), ("attention.mla", {"num_heads": 4})],
 )
-@pytest.mark.parametrize(("most", "seqs"), [(8, [2, 5, 7]), (3, [2, 3]), (2, [2]), (1, [1])])
-def test_attention_runs_with_few_sequences_and_with_as_many_as_there_may_be(op, dims, most, seqs, monkeypatch):
+@pytest.mark.parametrize(("most", "seqs"), [(8, [2, 6, 7]), (3, [2, 3]), (2, [2]), (1, [1])])
+def test_attention_runs_with_ever_more_sequences_up_to_as_many_as_there_may_be(op, dims, most, seqs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     limits = {"max_query_len": 70, "max_seqs": most, "max_seq_len": 512, "max_tokens": 70}
     bound = bid.plan("cpu").select_problem(ops.get(op).problem("bfloat16", dims)).bind(**limits)

@@ -23,7 +23,7 @@ _log = logging.getLogger("vllm.bidispatch")
 Weights = Mapping[str, torch.Tensor | None]
 """A layer's own, by the names of the op's arguments."""
 
-_CACHED, _PROMPT, _OTHERS = 300, 64, 3
+_CACHED, _PROMPT, _OTHERS = 300, 64, 4
 _MOST_INSIDE = 32
 """Choices inside a rung that are all run. DeepGEMM has more than a hundred, of which each may be a kernel that nvcc
 takes seconds for: of those, the ones that serve powers of two."""
@@ -97,8 +97,8 @@ def _zeros(spec: TensorSpec, sizes: dict[str, int], place: str) -> torch.Tensor:
 
 
 def _steps(kernel: BoundKernel) -> Iterator[list[torch.Tensor | None]]:
-    """A sequence that decodes, and where there is room a prompt; then those among others, few and as many as there may
-    be, for which kernels may launch what they do not for two.
+    """A sequence that decodes, and where there is room a prompt; then those among others, from few to as many as there
+    may be, twice as many each time: for some numbers kernels launch what they do not for others.
     """
     limits = kernel.limits
     prompt = min(_PROMPT, limits.max_query_len, limits.max_tokens - 1, limits.max_seq_len)
@@ -106,7 +106,7 @@ def _steps(kernel: BoundKernel) -> Iterator[list[torch.Tensor | None]]:
     if limits.max_seqs > 1 and prompt > 0:
         lengths.append((prompt, prompt))
     batch = latent_batch if kernel.problem.op == "attention.mla" else paged_batch
-    room = min(limits.max_seqs - len(lengths), limits.max_tokens - sum(queries for queries, _ in lengths))
-    for others in sorted({0, min(_OTHERS, max(room, 0)), max(room, 0)}):
+    room = max(0, min(limits.max_seqs - len(lengths), limits.max_tokens - sum(queries for queries, _ in lengths)))
+    for others in sorted({0, room, *(few for few in _powers_of_two(room) if few >= _OTHERS)}):
         queries, cached = ([each[i] for each in [*lengths, *[(1, 1)] * others]] for i in (0, 1))
         yield batch(kernel.problem, queries, cached, device=kernel.device.torch_device)
