@@ -193,7 +193,7 @@ class Parallel:
     def in_segments(self, seqs: int) -> bool:
         """Whether a call's splits are left to `segment_kernel`: with a pair of sequence and heads for every fourth of
         its programs, but for a sixteenth. Those that begin within a pair that another began store the state of each
-        split, as `split_kernel` does: with fewer pairs, that are most.
+        split, as `split_kernel` does: with fewer pairs, nearly all would.
         """
         return bool(self.decode.most_queries and self._segments) and seqs * self._blocks * 64 >= self._segments * 15
 
