@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,21 @@ def main() -> int:
         "attention": lambda: script("attention", folder),
         "moe": lambda: script("moe", folder),
         "verify": lambda: verify(("--all",), folder / "verify.json"),
-        "verify-gemm": lambda: max(
+        "verify-gemm": lambda: worst(
             verify(("gemm", *dtypes, "--shapes", str(SWEEPS / f"{name}.yaml")), folder / f"verify_{name}.json")
             for name, dtypes in (("gemm", ("--dtype", "bf16", "--dtype", "fp16")), ("gemm_fp32", ("--dtype", "fp32")))
         ),
         "verify-fp8": lambda: verify(
             ("gemm.fp8_block", "--dtype", "fp8", "--shapes", str(SWEEPS / "fp8.yaml")), folder / "verify_fp8.json"
         ),
-        "verify-attention": lambda: max(
-            verify(
-                ("attention", "--shapes", str(SWEEPS / "attention_features.yaml")), folder / "verify_attention.json"
-            ),
-            verify(("attention", "--dtype", "bf16", "--full"), folder / "verify_attention_long.json"),
-            verify(("attention", "--dtype", "fp16"), folder / "verify_attention_fp16.json"),
+        "verify-attention": lambda: worst(
+            [
+                verify(
+                    ("attention", "--shapes", str(SWEEPS / "attention_features.yaml")), folder / "verify_attention.json"
+                ),
+                verify(("attention", "--dtype", "bf16", "--full"), folder / "verify_attention_long.json"),
+                verify(("attention", "--dtype", "fp16"), folder / "verify_attention_fp16.json"),
+            ]
         ),
         "verify-mla": lambda: verify(("attention.mla",), folder / "verify_mla.json"),
         "verify-quantize": lambda: verify(
@@ -127,11 +129,20 @@ def verify(what: Sequence[str], to: Path) -> int:
     ]
     printed = [process.communicate()[0] for process in started]
     codes = [process.returncode for process in started]
+    for number, (text, code) in enumerate(zip(printed, codes, strict=True), start=1):
+        if not text:  # it died, of a signal where the code is negative
+            again = " ".join(("bidispatch", *command[len(BIDISPATCH) :], f"{number}/{WORKERS}"))
+            print(f"exit {code} and nothing said, so that {to.name} is not written: {again}", flush=True)
     if all(printed):
         document = merged([json.loads(text) for text in printed])
         to.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{' '.join(what)}: {document['comparisons']} rows compared, {document['differing']} differ", flush=True)
-    return max(codes)
+    return worst(codes)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """0 if all are, else the first other. Of a process that a signal ended it is negative: a maximum would hide it."""
+    return next((code for code in list(codes) if code), 0)
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def sanitize(to: Path) -> int:
         print(f"{tool}: exit {process.returncode}, {lines[-1:]}", flush=True)
     device = Device.detect()
     to.write_text(json.dumps({"device": device.name, "driver": device.driver, **results}, indent=1) + "\n")
-    return max(process.returncode for process in started.values())
+    return worst(process.returncode for process in started.values())
 
 
 if __name__ == "__main__":

@@ -62,6 +62,18 @@ def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_res
     assert (document["faults"], document["seconds"], document["made"]) == (["a fault"], 3.0, "now")
 
 
+def test_a_verification_whose_process_dies_fails_and_says_how_to_run_it_again(
+    gpu_results, tmp_path, capsys, monkeypatch
+):
+    """Killed by a signal, as by an abort in the compiler: its exit code is negative, below the 0 of the others."""
+    script = "import os, sys; sys.argv[-1] == '1/2' and os.abort(); print('{}')"
+    monkeypatch.setattr(gpu_results, "BIDISPATCH", (sys.executable, "-c", script))
+    monkeypatch.setattr(gpu_results, "WORKERS", 2)
+    assert gpu_results.verify(("attention",), tmp_path / "verify.json") == -6
+    assert "exit -6 and nothing said, so that verify.json is not written" in capsys.readouterr().out
+    assert not (tmp_path / "verify.json").exists()
+
+
 def test_a_file_of_other_code_than_todays_is_seen(gpu_results, tmp_path):
     module = "bidispatch_backends.triton.norm"
     file = tmp_path / "rows.json"
