@@ -76,10 +76,14 @@ def main() -> int:
         "verify-attention": lambda: worst(
             [
                 verify(
-                    ("attention", "--shapes", str(SWEEPS / "attention_features.yaml")), folder / "verify_attention.json"
+                    ("attention", "--dtype", "bf16", "--shapes", str(FEATURES)),
+                    folder / "verify_attention.json",
                 ),
                 verify(("attention", "--dtype", "bf16", "--full"), folder / "verify_attention_long.json"),
-                verify(("attention", "--dtype", "fp16"), folder / "verify_attention_fp16.json"),
+                *(
+                    verify(("attention", "--dtype", dtype), folder / f"verify_attention_{dtype}.json")
+                    for dtype in ("fp16", "fp32")
+                ),
             ]
         ),
         "verify-mla": lambda: verify(("attention.mla",), folder / "verify_mla.json"),

@@ -101,6 +101,7 @@ ODD = (
     _problem("attention", head_dim=192, alibi=True, page_size=24, **HEADS),
     _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
     _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
+    _problem("attention", "float32", head_dim=64, kv_dtype="float8_e4m3fn", num_heads=8, num_kv_heads=2),
 )
 # e4m3 came with Ada. One of each scale format and dtype: neither follows the arch.
 FP8_ARCHS = ("sm89", "sm90", "sm100", "sm103", "sm120")
