@@ -13,7 +13,7 @@ import torch
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Limits
-from bidispatch.verify.cases import Sizes
+from bidispatch.verify.cases import MOST_ELEMENTS, Sizes
 from bidispatch.verify.decode_steps import MOST_QUERIES, decode_limits, decode_trials, named, replayed_steps
 from bidispatch.verify.report import Check
 from bidispatch.verify.sequence_pool import Piece, SequencePool
@@ -70,8 +70,13 @@ def check_sequences(subject: Subject, level: Invariance, sizes: Sizes, rebind: R
 
 
 def stock_check(subject: Subject, sizes: Sizes) -> Check:
-    """How many rows of plain torch differ from their sequence's own prefill, in mixed batches."""
-    pool = SequencePool(subject, sizes.lengths, Invariance.SEQUENCE)
+    """How many rows of plain torch differ from their sequence's own prefill, in mixed batches.
+
+    Of sequences whose scores all fit in memory at once, several times: torch has no other form of a soft cap or ALiBi.
+    """
+    heads = subject.problem.size("num_heads")
+    lengths = [length for length in sizes.lengths if heads * length * length <= MOST_ELEMENTS]
+    pool = SequencePool(subject, lengths, Invariance.SEQUENCE)
     # Some sizes of many: torch prepares its kernels anew for each length, and this is told, not judged.
     some = replace(sizes, rows=sizes.rows[::_STOCK_STRIDE])
     return measure("stock torch, mixed batches", subject, _mixtures(pool, some))

@@ -17,11 +17,13 @@ from bidispatch.records import RecordStore
 from bidispatch.registry import Implementation, Registry, default_registry
 from bidispatch.runtime.bind import load_attribute
 from bidispatch.verify import Check, verify_plan, verify_selection
-from bidispatch.verify.cases import problems_for, sizes_for
+from bidispatch.verify.cases import Sizes, problems_for, sizes_for
 from bidispatch.verify.compare import bits
 from bidispatch.verify.rungs import check_ladder
 from bidispatch.verify.sequence_pool import Piece, SequencePool
+from bidispatch.verify.sequences import stock_check
 from bidispatch.verify.stock import stock_subject
+from bidispatch.verify.subject import Subject
 
 SMALL_ATTENTION = {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2, "page_size": 16}
 SMALL = {
@@ -381,6 +383,23 @@ def test_sizes_hold_both_sides_of_every_edge_of_a_ladder(effort):
                 assert not start or {start - 1, start, start + 1} <= set(sizes.lengths)
     if effort == "full":
         assert set(range(1, 513)) <= set(sizes.rows)
+
+
+def test_plain_attention_is_spared_sequences_whose_scores_would_not_fit():
+    problem = ops.get("attention").problem("float32", SMALL_ATTENTION)
+    stock = stock_subject(problem, torch.device("cpu"))
+    longest = []
+
+    def launch(*everything):
+        longest.append(max(everything[4].tolist()))
+        stock.launch(*everything)
+
+    found = Sizes(
+        rows=(64,), pool=4, graph_rows=(1,), lengths=(1, 40, 40_000), chunks=(7,), decodes=8, singles=3, max_seqs=8
+    )
+    check = stock_check(Subject(problem, stock.device, launch), found)
+    assert check.rows
+    assert max(longest) == 40
 
 
 def test_the_attention_pool_hides_every_slot_that_no_piece_owns():
