@@ -99,9 +99,9 @@ ODD = (
         global_experts=1024,
     ),
     _problem("attention", head_dim=192, alibi=True, page_size=24, **HEADS),
-    _problem("attention", head_dim=128, kv_dtype="float8_e4m3fn", page_size=64, alibi=True, softcap=9.0, **HEADS),
-    _problem("attention", "float16", head_dim=80, kv_dtype="float8_e4m3fn", window=512, sinks=True, **HEADS),
-    _problem("attention", "float32", head_dim=64, kv_dtype="float8_e4m3fn", num_heads=8, num_kv_heads=2),
+    _problem("attention", head_dim=128, kv_dtype=FP8, page_size=64, alibi=True, softcap=9.0, **HEADS),
+    _problem("attention", "float16", head_dim=80, kv_dtype=FP8, window=512, sinks=True, **HEADS),
+    _problem("attention", "float32", head_dim=64, kv_dtype=FP8, num_heads=8, num_kv_heads=2),
 )
 # e4m3 came with Ada. One of each scale format and dtype: neither follows the arch.
 FP8_ARCHS = ("sm89", "sm90", "sm100", "sm103", "sm120")
@@ -540,7 +540,7 @@ def test_latent_attention_shapes_to_try_compile_and_fit(phase: str, arch: str) -
         _problem("attention.mla", num_heads=16),
         _problem("attention.mla", num_heads=128),
         _problem("attention", num_heads=32, num_kv_heads=8, head_dim=128),
-        _problem("attention", num_heads=32, num_kv_heads=8, head_dim=128, kv_dtype="float8_e4m3fn"),
+        _problem("attention", num_heads=32, num_kv_heads=8, head_dim=128, kv_dtype=FP8),
     ],
     ids=str,
 )
