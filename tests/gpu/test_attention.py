@@ -94,23 +94,28 @@ def test_many_sequences_in_segments_have_the_bits_of_prefill(dims):
         batch[4] = torch.cat([batch[4], batch[4].new_zeros(3)])
         batch[5] = torch.cat([batch[5], batch[5][-1:].expand(3)])
         limits = Limits(len(rows), MANY + 3, 131072, queries)
-        for sizes in ({}, *({"segment_programs": n} for n in (0, 1, 3, 8)), {"workspace_mb": 8}):
+        two_warps = {"segment_programs": 4, "segment_warps": 2}
+        for sizes in ({}, *({"segment_programs": n} for n in (0, 1, 3, 8)), {"workspace_mb": 8}, two_warps):
             out = bound(problem, device, limits, **sizes)(*batch)
             assert same_bits(out, whole[rows]), (queries, sizes)
 
 
 @pytest.mark.parametrize("dims", [{}, SMALL, {"window": 1000, "sinks": True}], ids=str)
 def test_few_sequences_of_any_length_in_segments_have_the_bits_of_prefill(dims):
-    """Parts that are cut out of long sequences, from 1 to 33 of a KV head, equal lengths and unequal ones."""
+    """Parts that are cut out of long sequences, from 1 to 49 of a KV head, equal lengths and unequal ones, and of short
+    ones, which fewer programs share."""
     device = Device.detect()
     problem = ops.get("attention").problem("bfloat16", {**HEADS, **dims})
     length = 40000
     arguments = paged_batch(problem, [length], [length], device="cuda")
     whole = bound(problem, device, Limits(length, 1, length, length))(*arguments)
-    for ends in ([length] * 8, [8192] * 12, [4097, length, 1, 300, 17408, 16384, 9000, 33333, 12000, 2, 65, 20000]):
+    few = ([length], [1025], [2000, 9000], [1024] * 2, [1, 700, length, 64])
+    many = ([length] * 8, [8192] * 12, [4097, length, 1, 300, 17408, 16384, 9000, 33333, 12000, 2, 65, 20000])
+    for ends in (*few, *many):
         rows, batch = steps(problem, arguments, ends, 1)
         for programs in (1, 2, 3):
-            attend = bound(problem, device, Limits(len(ends), len(ends), 131072, 1), segment_programs=programs)
+            sizes = {"segment_programs": programs, "segment_parts": 64}
+            attend = bound(problem, device, Limits(len(ends), len(ends), 131072, 1), **sizes)
             assert same_bits(attend(*batch), whole[rows]), (ends, programs)
 
 

@@ -18,7 +18,7 @@ from bidispatch.errors import ArgumentError, UsageError
 from bidispatch.ops.reference.attention import paged_batch
 from bidispatch.ops.schema import Problem
 from bidispatch.runtime.context import Kernel, Limits
-from bidispatch_backends.triton import attention_kernels
+from bidispatch_backends.triton import attention, attention_kernels
 from bidispatch_backends.triton.attention import launches
 from bidispatch_backends.triton.attention_launch import Parallel, even_parts
 from bidispatch_backends.triton.attention_params import AttentionParams
@@ -68,17 +68,17 @@ def problem_of(dtype: str, dims: dict[str, Any]) -> Problem:
 
 
 def bind_path(
-    problem: Problem, path: str, params: AttentionParams = PARAMS, parts: int = 3, limits: Limits = LIMITS
+    problem: Problem, path: str, params: AttentionParams = PARAMS, parts: int = 3, limits: Limits = LIMITS, **sizes: int
 ) -> Kernel:
     """One of the three paths for calls of any size, in tiles of 16 rows: numpy's own order follows the number of rows.
 
-    parts: segments of a KV head, which serve calls of as many sequences.
+    parts: segments of a KV head, which serve calls of as many sequences. sizes: of the tile, besides.
     """
     (tile,) = tiles(problem, params)
     most = 0 if path == "walked" else LIMITS.max_tokens
     tile = tile.model_copy(update={"decode_query_len": most, "decode_block_m": 16, "prefill_block_m": 16})
     tile = tile.model_copy(
-        update={"segment_programs": parts * problem.size("num_kv_heads") if path == "segments" else 0}
+        update=sizes | {"segment_programs": parts * problem.size("num_kv_heads") if path == "segments" else 0}
     )
     return bind(problem, params=params, tile=tile, limits=limits)
 
@@ -260,6 +260,17 @@ def test_segments_that_begin_and_end_anywhere_have_the_bits_of_splits(feature: s
         assert same_bits(parallel[:-1], in_segments(problem, batch, parts)[:-1]), parts
 
 
+@pytest.mark.parametrize("parts", [2, 7, 16])
+def test_fewer_programs_of_segments_have_the_bits_of_splits(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each would have few KV tiles, down to one of a KV head, whatever the tile names."""
+    problem = problem_of("float16", HEADS)
+    batch = paged_batch(problem, *map(list, zip(*STEP, strict=True)), padding_rows=1)
+    parallel = attend(bind_path(problem, "parallel"), problem, batch)
+    for least in (32, 256, 1 << 20):
+        monkeypatch.setattr(attention, "_LEAST_TILES", least)
+        assert same_bits(parallel[:-1], in_segments(problem, batch, parts)[:-1]), least
+
+
 @pytest.mark.parametrize("feature", ["grouped", "window of 1", "window, softcap and sinks", "not causal"])
 def test_segments_of_several_query_tokens_have_the_bits_of_a_prefill(feature: str) -> None:
     """In one query tile and in several, which see other positions."""
@@ -280,7 +291,8 @@ def test_segments_of_default_splits_have_the_bits_of_splits() -> None:
 
 
 def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the number of sequences in the call, whatever their lengths: a pair for every fourth program is enough."""
+    """By the number of sequences in the call, whatever their lengths: a pair for every fourth program is enough, or as
+    few as the tile says."""
     problem = problem_of("float16", HEADS)
     asked = []
     original = Parallel.in_segments
@@ -291,6 +303,11 @@ def test_few_sequences_are_left_to_splits(monkeypatch: pytest.MonkeyPatch) -> No
         batch = paged_batch(problem, [1] * seqs, [20] * seqs)
         attend(bind_path(problem, "segments", parts=9), problem, batch)
     assert asked == [False, False, True, True]
+    asked.clear()
+    for parts in (4, 5, 9):
+        batch = paged_batch(problem, [1], [20])
+        attend(bind_path(problem, "segments", parts=9, segment_parts=parts), problem, batch)
+    assert asked == [False, False, True]
 
 
 @given(st.integers(1, 200), st.integers(1, 600))

@@ -44,9 +44,14 @@ from bidispatch_backends.triton.launch import (
 
 __all__ = ["bind_attention", "bind_lone_queries", "launches"]
 
-_EARLY_SEQS = 2
-"""Sequences of a call whose fold is launched while the splits run, at most. It saves one 0.3 to 0.6 µs of 9 to 25; with
-4 to 16 of them the programs that wait cost the splits 3 to 10 % (H100, contexts of 1k to 8k)."""
+_EARLY_SEQS = 1
+"""Sequences of a call whose fold is launched as the splits start, at most; with more it is as they end. It saves one of
+1k to 4k 0.5 to 0.9 µs of 8 to 11. The programs that wait cost 2 of 64k and more 5 to 13 % (H200, heads of 64), and 4
+to 16 of 1k to 8k 3 to 10 % (H100)."""
+
+_LEAST_TILES = 16
+"""KV tiles of a multiprocessor's programs of segments: with fewer, half as many programs share them. 2 and 4 sequences
+of 1k, of 8 KV heads of 128, then took 0.87 to 0.93 of the time (H200)."""
 
 _MOST_FOLDS = 512
 """Programs that fold one head each behind segments, at most: those of few sequences leave them much. On an H200 8
@@ -161,10 +166,10 @@ def launches(
 
     decoded = packed(decode.block_m) | {"KV_HEADS": kv_heads} | decode.constants
 
-    def compiled(registers: int) -> dict[str, int | bool]:
+    def compiled(warps: int, registers: int) -> dict[str, int | bool]:
         # The bound was chosen for a tile of one matrix instruction's rows.
         bounded = registers and arch.vendor == "nvidia" and decode.block_m == tile.decode_block_m
-        chosen = options(arch, tile.decode_warps, tile.decode_stages, fp_fusion=False)
+        chosen = options(arch, warps, tile.decode_stages, fp_fusion=False)
         return chosen | ({"maxnreg": registers} if bounded else {})
 
     def fold_after(*, dependent: bool, segments: bool = False, rows: int = 1) -> Launch:
@@ -182,7 +187,9 @@ def launches(
             segments=segments,
         )
 
-    def parallel(dependent: bool) -> tuple[Launch, Launch]:
+    dependent = bool(dependent_launch(arch))
+
+    def parallel(early: bool) -> tuple[Launch, Launch]:
         split = Launch(
             split_kernel,
             inputs
@@ -191,11 +198,13 @@ def launches(
             | scales
             | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale")
             | strides,
-            decoded | {"DEPENDENT": dependent},
-            compiled(tile.decode_registers),
+            decoded | {"DEPENDENT": dependent, "EARLY": early},
+            compiled(tile.decode_warps, tile.decode_registers),
         )
         return split, fold_after(dependent=dependent)
 
+    segments = max(tile.segment_programs, 1)
+    fewer: dict[str, Constant] = {"HALVINGS": segments.bit_length() - 1, "LEAST_TILES": _LEAST_TILES // segments}
     segment = Launch(
         segment_kernel,
         inputs
@@ -207,10 +216,10 @@ def launches(
         | sizes("seqs", "max_kv", "capacity", "stride_table", "stride_k_scale", "stride_v_scale")
         | strides
         | out_strides,
-        decoded | {"DEPENDENT": bool(dependent_launch(arch))},
-        compiled(tile.segment_registers),
+        decoded | fewer | {"DEPENDENT": dependent},
+        compiled(tile.segment_warps or tile.decode_warps, tile.segment_registers),
     )
-    early = parallel(True) if dependent_launch(arch) else ()
+    early = parallel(True) if dependent else ()
     segment_folds = (fold_after(dependent=True, segments=True, rows=rows) for rows in (1, _folded_rows(problem)))
     return (*walks, *parallel(False), segment, *segment_folds, *early)
 

@@ -184,6 +184,7 @@ def split_kernel(
     SPLITS: tl.constexpr,
     MOST_QUERIES: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -199,8 +200,11 @@ def split_kernel(
     A state (maximum, sum, accumulator) of a token's split has a slot for each head: maxima and totals are
     [capacity, heads], accs [capacity, heads, BLOCK_D], all fp32. Sequence b's slots start at bases[b], its tokens in
     order, each with the sequence's number of splits; bases[b] is -1 where the sequence is left to `walk_kernel`.
+
+    DEPENDENT: the fold is launched before this kernel has ended. EARLY: as soon as every program has started, which
+    suits few short ones; else as their last ends, since programs that wait take places.
     """
-    if DEPENDENT:  # the fold may take the places that the last programs leave
+    if DEPENDENT and EARLY:
         cuda.gdc_launch_dependents()
     batch, starts, query_lens, kv_lens, splits, bases = _parallel_sequences(
         kv_lens_ptr, query_start_ptr, bases_ptr, seqs, max_kv, capacity, CAUSAL, WINDOW, SPLITS, MOST_QUERIES, BLOCK_B
@@ -291,6 +295,8 @@ def split_kernel(
             )
             states = (base + tokens * seq_splits + (split - first_split)) * (KV_HEADS * GROUP) + heads
             store_state(maximum, total, acc, states, valid, maxima_ptr, totals_ptr, accs_ptr, BLOCK_D)
+    if DEPENDENT and not EARLY:
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -357,6 +363,8 @@ def segment_kernel(
     SPLITS: tl.constexpr,
     MOST_QUERIES: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -373,6 +381,9 @@ def segment_kernel(
     before it began, which is its first one at most, it walks the splits likewise and stores the state of each, as
     `split_kernel` does.
 
+    Where programs would have fewer than LEAST_TILES tiles, half as many share them, HALVINGS times at most: short
+    contexts then have fewer states to fold.
+
     folded: [tokens, heads], for `fold_kernel`: up to which split, excluded, that token's and head's are folded; -1
     where the result is stored. Every pair's first split has a program, so none is left from an earlier call.
     """
@@ -385,9 +396,12 @@ def segment_kernel(
     seq_ends = tl.cumsum(seq_tiles, 0)
     seq_starts = seq_ends - seq_tiles
     all_tiles = tl.sum(seq_tiles)
-    share, rest = all_tiles // tl.num_programs(1), all_tiles % tl.num_programs(1)
+    programs = tl.num_programs(1)
+    for _ in tl.static_range(HALVINGS):
+        programs = tl.where(all_tiles < programs * LEAST_TILES, (programs + 1) // 2, programs)
+    share, rest = all_tiles // programs, all_tiles % programs
     place = tl.program_id(1) * share + tl.minimum(tl.program_id(1), rest)
-    stop = place + share + tl.where(tl.program_id(1) < rest, 1, 0)
+    stop = tl.where(tl.program_id(1) < programs, place + share + tl.where(tl.program_id(1) < rest, 1, 0), place)
 
     dims = tl.arange(0, BLOCK_D)
     kv_head, tile_tokens, heads, valid_heads = _rows_of_tile(tl.program_id(0), GROUP, HEADS, TOKENS, BLOCK_M)

@@ -166,6 +166,7 @@ class Parallel:
         self._units = (context.device.compute_units or _UNITS) if on_gpu else _INTERPRETED_UNITS
         self._programs = self._units * (tile.decode_programs if on_gpu else 1)
         self._segments = segments * (self._units if on_gpu else 1)
+        self._parts: int = tile.segment_parts
 
         states = decode.capacity * heads if decode.most_queries else 0
         seqs = limits.max_seqs if decode.most_queries else 0
@@ -191,11 +192,12 @@ class Parallel:
         return (min(self._programs, tokens * self._splits * self._blocks),)
 
     def in_segments(self, seqs: int) -> bool:
-        """Whether a call's splits are left to `segment_kernel`: with a pair of sequence and heads for every fourth of
-        its programs, but for a sixteenth. Those that begin within a pair that another began store the state of each
-        split, as `split_kernel` does: with fewer pairs, nearly all would.
+        """Whether a call's splits are left to `segment_kernel`: with so many pairs of sequence and heads that one has
+        `segment_parts` programs or fewer, but for a sixteenth. Those that begin within a pair that another began store
+        the state of each split, as `split_kernel` does: with fewer pairs, nearly all would.
         """
-        return bool(self.decode.most_queries and self._segments) and seqs * self._blocks * 64 >= self._segments * 15
+        pairs = seqs * self._blocks if self.decode.most_queries and self._segments else 0
+        return pairs > 0 and pairs * self._parts * 16 >= self._segments * 15
 
     def segment_grid(self, seqs: int) -> tuple[int, ...]:
         """Of `segment_kernel`: as many programs for each tile of a token's heads."""

@@ -128,14 +128,20 @@ class AttentionTile(Tile):
     of those that run at once (2 for a head of 128): once, all end together where the splits are alike; twice, the
     second ones also fill in where some splits are longer."""
     segment_programs: int = Field(default=2, ge=0, le=64)
-    """Programs a multiprocessor where a call has a pair of sequence and KV head for every fourth of them: each has a
-    part of the pairs, as long as others', so best as many as run at once. 0: the splits run in parallel there too."""
+    """Programs a multiprocessor where a call has many pairs of sequence and KV head (`segment_parts`): each has a part
+    of the pairs, as long as others', so best as many as run at once. 0: the splits run in parallel there too."""
+    segment_parts: int = Field(default=4, ge=1)
+    """Into how many parts a pair may be cut, about: with fewer pairs the splits run in parallel."""
+    segment_warps: int = Field(default=0, ge=0, le=16)
+    """Of such a program; 0: as many as `decode_warps`."""
     segment_registers: int = Field(default=0, ge=0, le=255)
     """The most registers that a thread of these may take on NVIDIA, as `decode_registers`."""
     workspace_mb: int = Field(default=256, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits."""
 
-    _sizes = field_validator("decode_block_m", "decode_warps", "prefill_block_m", "prefill_warps")(power_of_two_field)
+    _sizes = field_validator("decode_block_m", "decode_warps", "segment_warps", "prefill_block_m", "prefill_warps")(
+        power_of_two_field
+    )
 
 
 def padded(width: int) -> int:

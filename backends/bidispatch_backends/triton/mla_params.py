@@ -53,8 +53,11 @@ class MlaTile(AttentionTile):
     """Programs a multiprocessor where a call has as many pairs of sequence and block of heads, or nearly: each walks
     runs of splits. Best as many as run at once. 0: the splits run in parallel there too, as they do where
     decode_overlap is set and `walks_runs` does not hold."""
+    segment_parts: int = Field(default=1, ge=1, le=1)
+    """1: a pair is not cut, or hardly."""
+    segment_warps: int = Field(default=0, ge=0, le=0)
     segment_registers: int = Field(default=0, ge=0, le=0)
-    """0: runs of splits take the registers that their kernels name."""
+    """0: runs of splits take the warps and registers that their kernels name."""
     workspace_mb: int = Field(default=432, ge=0)
     """The most MiB a bound kernel may hold for the partial results of parallel splits: a split of one token takes 257
     KB for 128 heads, 33 KB for 16. docs/latent-attention.md has what batches there is room for."""

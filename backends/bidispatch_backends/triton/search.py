@@ -127,8 +127,16 @@ _DECODE_SHAPES = (
 # On an H200, 16 to 256 sequences of 1k to 8k: 2 segments of 255 registers are the fastest with heads of 128, 5 to 35 %
 # before 3 of 168; with heads of 64 it is 4 of 128, 3 % before 3 of 168 and 8 % before 2 of 255 as geometric means. A
 # fourth stage costs 0 to 6 %.
-_DECODE_PROGRAMS = ((3, 2, 0), (6, 2, 0), (6, 4, 128), (12, 3, 168))
-"""Programs a multiprocessor, of the parallel splits and of the segments, and the registers of the latter."""
+_DECODE_PROGRAMS = (
+    (3, 2, 4, 0, 0),
+    (6, 2, 4, 0, 0),
+    (6, 2, 16, 0, 0),
+    (6, 4, 4, 0, 128),
+    (12, 3, 4, 0, 168),
+    (12, 4, 4, 2, 0),
+)
+"""Programs a multiprocessor, of the parallel splits and of the segments; into how many of the latter a pair is cut, at
+most, their warps and their registers."""
 _FEW_TOKENS = 256
 """Calls of up to so many tokens are taken for decode steps."""
 _PREFILL_SHAPES = ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 3), (16, 4, 3))
@@ -147,9 +155,10 @@ def attention_tiles_for(device: Device, problem: Problem, params: Any, m: int) -
             if fits_shared_memory(device.arch, problem, params, rows, stages):
                 shape = {"decode_block_m": rows, "decode_warps": warps, "decode_stages": stages}
                 shape["decode_registers"] = registers if nvidia else 0
-                for splits, segments, bound in _DECODE_PROGRAMS:
-                    shape |= {"decode_programs": splits, "segment_programs": segments}
-                    tiles.append(default.model_copy(update=shape | {"segment_registers": bound if nvidia else 0}))
+                for splits, segments, parts, segment_warps, bound in _DECODE_PROGRAMS:
+                    shape |= {"decode_programs": splits, "segment_programs": segments, "segment_parts": parts}
+                    shape |= {"segment_warps": segment_warps, "segment_registers": bound if nvidia else 0}
+                    tiles.append(default.model_copy(update=shape))
     else:
         for rows, warps, stages in _PREFILL_SHAPES:
             if fits_shared_memory(device.arch, problem, params, rows, stages):
