@@ -46,12 +46,12 @@ __all__ = ["bind_attention", "bind_lone_queries", "launches"]
 
 _EARLY_SEQS = 1
 """Sequences of a call whose fold is launched as the splits start, at most; with more it is as they end. It saves one of
-1k to 4k 0.5 to 0.9 µs of 8 to 11. The programs that wait cost 2 of 64k and more 5 to 13 % (H200, heads of 64), and 4
-to 16 of 1k to 8k 3 to 10 % (H100)."""
+1k to 4k 0.4 to 1.1 µs of 8 to 12; 2 of 1k and 2k took 0.93 to 0.97 with it, of 64k and more 0.97 to 1.05 (H200, heads
+of 64). Programs that wait cost 4 to 16 of 1k to 8k 3 to 10 % (H100)."""
 
 _LEAST_TILES = 16
 """KV tiles of a multiprocessor's programs of segments: with fewer, half as many programs share them. 2 and 4 sequences
-of 1k, of 8 KV heads of 128, then took 0.87 to 0.93 of the time (H200)."""
+of 1k, of 8 KV heads of 128, then took 0.89 to 0.93 of the time (H200)."""
 
 _MOST_FOLDS = 512
 """Programs that fold one head each behind segments, at most: those of few sequences leave them much. On an H200 8
@@ -172,7 +172,7 @@ def launches(
         chosen = options(arch, warps, tile.decode_stages, fp_fusion=False)
         return chosen | ({"maxnreg": registers} if bounded else {})
 
-    def fold_after(*, dependent: bool, segments: bool = False, rows: int = 1) -> Launch:
+    def fold_of(*, segments: bool = False, rows: int = 1) -> Launch:
         ends = {name: optional[name] for name in ("sinks_ptr", "v_scales_ptr")}
         constants = widths | {"HEADS": heads}
         return fold_launch(
@@ -183,14 +183,14 @@ def launches(
             constants,
             max(1, rows // 2),
             rows=rows,
-            dependent=dependent,
+            dependent=True,
             segments=segments,
         )
 
     dependent = bool(dependent_launch(arch))
 
-    def parallel(early: bool) -> tuple[Launch, Launch]:
-        split = Launch(
+    def split_of(early: bool) -> Launch:
+        return Launch(
             split_kernel,
             inputs
             | {name: optional[name] for name in ("slopes_ptr", "k_scales_ptr")}
@@ -201,7 +201,6 @@ def launches(
             decoded | {"DEPENDENT": dependent, "EARLY": early},
             compiled(tile.decode_warps, tile.decode_registers),
         )
-        return split, fold_after(dependent=dependent)
 
     segments = max(tile.segment_programs, 1)
     fewer: dict[str, Constant] = {"HALVINGS": segments.bit_length() - 1, "LEAST_TILES": _LEAST_TILES // segments}
@@ -219,9 +218,9 @@ def launches(
         decoded | fewer | {"DEPENDENT": dependent},
         compiled(tile.segment_warps or tile.decode_warps, tile.segment_registers),
     )
-    early = parallel(True) if dependent else ()
-    segment_folds = (fold_after(dependent=True, segments=True, rows=rows) for rows in (1, _folded_rows(problem)))
-    return (*walks, *parallel(False), segment, *segment_folds, *early)
+    segment_folds = (fold_of(segments=True, rows=rows) for rows in (1, _folded_rows(problem)))
+    early = (split_of(True),) if dependent else ()
+    return (*walks, split_of(False), fold_of(), segment, *segment_folds, *early)
 
 
 def bind_lone_queries(context: BindContext, others: Kernel) -> Kernel:
@@ -325,7 +324,8 @@ def bind_attention(context: BindContext, others: Kernel | None = None) -> Kernel
                     *out_strides,
                 )
             else:
-                split_now, fold_now = early if early and seqs <= _EARLY_SEQS else (split, fold)
+                fold_now = fold
+                split_now = early[0] if early and seqs <= _EARLY_SEQS else split
                 split_now(
                     parallel.split_grid(tokens),
                     *inputs,

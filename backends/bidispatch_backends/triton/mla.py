@@ -34,7 +34,6 @@ from bidispatch_backends.triton.mla_hopper_segments import seesaw_segment_kernel
 from bidispatch_backends.triton.mla_hopper_walk import seesaw_walk_kernel
 from bidispatch_backends.triton.mla_kernels import latent_split_kernel, latent_walk_kernel
 from bidispatch_backends.triton.mla_params import MlaParams, MlaTile, seesaws, walks_pairs, walks_runs
-from bidispatch_backends.triton.mla_runs import MOST_IDLE
 from bidispatch_backends.triton.mla_segments import latent_segment_kernel
 
 __all__ = ["Runs", "bind_mla", "launches"]
@@ -46,15 +45,6 @@ _MOST_FOLDED = 16
 
 class Runs(Parallel):
     """Of `latent_segment_kernel`, whose programs have one order of all pairs."""
-
-    def in_segments(self, seqs: int) -> bool:
-        """Whether a call's splits are left to it: where each program gets a pair, but for as many as `part_of` idles.
-
-        With fewer, most would begin within a pair that another began, and store the state of each split.
-        """
-        (programs,) = self.segment_grid(seqs)
-        idle = programs - seqs * self._blocks
-        return bool(self.decode.most_queries and programs) and idle * MOST_IDLE <= programs
 
     def segment_grid(self, seqs: int) -> tuple[int, ...]:
         return (self._segments,)

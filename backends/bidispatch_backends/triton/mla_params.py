@@ -54,7 +54,8 @@ class MlaTile(AttentionTile):
     runs of splits. Best as many as run at once. 0: the splits run in parallel there too, as they do where
     decode_overlap is set and `walks_runs` does not hold."""
     segment_parts: int = Field(default=1, ge=1, le=1)
-    """1: a pair is not cut, or hardly."""
+    """1: as many pairs as programs, but for as many as `part_of` idles. With fewer, most would begin within a pair that
+    another began, and store the state of each split."""
     segment_warps: int = Field(default=0, ge=0, le=0)
     segment_registers: int = Field(default=0, ge=0, le=0)
     """0: runs of splits take the warps and registers that their kernels name."""

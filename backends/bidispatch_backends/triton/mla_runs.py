@@ -18,12 +18,10 @@ import triton.language as tl
 from bidispatch_backends.triton.attention_kernels import _split_from
 from bidispatch_backends.triton.attention_state import split_start
 
-__all__ = ["MOST_IDLE", "pair_at", "part_of", "places_of", "run_of"]
+__all__ = ["pair_at", "part_of", "places_of", "run_of"]
 
-MOST_IDLE = 16
+_MOST_IDLE = tl.constexpr(16)
 """A part of the programs, at most one in so many, may be left without work so that the others have whole pairs."""
-
-_MOST_IDLE = tl.constexpr(MOST_IDLE)
 
 
 @triton.jit

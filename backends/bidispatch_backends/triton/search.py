@@ -125,8 +125,8 @@ _DECODE_SHAPES = (
     (64, 4, 3, 0),
 )
 # On an H200, 16 to 256 sequences of 1k to 8k: 2 segments of 255 registers are the fastest with heads of 128, 5 to 35 %
-# before 3 of 168; with heads of 64 it is 4 of 128, 3 % before 3 of 168 and 8 % before 2 of 255 as geometric means. A
-# fourth stage costs 0 to 6 %.
+# before 3 of 168; with heads of 64 it is 4 of two warps, 4 % before 4 of four and 128 registers and 7 % before 2 of 255
+# as geometric means, up to 16k. A fourth stage costs 0 to 6 %.
 _DECODE_PROGRAMS = (
     (3, 2, 4, 0, 0),
     (6, 2, 4, 0, 0),
