@@ -41,7 +41,7 @@ def test_every_launch_for_latents_compiles(num_heads: int, entries: int, extent:
     """Rows of q of 576 elements, of the result of 512."""
     for dtype in ("bfloat16", "float16"):
         problem = ops.get("attention.mla").problem(dtype, {"num_heads": num_heads})
-        cut = (512, 32) if entries else None
+        cut = (512, 256, 4, 32) if entries else None
         made = kernels.launches(problem, ARCHS["sm90"], entries, extent, copies_pages=False, scheduled=cut)
         copies = [launch for launch in (made.prepare, made.merge) if launch]
         assert bool(made.schedule) == bool(entries)

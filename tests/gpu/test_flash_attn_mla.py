@@ -205,6 +205,13 @@ def test_a_sequence_too_long_is_nan_and_no_other(plan):
         result = bound(plan, name, problem, Limits(8, 8, 4096))(*arguments)
         assert result[1:4].isnan().all()
         assert same_bits(result[[0, 4]], wanted[[0, 4]])
+    lone = batch(problem, [(1, 300, 0), (1, 5000, 1), (1, 50, 2), (1, 20, 3)])
+    lone[3][2] = 0
+    for name in NAMES:
+        wanted = bound(plan, name, problem, Limits(4, 4, 8192, 1))(*lone)
+        result = bound(plan, name, problem, Limits(4, 4, 4096, 1))(*lone)
+        assert result[1].isnan().all()
+        assert same_bits(result[[0, 2, 3]], wanted[[0, 2, 3]])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -87,16 +87,28 @@ def scheduled(rows, splits, heads):
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_splits_are_the_librarys_by_a_sequences_own_length(page_size):
-    """Bit by bit: one for each 128 positions, at most four; where rows may be more than one, with the same bits."""
+@pytest.mark.parametrize(
+    ("params", "splits"),
+    [
+        ({}, [1, 2, 4, 4, 1, 4]),
+        ({"split_size": 512, "least_splits": 3}, [1, 1, 3, 3, 1, 2]),
+        ({"split_size": 512, "least_splits": 4, "smallest_split": 128}, [1, 2, 4, 4, 1, 4]),
+    ],
+    ids=str,
+)
+def test_splits_are_the_librarys_by_a_sequences_own_length(page_size, params, splits):
+    """Bit by bit: one for each 128 positions, at most four; or for 512, at least three that have 256, or 128.
+
+    Where rows may be more than one, with the same bits.
+    """
     problem = problem_of(page_size=page_size)
     pieces = [(1, 128, 0), (1, 129, 1), (1, 700, 2), (1, 1000, 3), (1, 1, 4), (1, 400, 5)]
     arguments = batch(problem, pieces)
-    made = scheduled([1] * 6, [1, 2, 4, 4, 1, 4], 2)
+    made = scheduled([1] * 6, splits, 2)
     kept = torch.zeros(6, dtype=torch.int32)
     wanted, _ = library_alone(problem, arguments, max_query=1, leftpad=kept, causal=False, schedule=made, most=4)
-    assert same_bits(bind(SPLIT, problem, Limits(6, 6, 1024, max_query_len=1))(arguments), wanted)
-    assert same_bits(bind(SPLIT, problem)(arguments), wanted)
+    assert same_bits(bind(SPLIT, problem, Limits(6, 6, 1024, max_query_len=1), **params)(arguments), wanted)
+    assert same_bits(bind(SPLIT, problem, **params)(arguments), wanted)
 
 
 def test_the_librarys_own_schedule_follows_the_batch():
@@ -268,6 +280,18 @@ def test_what_was_not_promised_gives_nan(name):
         result = bind(name, problem, Limits(64, 8, 1024, max_query_len=1))(arguments)
         assert result[1:3].isnan().all()
         assert same_bits(result[[0, 3, 4]], wanted[[0, 3, 4]])
+
+
+def test_a_long_sequence_among_lone_queries_gives_nan_alone():
+    """FA3 is told that it has no row: it would add up what is left of an earlier call in its place."""
+    problem = problem_of()
+    arguments = batch(problem, [(1, 300, 0), (1, 900, 1), (1, 50, 2), (1, 20, 3)], padding_rows=2)
+    arguments[3][2] = 0
+    wanted = bind(SPLIT, problem, Limits(8, 8, 1024, max_query_len=1))(arguments)
+    result = bind(SPLIT, problem, Limits(8, 8, 512, max_query_len=1))(arguments)
+    assert result[1].isnan().all()
+    assert same_bits(result[[0, 2, 3, 4, 5]], wanted[[0, 2, 3, 4, 5]])
+    assert (result[4:] == 7.0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -270,25 +270,29 @@ def _fa2_kvcache(*arguments, package, page_multiple):
 
 
 def _splits_by(schedule, most, causal, rows, lens, block, group):
-    """hopper/flash_prepare_scheduler.cu, and how a schedule that is made ahead is laid out; flash_api.cpp, for 992."""
+    """Rows and splits of each: hopper/flash_prepare_scheduler.cu, and how a schedule that is made ahead is laid out;
+    flash_api.cpp, for 992.
+    """
     if most == 1:
         assert schedule is None
-        return [1] * len(lens)
+        return rows, [1] * len(lens)
     assert len(lens) <= 992
     if schedule is None:
         blocks = [math.ceil(length / block) * (count > 0) for count, length in zip(rows, lens, strict=True)]
         share = math.ceil(1.1 * sum(blocks) / _SMS)
-        return [max(1, min(math.ceil(count / max(1, share)), most)) for count in blocks]
+        return rows, [max(1, min(math.ceil(count / max(1, share)), most)) for count in blocks]
     rounded = math.ceil(len(lens) / 4) * 4
     assert not causal, "one more vector"
     assert schedule.shape == (2 * rounded + 1,)
     assert schedule.dtype == torch.int32
-    assert schedule[: len(lens)].tolist() == [count * group for count in rows]
+    shown = [packed // group for packed in schedule[: len(lens)].tolist()]
+    assert schedule[: len(lens)].tolist() == [count * group for count in shown]
+    assert all(count in (0, row) for count, row in zip(shown, rows, strict=True))
     assert schedule[-1] == 0, "a counter that has been used"
     numbers = schedule[rounded : rounded + len(lens)].tolist()
     assert all(1 <= number <= most for number in numbers)
     schedule[-1] = 99  # as a counter that has run
-    return numbers
+    return shown, numbers
 
 
 def _fa3_forward(*arguments):
@@ -333,14 +337,15 @@ def _fa3_forward(*arguments):
         whole_pages = loads_by_tma(k.shape[1], block, max_query * group, LATENT_BLOCK, leftpad)
     lse = torch.full((q.shape[-2], len(flat_q)), -math.inf)
     used_rows = rows if used_q is None else used_q.tolist()
-    numbers = _splits_by(metadata, splits, causal, used_rows, lens, block, group)
+    shown, numbers = _splits_by(metadata, splits, causal, used_rows, lens, block, group)
     for i, length in enumerate(lens):
         owned = slice(starts[i], starts[i + 1])
         assert used_rows[i] in (0, rows[i])
-        assert used_rows[i] <= max_query or metadata is not None
-        if not used_rows[i]:
-            if splits > 1 and rows[i]:
-                flat_out[owned] = lse[:, owned] = math.nan  # whatever was there
+        assert shown[i] <= max_query
+        if not shown[i]:
+            # What adds splits up looks at the schedule for their number, not for rows: what is left there from before.
+            if rows[i] and (numbers[i] > 1 or (splits > 1 and metadata is None)):
+                flat_out[owned] = lse[:, owned] = 99.0
             continue
         if not length:
             flat_out[owned] = 0

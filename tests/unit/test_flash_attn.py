@@ -222,13 +222,14 @@ def test_latents_need_the_library_and_say_what_to_install(host, name):
     assert "vllm>=0.20,<0.34 is not installed (`pip install" in unmet(name, latent_problem())[0]
 
 
-@pytest.mark.parametrize(("num_heads", "splits"), [(16, (256, 64)), (128, (1024, 32))])
+@pytest.mark.parametrize(("num_heads", "splits"), [(16, (1024, 16, 256, 64)), (128, (2048, 8, 512, 32))])
 def test_hopper_has_splits_of_latents_at_level_batch(host, num_heads, splits):
     host({"vllm": "0.25.1"})
     problem = latent_problem(num_heads=num_heads)
     (rung,) = bidispatch.plan("sm90", require="batch").select_problem(problem).rungs
     assert rung.implementation.name == "flash_attn.fa3_mla_splits"
-    assert (rung.params.split_size, rung.params.num_splits) == splits
+    params = rung.params
+    assert (params.split_size, params.least_splits, params.smallest_split, params.num_splits) == splits
     (rung,) = bidispatch.plan("sm90").select_problem(problem).rungs
     assert rung.implementation.name == "triton.mla"
 
@@ -240,6 +241,9 @@ def test_hopper_has_splits_of_latents_at_level_batch(host, num_heads, splits):
         ("fa3_mla_splits", {"split_size": 1000}, "split_size=1000 is not a multiple of 64"),
         ("fa3_mla_splits", {"num_splits": 1}, "greater than or equal to 2"),
         ("fa3_mla_splits", {"num_splits": 129}, "less than or equal to 128"),
+        ("fa3_mla_splits", {"num_splits": 4, "least_splits": 5}, "least_splits=5 is more than num_splits=4"),
+        ("fa3_mla_splits", {"smallest_split": 100}, "smallest_split=100 is not a multiple of 64"),
+        ("fa3_mla_splits", {"split_size": 128, "least_splits": 2}, "smallest_split=256 is more than split_size=128"),
         ("fa2", {"num_splits": 4}, "flash_attn.fa2_splits"),
         ("fa3", {"num_splits": 0}, "only 1 keeps prefill = decode"),
         ("fa2_splits", {"num_splits": 1}, "greater than or equal to 2"),
@@ -272,6 +276,7 @@ def test_labels_name_what_fixes_the_bits(host):
     assert label("fa3_kv_split", split_size=2048) == "fa3_kv_split.2048.vllm-0.25.1"
     assert label("fa3_mla") == "fa3_mla.vllm-0.25.1"
     assert label("fa3_mla_splits") == "fa3_mla_splits.512.32.vllm-0.25.1"
+    assert label("fa3_mla_splits", least_splits=4) == "fa3_mla_splits.256-512.4-32.vllm-0.25.1"
     assert len({label(name.partition(".")[2]) for name in NAMES}) == len(NAMES)
 
 

@@ -348,7 +348,8 @@ class _LatentSplits(_LatentAttention):
             self._entry_starts = torch.arange(self._queries + 1, dtype=torch.int32, device=context.device.torch_device)
 
     def _launched(self, context: BindContext, split: _Split | None, *, replaced: bool) -> Launches:
-        cut = context.params.split_size, context.params.num_splits
+        params = context.params
+        cut = params.split_size, params.smallest_split, params.least_splits, params.num_splits
         problem, arch = context.problem, context.device.arch
         return launches(problem, arch, 1, _whole_pages(context), copies_pages=False, scheduled=cut)
 
@@ -370,8 +371,6 @@ class _LatentSplits(_LatentAttention):
         max_kv = min(self._max_kv, block_table.shape[1] * self._page_size)
         used = self._used[:seqs]
         self._in_splits(q, k_cache, v_cache, block_table, seq_lens, query_start_loc, used, out, max_kv, scale)
-        sizes = seqs, max_kv, 1, *out.stride()[:2]
-        self._launches.spoil((tokens,), seq_lens, query_start_loc, out, *sizes)
 
     def _decode(self, operands: tuple[torch.Tensor, ...], split: _Split, scale: float) -> torch.Tensor:
         rows, k_cache, v_cache, table, lens, _, partial = operands
@@ -397,8 +396,7 @@ class _LatentSplits(_LatentAttention):
         seqs = len(lens)
         schedule = self._schedules[: schedule_size(seqs)]
         if self._launches.schedule:
-            programs = ceil_div(seqs, self._launches.seqs_a_program)
-            self._launches.schedule((programs,), lens, starts, used, schedule, seqs, max_kv)
+            self._launches.schedule((seqs,), lens, starts, used, schedule, out, seqs, max_kv, 1, *out.stride()[:2])
         return self._fa3.varlen(
             *(q, k_cache, v_cache, block_table, used, starts, self._no_starts[: seqs + 1], out),
             max_query_len=1,

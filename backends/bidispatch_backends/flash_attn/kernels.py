@@ -89,12 +89,28 @@ def admit_kernel(
         shown = served & ((rows != 1) | (kv_len <= 0))
     tl.store(used_ptr + seq, tl.where(shown, kv_len, 0))
     tl.store(rows_ptr + seq, tl.where(shown, rows, 0))
-    if served:
-        return
-    row_ptr = out_ptr + first.to(tl.int64) * stride_out_token
+    if not served:
+        _store_nothing_in_rows(
+            out_ptr, first, rows, stride_out_token, stride_out_head, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK=BLOCK
+        )
+
+
+@triton.jit
+def _store_nothing_in_rows(
+    out_ptr,
+    first,
+    rows,
+    stride_token,
+    stride_head,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """NaN for so many rows of the result from one on."""
+    row_ptr = out_ptr + first.to(tl.int64) * stride_token
     for _ in range(rows):
-        _store_nothing(row_ptr, stride_out_head, HEADS, HEAD_DIM, BLOCK)
-        row_ptr += stride_out_token
+        _store_nothing(row_ptr, stride_head, HEADS, HEAD_DIM, BLOCK)
+        row_ptr += stride_token
 
 
 @triton.jit
@@ -107,36 +123,51 @@ def _store_nothing(row_ptr, stride_head, HEADS: tl.constexpr, HEAD_DIM: tl.const
         tl.store(row_ptr + target, nothing, mask=place < HEADS * HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["seqs", "max_kv"])
+@triton.jit(do_not_specialize=["seqs", "max_kv", "max_query"])
 def schedule_kernel(
     kv_lens_ptr,
     query_start_ptr,
     used_ptr,
     schedule_ptr,
+    out_ptr,
     seqs,
     max_kv,
-    HEADS: tl.constexpr,
+    max_query,
+    stride_out_token,
+    stride_out_head,
     SPLIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LEAST: tl.constexpr,
     MOST: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """FA3's schedule, with a sequence's splits by its own length: one for each SPLIT positions, at most MOST.
+    """FA3's schedule, with a sequence's splits by its own length: one for each SPLIT positions, at most MOST, and at
+    least LEAST as far as they have SMALLEST positions each.
 
     schedule: as hopper/flash_prepare_scheduler.cu has it for calls that are not causal: rows of the packed heads
-    [seqs, rounded up to 4], splits [as many], and a counter of tiles that starts at 0. used: as in `lengths_kernel`.
+    [seqs, rounded up to 4], splits [as many], and a counter of tiles that starts at 0. used, and whose rows of the
+    result are NaN: as in `admit_kernel`. Without rows FA3 computes nothing, and with one split it adds nothing up.
     """
-    seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = seq < seqs
-    used = tl.minimum(tl.load(kv_lens_ptr + seq, mask=inside, other=0), max_kv)
-    rows = tl.load(query_start_ptr + seq + 1, mask=inside, other=0)
-    rows -= tl.load(query_start_ptr + seq, mask=inside, other=0)
-    splits = tl.maximum(tl.minimum(tl.cdiv(used, SPLIT), MOST), 1)
+    seq = tl.program_id(0)
+    first = tl.load(query_start_ptr + seq)
+    rows = tl.load(query_start_ptr + seq + 1) - first
+    kv_len = tl.load(kv_lens_ptr + seq)
+    served = (kv_len <= max_kv) & (rows <= max_query)
+    used = tl.where(served, kv_len, 0)
+    least = tl.minimum(tl.maximum(tl.cdiv(used, SMALLEST), 1), LEAST)
+    splits = tl.maximum(tl.minimum(tl.cdiv(used, SPLIT), MOST), least)
     rounded = tl.cdiv(seqs, 4) * 4
-    tl.store(used_ptr + seq, used, mask=inside)
-    tl.store(schedule_ptr + seq, rows * HEADS, mask=inside)
-    tl.store(schedule_ptr + rounded + seq, splits, mask=inside)
-    if tl.program_id(0) == 0:
+    tl.store(used_ptr + seq, used)
+    tl.store(schedule_ptr + seq, tl.where(served, rows, 0) * HEADS)
+    tl.store(schedule_ptr + rounded + seq, splits)
+    if seq == 0:
         tl.store(schedule_ptr + 2 * rounded, 0)
+    if not served:
+        _store_nothing_in_rows(
+            out_ptr, first, rows, stride_out_token, stride_out_head, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK=BLOCK
+        )
 
 
 def schedule_size(seqs: int) -> int:
@@ -325,13 +356,13 @@ def launches(
     *,
     copies_pages: bool = True,
     replaced: bool = False,
-    scheduled: tuple[int, int] | None = None,
+    scheduled: tuple[int, int, int, int] | None = None,
 ) -> Launches:
     """`entries` of `extent` KV positions for a lone query; 0 where it is served as every other.
 
     copies_pages: whether its part of the block table is copied; else the library is shown the caller's. replaced:
-    whether someone else writes the rows of lone queries afterwards. scheduled: positions of a split and the most splits
-    of a sequence, where FA3 cuts them.
+    whether someone else writes the rows of lone queries afterwards. scheduled: SPLIT, SMALLEST, LEAST and MOST of
+    `schedule_kernel`, where FA3 cuts them.
     """
     data, index, state = pointer(problem.dtype), pointer("int32"), pointer("float32")
     heads = heads_of(problem)
@@ -382,11 +413,11 @@ def launches(
     )
     schedule = None
     if scheduled:
-        positions, most = scheduled
+        cuts = dict(zip(("SPLIT", "SMALLEST", "LEAST", "MOST"), scheduled, strict=True))
         schedule = Launch(
             schedule_kernel,
-            {**ends, "used_ptr": index, "schedule_ptr": index, **sizes},
-            {"HEADS": heads.queries, "SPLIT": positions, "MOST": most, "BLOCK": _SEQS},
+            {**ends, "used_ptr": index, "schedule_ptr": index, "out_ptr": data, "seqs": "i32", **limits, **out_strides},
+            {**cuts, **nothing},
             four_warps,
         )
     return Launches(lengths, spoil, admit, prepare, merge, schedule, ceil_div(width, pages) if pages else 1)

@@ -147,19 +147,28 @@ class SplitSizeParams(Params):
 class LatentSplitsParams(Params):
     """Splits of a sequence's own KV, in fp32 partial results that FA3 adds in ascending order.
 
-    A sequence has one for each `split_size` positions, at most `num_splits`; all of one size, in KV blocks of 64.
+    A sequence has one for each `split_size` positions, at least `least_splits` and at most `num_splits`; all of one
+    size, in KV blocks of 64.
     """
 
     split_size: int = Field(default=512, ge=_LATENT_BLOCK)
     """KV positions, a multiple of 64."""
+    least_splits: int = Field(default=1, ge=1)
+    """Of a shorter sequence, as far as each has `smallest_split` positions: a few long ones leave a GPU idle."""
+    smallest_split: int = Field(default=256, ge=_LATENT_BLOCK)
+    """KV positions, a multiple of 64, at most `split_size`. Looked at for `least_splits` alone."""
     num_splits: int = Field(default=32, ge=2, le=_MOST_SPLITS)
 
-    @field_validator("split_size")
-    @classmethod
-    def _whole_blocks(cls, value: int) -> int:
-        if value % _LATENT_BLOCK:
-            raise ValueError(f"split_size={value} is not a multiple of {_LATENT_BLOCK}")
-        return value
+    @model_validator(mode="after")
+    def _one_rule(self) -> LatentSplitsParams:
+        for name in ("split_size", "smallest_split"):
+            if getattr(self, name) % _LATENT_BLOCK:
+                raise ValueError(f"{name}={getattr(self, name)} is not a multiple of {_LATENT_BLOCK}")
+        if self.least_splits > self.num_splits:
+            raise ValueError(f"least_splits={self.least_splits} is more than num_splits={self.num_splits}")
+        if self.least_splits > 1 and self.smallest_split > self.split_size:
+            raise ValueError(f"smallest_split={self.smallest_split} is more than split_size={self.split_size}")
+        return self
 
 
 class WorkspaceTile(Tile):
@@ -240,8 +249,11 @@ def fa3_mla_numerics(params: Any, problem: Problem) -> str:
 
 
 def fa3_mla_splits_numerics(params: Any, problem: Problem) -> str:
-    """`fa3_mla_splits.<positions>.<splits>.<library>`."""
-    return f"fa3_mla_splits.{params.split_size}.{params.num_splits}.{FA3.installed(problem)}"
+    """`fa3_mla_splits.<positions>.<splits>.<library>`: both as `512` and `32`, or `256-1024` and `16-64`."""
+    positions, splits = str(params.split_size), str(params.num_splits)
+    if params.least_splits > 1:
+        positions, splits = f"{params.smallest_split}-{positions}", f"{params.least_splits}-{splits}"
+    return f"fa3_mla_splits.{positions}.{splits}.{FA3.installed(problem)}"
 
 
 def fa3_triton_splits_numerics(params: Any, problem: Problem) -> str:
