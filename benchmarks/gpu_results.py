@@ -5,9 +5,9 @@
 
 The parts: host-time, gemm-host, gemm, fp8, int4, rows, attention and moe run the scripts of these names; verify is
 `bidispatch verify --all --cuda-graph`, verify-gemm, verify-fp8, verify-attention and verify-moe the same over the
-shapes of sweeps/, verify-mla and verify-quantize of some ops alone; demo is `bidispatch demo`; tests are tests/gpu;
-sanitizer is compute-sanitizer (memcheck and racecheck) over every kernel on small shapes. Exits 1 if any of them does;
-the others still run.
+shapes of sweeps/, verify-mla and verify-quantize of some ops alone, verify-batch of what serves attention at level
+batch; demo is `bidispatch demo`; tests are tests/gpu; sanitizer is compute-sanitizer (memcheck and racecheck) over
+every kernel on small shapes. Exits 1 if any of them does; the others still run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FEATURES = SWEEPS / "attention_features.yaml"
 
 # What is timed comes first, alone on the machine.
 PARTS = ("host-time", "gemm-host", "gemm", "fp8", "int4", "rows", "attention", "moe")
-PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "verify-mla", "verify-quantize", "verify-moe")
-PARTS += ("demo", "tests", "sanitizer")
+PARTS += ("verify", "verify-gemm", "verify-fp8", "verify-attention", "verify-mla", "verify-batch", "verify-quantize")
+PARTS += ("verify-moe", "demo", "tests", "sanitizer")
 WORKERS = max(2, min(16, (os.cpu_count() or 2) // 2))
 """Processes that share the tests, or a verification: most of their time is the compiler's and the host's."""
 BIDISPATCH = (sys.executable, "-m", "bidispatch")
@@ -83,6 +83,11 @@ def main() -> int:
             )
         ),
         "verify-mla": lambda: verify(("attention.mla",), folder / "verify_mla.json"),
+        # What serves where a profile asks for less.
+        "verify-batch": lambda: first_failure(
+            verify((op, "--require", "batch", *dtypes), folder / f"verify_{name}_batch.json")
+            for op, name, dtypes in (("attention", "attention", ("--dtype", "bf16")), ("attention.mla", "mla", ()))
+        ),
         "verify-quantize": lambda: verify(
             ("quantize.fp8_token", "quantize.fp8_tensor", "moe.router"), folder / "verify_quantize.json"
         ),
@@ -133,11 +138,19 @@ def verify(what: Sequence[str], to: Path) -> int:
         if not text:  # it died, of a signal where the code is negative
             again = " ".join(("bidispatch", *command[len(BIDISPATCH) :], f"{number}/{WORKERS}"))
             print(f"exit {code} and nothing said, so that {to.name} is not written: {again}", flush=True)
-    if all(printed):
-        document = merged([json.loads(text) for text in printed])
-        to.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{' '.join(what)}: {document['comparisons']} rows compared, {document['differing']} differ", flush=True)
-    return first_failure(codes)
+    if not all(printed):
+        return first_failure(codes)
+    parts = [json.loads(text) for text in printed]
+    document = merged(parts)
+    to.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{' '.join(what)}: {document['comparisons']} rows compared, {document['differing']} differ", flush=True)
+    counted = counting(parts)
+    return first_failure(code for part, code in zip(parts, codes, strict=True) if part in counted)
+
+
+def counting(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that had a problem: where there are fewer than processes, the others found that nothing was compared."""
+    return [part for part in parts if part["problems"]] or list(parts)
 
 
 def first_failure(codes: Iterable[int]) -> int:
@@ -152,14 +165,15 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         key: [each for each in chain(*zip_longest(*(part[key] for part in parts))) if each is not None]
         for key in ("problems", "skipped")
     }
+    counted = counting(parts)
     return {
         **parts[0],
-        "passed": all(part["passed"] for part in parts),
-        "seconds": max(part["seconds"] for part in parts),
+        "passed": all(part["passed"] for part in counted),
+        "seconds": max(part["seconds"] for part in counted),
         **{key: sum(part[key] for part in parts) for key in ("comparisons", "differing")},
         # A part runs the controls of what it verifies.
         "controls": list({control["name"]: control for part in parts for control in part["controls"]}.values()),
-        "faults": list(dict.fromkeys(fault for part in parts for fault in part["faults"])),
+        "faults": list(dict.fromkeys(fault for part in counted for fault in part["faults"])),
         **in_turn,
     }
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from bidispatch import ops
 from bidispatch.bench.prices import COMMAND, RESULTS_VARIABLE, Price, command_for, prices, results_file
 from bidispatch.cli import failures, render
-from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
+from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, RequireOption, parse_dims
 from bidispatch.device import Device
 from bidispatch.errors import RecordError, SelectionError
 from bidispatch.ops.schema import Problem
@@ -36,6 +36,7 @@ def command(
     dim: DimOption = None,
     device: DeviceOption = "auto",
     profile: ProfileOption = None,
+    require: RequireOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Show every candidate for a problem, and all reasons.
@@ -51,7 +52,7 @@ def command(
     wanted = dtype or asked.dtypes[0]
     dims = parse_dims(dim)
     problem = asked.problem(wanted, dims) if dims else asked.typical(wanted)
-    plan = make_plan(device, profile=profile)
+    plan = make_plan(device, profile=profile, require=require)
     try:
         result: Selection | SelectionError = plan.select_problem(problem)
     except SelectionError as error:
@@ -124,16 +125,17 @@ def _not_timed(device: Device, file: Path) -> str:
 def _other_level(plan: Plan) -> str:
     required = plan.require.label
     other = "sequence" if required == "batch" else "batch"
+    asking = f"profile {plan.profile.name} requires" if plan.require == plan.profile.require else "--require asks for"
     return (
-        f"profile {plan.profile.name} requires level {required}; `invariance: {{require: {other}}}` in a profile, or "
-        f'`bid.plan(require="{other}")`, asks for {other}'
+        f"{asking} level {required}; `invariance: {{require: {other}}}` in a profile, `--require {other}` or "
+        f'`bid.plan(require="{other}")` asks for {other}'
     )
 
 
 def _evidence(selection: Selection) -> str:
     if selection.evidence is None:
         there = f", on {selection.device.arch.name}" if selection.device.predicted else ""
-        return f"not proved here: `{verify_command(selection.problem)}`{there}"
+        return f"not proved here: `{verify_command(selection.problem, selection.asked)}`{there}"
     return f"verified here, {selection.evidence.comparisons} rows, {selection.evidence.made}"
 
 

@@ -9,7 +9,15 @@ import typer
 
 from bidispatch.errors import UsageError
 
-__all__ = ["DeviceOption", "DimOption", "JsonOption", "ProfileOption", "parse_dims", "show_help_without_command"]
+__all__ = [
+    "DeviceOption",
+    "DimOption",
+    "JsonOption",
+    "ProfileOption",
+    "RequireOption",
+    "parse_dims",
+    "show_help_without_command",
+]
 
 DeviceOption = Annotated[
     str,
@@ -20,6 +28,10 @@ DeviceOption = Annotated[
 ProfileOption = Annotated[
     str | None,
     typer.Option("--profile", help="A profile's name or file, instead of the device's own.", metavar="NAME|FILE"),
+]
+RequireOption = Annotated[
+    str | None,
+    typer.Option("--require", help="run, batch, sequence or topology, instead of the profile's.", metavar="LEVEL"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 DimOption = Annotated[

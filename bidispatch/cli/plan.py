@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from bidispatch.cli import failures, render
-from bidispatch.cli.options import DeviceOption, JsonOption, ProfileOption
+from bidispatch.cli.options import DeviceOption, JsonOption, ProfileOption, RequireOption
 from bidispatch.errors import SelectionError
 from bidispatch.ops.schema import Problem
 from bidispatch.planning.decisions import CHOSEN
@@ -23,10 +21,7 @@ __all__ = ["command", "plan_document"]
 def command(
     device: DeviceOption = "auto",
     profile: ProfileOption = None,
-    require: Annotated[
-        str | None,
-        typer.Option("--require", help="run, batch, sequence or topology, instead of the profile's.", metavar="LEVEL"),
-    ] = None,
+    require: RequireOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Show what serves every op on a device.

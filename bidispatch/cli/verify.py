@@ -11,7 +11,7 @@ import typer
 
 from bidispatch import ops as catalogue
 from bidispatch.cli import failures, machine, render
-from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, parse_dims
+from bidispatch.cli.options import DeviceOption, DimOption, JsonOption, ProfileOption, RequireOption, parse_dims
 from bidispatch.errors import UsageError
 from bidispatch.invariance import Invariance
 from bidispatch.ops.schema import Problem, parse_dtype
@@ -59,6 +59,7 @@ def command(
     ] = False,
     device: DeviceOption = "auto",
     profile: ProfileOption = None,
+    require: RequireOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Prove the plan's kernels on this machine, bit by bit.
@@ -66,6 +67,8 @@ def command(
     A row's result must not depend on the rest of the batch. Kernels broken on purpose run along and must be caught.
     Plain torch runs along too; its differences are shown and fail nothing. With --dim, one op is checked at those
     dims only.
+
+    --require chooses what is verified, as a plan that requires that level would; --level how far it is.
 
     With --record, what passed becomes evidence, and a rung whose bits differed from its ladder's is used no more.
 
@@ -80,7 +83,7 @@ def command(
     wanted = Invariance.parse(level) if level else None
     share = _parse_part(part)
     machine.require_torch("verify")
-    plan = _plan_to_prove(make_plan(device, profile=profile), retry)
+    plan = _plan_to_prove(make_plan(device, profile=profile, require=require), retry)
     machine.require_device(plan.device)
     store = RecordStore(plan.device)
     if record:

@@ -7,7 +7,7 @@ were fixed before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from pydantic import ValidationError
@@ -95,15 +95,16 @@ def select(
     if not rungs or rungs[-1].max_m is not None:
         _fail(problem, device, forced, rungs, decisions)
     level = min(rung.implementation.claims for rung in rungs)
-    selection = Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions))
+    asked = None if require == profile.require else require
+    selection = Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions), asked=asked)
     record = find_record(selection)
     if record is None and profile.trust == "verified":
         raise SelectionError(
             f"{problem} on {device.name}: {profile.name} trusts only what is verified, and no record of this device, "
-            f"these versions and this ladder proves it; `{verify_command(problem)}` makes one",
+            f"these versions and this ladder proves it; `{verify_command(problem, asked)}` makes one",
             decisions,
         )
-    return Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions), record)
+    return replace(selection, evidence=record)
 
 
 def _forced(problem: Problem, forced: tuple[str, Source], profile: Profile, registry: Registry) -> ProfileCandidate:

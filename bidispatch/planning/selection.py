@@ -38,6 +38,8 @@ class Selection:
     level: Invariance
     decisions: tuple[Decision, ...]
     evidence: Record | None = field(default=None, compare=False)
+    asked: Invariance | None = field(default=None, compare=False)
+    """The level that was required in the place of the profile's."""
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ class Selection:
         from bidispatch.runtime.context import Limits
 
         if self.evidence is None:
-            _warn_unproved(self.problem)
+            _warn_unproved(self)
         limits = Limits(max_tokens, max_seqs, max_seq_len, max_query_len or max_tokens)
         return bind(self.problem, self.device, self.rungs, limits, scratch)
 
@@ -91,9 +93,10 @@ class Selection:
         }
 
 
-def verify_command(problem: Problem) -> str:
-    """The command that proves this problem, and no other: a record holds for exact dims."""
-    return " ".join(["bidispatch verify", *_named(problem), "--record"])
+def verify_command(problem: Problem, asked: Invariance | None = None) -> str:
+    """The command that proves this problem, and no other: a record holds for exact dims. asked: as in `Selection`."""
+    level = [f"--require {asked.label}"] if asked is not None else []
+    return " ".join(["bidispatch verify", *_named(problem), *level, "--record"])
 
 
 def explain_command(problem: Problem, device: Device) -> str:
@@ -118,15 +121,15 @@ def _as_typed(value: DimValue) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _warn_unproved(problem: Problem) -> None:
+def _warn_unproved(selection: Selection) -> None:
     """Once a process: a claim is not a proof."""
     global _warned
     if not _warned:
         _warned = True
         _log.warning(
             "%s rests on what its code claims, not on a proof on this device; `%s` proves it",
-            problem.op,
-            verify_command(problem),
+            selection.problem.op,
+            verify_command(selection.problem, selection.asked),
         )
 
 

@@ -286,7 +286,7 @@ class Report:
 
     def _refutation(self, result: ProblemResult, rung: Rung, found: str) -> Refutation:
         environment = describe(self.device, {rung.implementation})
-        retry = f"{verify_command(result.problem)} --retry"
+        retry = f"{verify_command(result.problem, result.selection.asked)} --retry"
         return Refutation(result.problem.key, rung.key, found, retry, self.made, environment)
 
     def _record(self, result: ProblemResult) -> Record:

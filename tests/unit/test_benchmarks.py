@@ -62,6 +62,23 @@ def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_res
     assert (document["faults"], document["seconds"], document["made"]) == (["a fault"], 3.0, "now")
 
 
+def test_a_part_of_a_verification_without_a_problem_fails_nothing(gpu_results, tmp_path, monkeypatch):
+    """There are fewer problems than processes; that nothing at all was compared is a fault."""
+    said = (
+        "import json, sys; has = sys.argv[-1] in {}; "
+        "print(json.dumps(dict(passed=has, seconds=1, comparisons=2 * has, differing=0, controls=[], skipped=[], "
+        "problems=[1] * has, faults=[] if has else ['nothing was compared']))); sys.exit(not has)"
+    )
+    monkeypatch.setattr(gpu_results, "WORKERS", 3)
+    file = tmp_path / "verify.json"
+    for with_problems, code in (("{'1/3', '2/3'}", 0), ("{}", 1)):
+        monkeypatch.setattr(gpu_results, "BIDISPATCH", (sys.executable, "-c", said.format(with_problems)))
+        assert gpu_results.verify(("attention",), file) == code
+        document = json.loads(file.read_text())
+        assert document["passed"] is not bool(code)
+        assert document["faults"] == ["nothing was compared"] * code
+
+
 def test_a_verification_whose_process_dies_fails_and_says_how_to_run_it_again(
     gpu_results, tmp_path, capsys, monkeypatch
 ):

@@ -76,6 +76,7 @@ BAD_COMMAND_LINES = {
     "verify dims of two ops": (["verify", "gemm", "bmm", "--dim", "n=8"], 2, "for one op"),
     "verify an unknown op": (["verify", "gem", "--device", "cpu"], 2, "did you mean 'gemm'?"),
     "verify at an unknown level": (["verify", "gemm", "--level", "bach"], 2, "did you mean 'batch'?"),
+    "verify what an unknown level selects": (["verify", "gemm", "--require", "bach"], 2, "did you mean 'batch'?"),
     "verify a GPU that is elsewhere": (["verify", "--all", "--device", "gfx942"], 3, "not in this machine"),
     "verify what is planned for later": (["verify", "lora", "--device", "cpu"], 2, "lora is unsupported"),
     "graphs on a processor": (["verify", "mean", "--cuda-graph", "--device", "cpu"], 3, "CUDA graphs"),

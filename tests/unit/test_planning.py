@@ -602,6 +602,15 @@ def test_the_command_that_proves_a_problem_names_that_very_problem(op, dims, wor
     assert ops.get(op).problem("fp16", given) == problem
 
 
+def test_the_command_that_proves_a_problem_names_a_level_that_the_profile_does_not(tmp_path):
+    """What another level selects may be of another class, which a record of the profile's would not prove."""
+    plan = plan_of(tmp_path, registry_of(fake("a.gemm", tile=None)), gemm_rule("impl: a.gemm"))
+    asked = select(bid.Plan(plan.device, plan.profile, plan.registry, RecordStore(H200), Invariance.RUN)).asked
+    assert (select(plan).asked, asked) == (None, Invariance.RUN)
+    command = verify_command(ops.get("mean").problem("float16", {"n": 9}), asked)
+    assert command == "bidispatch verify mean --dtype fp16 --dim n=9 --require run --record"
+
+
 # --- what verify refuted --------------------------------------------------------------------------------------------
 
 

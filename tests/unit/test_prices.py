@@ -97,9 +97,12 @@ def test_the_level_in_force_is_named_with_what_changes_it(results, own_profile):
     results([row("batch", "decode", 20.0, fa3_auto=20.0)])
     assert (
         "profile cpu requires level sequence; `invariance: {require: batch}` in a profile, "
-        'or `bid.plan(require="batch")`, asks for batch' in said(*ASKED)
+        '`--require batch` or `bid.plan(require="batch")` asks for batch' in said(*ASKED)
     )
     assert as_json()["require"] == "sequence"
+    text = said(*ASKED, "--require", "batch")
+    assert "--require asks for level batch; `invariance: {require: sequence}` in a profile" in text
+    assert "--require batch --record`" in text
     own_profile("invariance: {require: batch}")
     assert "profile cpu requires level batch; `invariance: {require: sequence}`" in said(*ASKED)
     assert as_json()["require"] == "batch"
