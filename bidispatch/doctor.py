@@ -13,6 +13,7 @@ from bidispatch import ops
 from bidispatch.device import Device
 from bidispatch.environment import BIT_VARIABLES, describe, hard_part
 from bidispatch.errors import BidispatchError, ProfileError, UsageError
+from bidispatch.invariance import Invariance
 from bidispatch.planning.overrides import IMPL_VARIABLE, parse_choices
 from bidispatch.planning.plan import Plan, plan
 from bidispatch.profiles.load import PROFILE_VARIABLE, builtin_folder, user_folder
@@ -252,7 +253,17 @@ def _records(found: Diagnosis, made: Plan) -> None:
 
 
 def _why_stale(record: Record, made: Plan) -> str:
-    """What keeps a record from proving anything today; empty when it holds."""
+    """What keeps a record from proving anything today; empty when it holds, be it for a plan that asks for less."""
+    why = _why_unproved(record, made)
+    level = Invariance.parse(record.level)
+    if not why or level >= made.require:
+        return why
+    less = Plan(made.device, made.profile, made.registry, RecordStore(made.device), level)
+    return _why_unproved(record, less) and why
+
+
+def _why_unproved(record: Record, made: Plan) -> str:
+    """What keeps a record from proving what a plan selects."""
     try:
         asked = json.loads(record.problem)
         selection = made.select_problem(ops.get(asked["op"]).problem(asked["dtype"], asked["dims"]))

@@ -92,10 +92,10 @@ def select(
     numerics = leading or next((c.numerics for c in fitting), "")
     rungs, decisions = _climb(examined, numerics)
     decisions += _unlisted(registered, examined, problem, device)
-    if not rungs or rungs[-1].max_m is not None:
-        _fail(problem, device, forced, rungs, decisions)
-    level = min(rung.implementation.claims for rung in rungs)
     asked = None if require == profile.require else require
+    if not rungs or rungs[-1].max_m is not None:
+        _fail(problem, device, asked, forced, rungs, decisions)
+    level = min(rung.implementation.claims for rung in rungs)
     selection = Selection(problem, device, tuple(rungs), numerics, level, tuple(decisions), asked=asked)
     record = find_record(selection)
     if record is None and profile.trust == "verified":
@@ -345,6 +345,7 @@ def _unlisted(
 def _fail(
     problem: Problem,
     device: Device,
+    asked: Invariance | None,
     forced: tuple[str, Source] | None,
     rungs: list[Rung],
     decisions: list[Decision],
@@ -361,6 +362,6 @@ def _fail(
             f"{problem} on {device.name}: nothing serves M > {top}; add a candidate without max_m", decisions
         )
     raise SelectionError(
-        f"nothing fits {problem} on {device.name}; `{explain_command(problem, device)}` shows every reason",
+        f"nothing fits {problem} on {device.name}; `{explain_command(problem, device, asked)}` shows every reason",
         decisions,
     )

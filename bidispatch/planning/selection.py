@@ -95,21 +95,21 @@ class Selection:
 
 def verify_command(problem: Problem, asked: Invariance | None = None) -> str:
     """The command that proves this problem, and no other: a record holds for exact dims. asked: as in `Selection`."""
-    level = [f"--require {asked.label}"] if asked is not None else []
-    return " ".join(["bidispatch verify", *_named(problem), *level, "--record"])
+    return " ".join(["bidispatch verify", *_named(problem, asked), "--record"])
 
 
-def explain_command(problem: Problem, device: Device) -> str:
-    """The command that shows what spoke for and against each candidate."""
+def explain_command(problem: Problem, device: Device, asked: Invariance | None = None) -> str:
+    """The command that shows what spoke for and against each candidate. asked: as in `Selection`."""
     elsewhere = ["--device", device.arch.name] if device.predicted else []
-    return " ".join(["bidispatch explain", *_named(problem), *elsewhere])
+    return " ".join(["bidispatch explain", *_named(problem, asked), *elsewhere])
 
 
-def _named(problem: Problem) -> list[str]:
-    """A problem as the command line takes it."""
+def _named(problem: Problem, asked: Invariance | None) -> list[str]:
+    """A problem, and the level where it is not the profile's, as the command line takes them."""
     op = ops.get(problem.op)
     given = [f"--dim {dim.name}={_as_typed(problem[dim.name])}" for dim in op.dims if _differs(problem, dim)]
-    return [problem.op, "--dtype", DTYPES[problem.dtype], *given]
+    level = [f"--require {asked.label}"] if asked is not None else []
+    return [problem.op, "--dtype", DTYPES[problem.dtype], *given, *level]
 
 
 def _differs(problem: Problem, dim: Dim) -> bool:

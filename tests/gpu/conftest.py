@@ -36,8 +36,10 @@ def pytest_sessionfinish(session):
     file = session.config.getoption("--results")
     if file and not hasattr(session.config, "workerinput"):  # xdist's workers report to the session that writes
         plan = bid.plan()
-        used = {rung.implementation for _, found in plan.supported() for rung in getattr(found, "rungs", ())}
-        content = {"environment": describe(plan.device, used), "tests": _outcomes}
+        # All that may run here: tests bind more than the plan selects.
+        arch = plan.device.arch.name
+        there = [made for made in plan.registry if any(made.covers(arch, dtype) for dtype in made.dtypes)]
+        content = {"environment": describe(plan.device, there), "tests": _outcomes}
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -341,6 +341,20 @@ def test_a_padding_sequence_of_one_query_and_no_positions_is_what_it_is_without_
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("feature", ["grouped", "window, softcap and sinks"])
+def test_rows_of_a_sequence_without_positions_are_0(path: str, feature: str) -> None:
+    """As a server may pad a batch; whatever is in the workspace of an earlier call."""
+    problem = problem_of("float16", FEATURES[feature])
+    batch = paged_batch(problem, [1, 2, 1, 1], [97, 20, 60, 33])
+    kernel = bind_path(problem, path)
+    wanted = attend(kernel, problem, batch)
+    batch[4][1:3] = 0
+    result = attend(kernel, problem, batch)
+    assert not result[1:4].any()
+    assert same_bits(result[[0, 4]], wanted[[0, 4]])
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_caches_may_be_strided_views(path: str) -> None:
     """As vLLM holds them: keys and values interleaved, heads before slots."""
     problem = problem_of("float32", HEADS)

@@ -197,6 +197,18 @@ def test_a_padding_sequence_of_one_query_and_no_positions_is_what_it_is_without_
     assert same_bits(parallel, in_segments(problem, batch, 3))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_of_a_sequence_without_positions_are_0(path: str) -> None:
+    problem = problem_of(SMALL)
+    batch = latent_batch(problem, [1, 2, 1, 1], [97, 20, 60, 33])
+    kernel = bind_path(problem, path)
+    wanted = attend(kernel, problem, batch)
+    batch[3][1:3] = 0
+    result = attend(kernel, problem, batch)
+    assert not result[1:4].any()
+    assert same_bits(result[[0, 4]], wanted[[0, 4]])
+
+
 @pytest.mark.parametrize("path", ["parallel", "segments"])
 def test_no_call_leaves_a_trace_in_the_workspace(path: str) -> None:
     problem = problem_of(SMALL)

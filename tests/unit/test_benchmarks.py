@@ -51,7 +51,9 @@ def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_res
         counts = {"comparisons": len(problems), "differing": int(not passed)}
         found = {"problems": problems, "skipped": [], "faults": [] if passed else ["a fault"]}
         names = [{"name": name} for name in controls]
-        return {"made": "now", "passed": passed, "controls": names, "seconds": seconds, **counts, **found}
+        served = {"device": "a GPU", "libraries": {controls: "1"}, "code": {f"module.{controls}": "0"}}
+        told = {"made": "now", "passed": passed, "controls": names, "seconds": seconds, "records": "/home/me"}
+        return {"environment": served, **told, **counts, **found}
 
     document = gpu_results.merged(
         [part([1, 4], True, "ab", 2.0), part([2, 5], False, "bc", 3.0), part([3], True, "a", 1.0)]
@@ -60,6 +62,9 @@ def test_parts_of_a_verification_are_merged_in_the_order_of_the_problems(gpu_res
     assert [control["name"] for control in document["controls"]] == ["a", "b", "c"]
     assert (document["passed"], document["comparisons"], document["differing"]) == (False, 5, 1)
     assert (document["faults"], document["seconds"], document["made"]) == (["a fault"], 3.0, "now")
+    assert document["environment"]["libraries"] == {"a": "1", "ab": "1", "bc": "1"}
+    assert list(document["environment"]["code"]) == ["module.a", "module.ab", "module.bc"]
+    assert "records" not in document
 
 
 def test_a_part_of_a_verification_without_a_problem_fails_nothing(gpu_results, tmp_path, monkeypatch):
@@ -67,7 +72,8 @@ def test_a_part_of_a_verification_without_a_problem_fails_nothing(gpu_results, t
     said = (
         "import json, sys; has = sys.argv[-1] in {}; "
         "print(json.dumps(dict(passed=has, seconds=1, comparisons=2 * has, differing=0, controls=[], skipped=[], "
-        "problems=[1] * has, faults=[] if has else ['nothing was compared']))); sys.exit(not has)"
+        "environment=dict(libraries=dict(), code=dict()), problems=[1] * has, "
+        "faults=[] if has else ['nothing was compared']))); sys.exit(not has)"
     )
     monkeypatch.setattr(gpu_results, "WORKERS", 3)
     file = tmp_path / "verify.json"

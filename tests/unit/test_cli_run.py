@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from cli_door import BACKEND  # noqa: E402
+
 from bidispatch.cli import demo  # noqa: E402
 from bidispatch.demo import compare  # noqa: E402
 from bidispatch.demo.workload import make_workload  # noqa: E402
@@ -123,6 +125,22 @@ def test_doctor_counts_stale_records_and_says_what_changed(cli, as_json, on_this
     _, document = as_json("doctor")
     assert document["sections"]["records"]["stale"] == "1"
     assert any("made with another variables" in finding for finding in document["findings"])
+
+
+def test_what_less_would_select_is_proved_and_kept_beside_the_rest(cli, as_json, install, own_profile, on_this_cpu):
+    """A kernel that claims level batch alone: verified where that is asked for, and no stale record then."""
+    claim = 'cuda_graph=False, claims=__import__("bidispatch.invariance").invariance.Invariance.BATCH,'
+    install(("extra", BACKEND.replace("cuda_graph=False,", claim)))
+    own_profile("extends: cpu\nprefer: [extra.sound]\n")
+    assert "extra.sound" not in cli(*MEAN, "--record")[1]
+    asked = ("--require", "batch")
+    code, out, _ = cli(*MEAN, *asked, "--record")
+    assert (code, "extra.sound" in out) == (0, True)
+    code, out, _ = cli("explain", "mean", "--dtype", "fp32", "--dim", "n=40", "--device", "cpu", *asked)
+    assert (code, "verified here" in out) == (0, True)
+    if on_this_cpu == Device.detect():  # else doctor looks at the GPU's
+        section = as_json("doctor")[1]["sections"]["records"]
+        assert (section["hold"], section["stale"]) == ("2", "0")
 
 
 @pytest.mark.parametrize("text", ['{"format": "bidispatch-rec', '{"format": "somebody else"}', "[]"])

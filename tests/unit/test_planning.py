@@ -609,6 +609,9 @@ def test_the_command_that_proves_a_problem_names_a_level_that_the_profile_does_n
     assert (select(plan).asked, asked) == (None, Invariance.RUN)
     command = verify_command(ops.get("mean").problem("float16", {"n": 9}), asked)
     assert command == "bidispatch verify mean --dtype fp16 --dim n=9 --require run --record"
+    more = bid.Plan(plan.device, plan.profile, plan.registry, RecordStore(H200), Invariance.TOPOLOGY)
+    with pytest.raises(SelectionError, match=r"`bidispatch explain gemm .* --require topology"):
+        select(more)
 
 
 # --- what verify refuted --------------------------------------------------------------------------------------------

@@ -46,15 +46,17 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 def lengths_kernel(kv_lens_ptr, query_start_ptr, used_ptr, seqs, max_kv, ALONE: tl.constexpr, BLOCK: tl.constexpr):
     """used = the KV length that the one-split call is shown: at most max_kv, so that no table is read past its end.
 
-    ALONE: 1 for lone queries, whose result is then replaced. Not 0: FA2 must be given no row without a key.
+    At least one for each row, since FA2 must be given no row without a key: what it makes of more than there are
+    `spoil_kernel` replaces. ALONE: 1 for lone queries, whose result is replaced too.
     """
     seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = seq < seqs
-    used = tl.minimum(tl.load(kv_lens_ptr + seq, mask=inside, other=0), max_kv)
+    kv_len = tl.load(kv_lens_ptr + seq, mask=inside, other=0)
+    rows = tl.load(query_start_ptr + seq + 1, mask=inside, other=0)
+    rows -= tl.load(query_start_ptr + seq, mask=inside, other=0)
+    used = tl.minimum(tl.maximum(kv_len, rows), max_kv)
     if ALONE:
-        first = tl.load(query_start_ptr + seq, mask=inside, other=0)
-        alone = tl.load(query_start_ptr + seq + 1, mask=inside, other=0) - first == 1
-        used = tl.where(alone, tl.minimum(used, 1), used)
+        used = tl.where(rows == 1, 1, used)
     tl.store(used_ptr + seq, used, mask=inside)
 
 
@@ -90,13 +92,13 @@ def admit_kernel(
     tl.store(used_ptr + seq, tl.where(shown, kv_len, 0))
     tl.store(rows_ptr + seq, tl.where(shown, rows, 0))
     if not served:
-        _store_nothing_in_rows(
+        _spoil_rows(
             out_ptr, first, rows, stride_out_token, stride_out_head, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK=BLOCK
         )
 
 
 @triton.jit
-def _store_nothing_in_rows(
+def _spoil_rows(
     out_ptr,
     first,
     rows,
@@ -108,17 +110,19 @@ def _store_nothing_in_rows(
 ):
     """NaN for so many rows of the result from one on."""
     row_ptr = out_ptr + first.to(tl.int64) * stride_token
+    nan = tl.full((), float("nan"), tl.float32)
     for _ in range(rows):
-        _store_nothing(row_ptr, stride_head, HEADS, HEAD_DIM, BLOCK)
+        _fill(row_ptr, nan, stride_head, HEADS, HEAD_DIM, BLOCK)
         row_ptr += stride_token
 
 
 @triton.jit
-def _store_nothing(row_ptr, stride_head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """NaN for a row of the result."""
+def _fill(row_ptr, value, stride_head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One value for a row of the result."""
     for start in range(0, HEADS * HEAD_DIM, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        nothing = tl.full((BLOCK,), float("nan"), dtype=tl.float32).to(row_ptr.dtype.element_ty)
+        nothing = tl.full((BLOCK,), 0.0, dtype=tl.float32) + value
+        nothing = nothing.to(row_ptr.dtype.element_ty)
         target = (place // HEAD_DIM) * stride_head + place % HEAD_DIM
         tl.store(row_ptr + target, nothing, mask=place < HEADS * HEAD_DIM)
 
@@ -144,7 +148,7 @@ def schedule_kernel(
     BLOCK: tl.constexpr,
 ):
     """FA3's schedule, with a sequence's splits by its own length: one for each SPLIT positions, at most MOST, and at
-    least LEAST as far as they have SMALLEST positions each.
+    least LEAST, but no more than one for each SMALLEST; of each size, those that it has begun.
 
     schedule: as hopper/flash_prepare_scheduler.cu has it for calls that are not causal: rows of the packed heads
     [seqs, rounded up to 4], splits [as many], and a counter of tiles that starts at 0. used, and whose rows of the
@@ -165,7 +169,7 @@ def schedule_kernel(
     if seq == 0:
         tl.store(schedule_ptr + 2 * rounded, 0)
     if not served:
-        _store_nothing_in_rows(
+        _spoil_rows(
             out_ptr, first, rows, stride_out_token, stride_out_head, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK=BLOCK
         )
 
@@ -307,8 +311,8 @@ def spoil_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """NaN for the rows of sequences longer than max_kv, of which the library was shown a part, or with more rows than
-    max_query, of which it may have left some out. One token a program.
+    """NaN for the rows of sequences longer than max_kv, of which the library was shown a part, and of those with more
+    rows than max_query, of which it may have left some out, or than positions; 0 without any. One token a program.
     """
     token = tl.program_id(0)
     if token >= tl.load(query_start_ptr + seqs):
@@ -321,9 +325,11 @@ def spoil_kernel(
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     rows = tl.load(query_start_ptr + low + 1) - tl.load(query_start_ptr + low)
-    if (tl.load(kv_lens_ptr + low) <= max_kv) & (rows <= max_query):
+    kv_len = tl.load(kv_lens_ptr + low)
+    if (kv_len <= max_kv) & (rows <= max_query) & (rows <= kv_len):
         return
-    _store_nothing(out_ptr + token.to(tl.int64) * stride_out_token, stride_out_head, HEADS, HEAD_DIM, BLOCK)
+    value = tl.where(kv_len > 0, float("nan"), 0.0)
+    _fill(out_ptr + token.to(tl.int64) * stride_out_token, value, stride_out_head, HEADS, HEAD_DIM, BLOCK)
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,14 @@ class SplitSizeParams(Params):
 class LatentSplitsParams(Params):
     """Splits of a sequence's own KV, in fp32 partial results that FA3 adds in ascending order.
 
-    A sequence has one for each `split_size` positions, at least `least_splits` and at most `num_splits`; all of one
-    size, in KV blocks of 64.
+    A sequence has one for each `split_size` positions that it has begun, at least `least_splits` and at most
+    `num_splits`; all of one size, in KV blocks of 64.
     """
 
     split_size: int = Field(default=512, ge=_LATENT_BLOCK)
     """KV positions, a multiple of 64."""
     least_splits: int = Field(default=1, ge=1)
-    """Of a shorter sequence, as far as each has `smallest_split` positions: a few long ones leave a GPU idle."""
+    """Of a shorter sequence, but no more than one for each `smallest_split`: a few long ones leave a GPU idle."""
     smallest_split: int = Field(default=256, ge=_LATENT_BLOCK)
     """KV positions, a multiple of 64, at most `split_size`. Looked at for `least_splits` alone."""
     num_splits: int = Field(default=32, ge=2, le=_MOST_SPLITS)

@@ -52,7 +52,9 @@ def _last_at_most(starts_ptr, seqs, place, TOKENS: tl.constexpr):
 
 @triton.jit
 def _splits_of(query_len, kv_len, max_kv, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
-    """The first split that a sequence's queries see, and how many; none past max_kv, which gives NaN later."""
+    """The first split that a sequence's queries see, and how many; none past max_kv, which gives NaN later, and of no
+    positions, which give 0.
+    """
     low, high = visible_range(kv_len - query_len, kv_len - 1, kv_len, CAUSAL, WINDOW)
     first_split = split_at(low, SPLITS)
     splits = split_at(tl.maximum(high - 1, 0), SPLITS) - first_split + 1
@@ -533,7 +535,7 @@ def _fold_heads(
     kv_head = first_head // GROUP
     dims = tl.arange(0, BLOCK_D)
     inside = (dims < HEAD_DIM)[None, :]
-    past_limit = (splits == 0) | (base < 0)
+    no_states = (splits == 0) | (base < 0)
     folded = tl.full((), 0, tl.int32)
     if folded_ptr is not None:
         folded = tl.load(folded_ptr + row * HEADS + first_head, mask=(splits > 0) & (base >= 0), other=0)
@@ -545,9 +547,9 @@ def _fold_heads(
         maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((ROWS,), dtype=tl.float32)
         acc = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-        if past_limit:
-            maximum = maximum * float("nan")
-            total, acc = total * float("nan"), acc * float("nan")
+        if no_states:  # past the limits NaN; of no positions 0, as where it is walked
+            nothing = tl.where(kv_len > 0, float("nan"), 0.0)
+            maximum, total, acc = maximum + nothing, total + nothing, acc + nothing
         else:
             if folded_ptr is not None:  # noqa: SIM102 - decided when it is compiled
                 if folded > 0:
