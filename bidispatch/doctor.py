@@ -245,21 +245,29 @@ def _records(found: Diagnosis, made: Plan) -> None:
     except BidispatchError as error:
         found.findings.append(str(error))
         return
-    stale = [why for record in records if (why := _why_stale(record, made))]
+    stale = [
+        f"records are stale: {why}; `bidispatch verify --all{_level_below(record, made)} --record`"
+        for record in records
+        if (why := _why_stale(record, made))
+    ]
     entries["hold"] = str(len(records) - len(stale))
     entries["stale"] = str(len(stale))
-    for why in dict.fromkeys(stale):
-        found.findings.append(f"{stale.count(why)} records are stale: {why}; `bidispatch verify --all --record`")
+    for finding in dict.fromkeys(stale):
+        found.findings.append(f"{stale.count(finding)} {finding}")
 
 
 def _why_stale(record: Record, made: Plan) -> str:
     """What keeps a record from proving anything today; empty when it holds, be it for a plan that asks for less."""
     why = _why_unproved(record, made)
-    level = Invariance.parse(record.level)
-    if not why or level >= made.require:
+    if not why or not _level_below(record, made):
         return why
-    less = Plan(made.device, made.profile, made.registry, RecordStore(made.device), level)
-    return _why_unproved(record, less) and why
+    less = Plan(made.device, made.profile, made.registry, RecordStore(made.device), Invariance.parse(record.level))
+    return _why_unproved(record, less)
+
+
+def _level_below(record: Record, made: Plan) -> str:
+    """The option that selects what a record of a lower level than the plan's is about; else empty."""
+    return f" --require {record.level}" if Invariance.parse(record.level) < made.require else ""
 
 
 def _why_unproved(record: Record, made: Plan) -> str:

@@ -127,7 +127,9 @@ def test_doctor_counts_stale_records_and_says_what_changed(cli, as_json, on_this
     assert any("made with another variables" in finding for finding in document["findings"])
 
 
-def test_what_less_would_select_is_proved_and_kept_beside_the_rest(cli, as_json, install, own_profile, on_this_cpu):
+def test_what_less_would_select_is_proved_and_kept_beside_the_rest(
+    cli, as_json, install, own_profile, on_this_cpu, monkeypatch
+):
     """A kernel that claims level batch alone: verified where that is asked for, and no stale record then."""
     claim = 'cuda_graph=False, claims=__import__("bidispatch.invariance").invariance.Invariance.BATCH,'
     install(("extra", BACKEND.replace("cuda_graph=False,", claim)))
@@ -141,6 +143,12 @@ def test_what_less_would_select_is_proved_and_kept_beside_the_rest(cli, as_json,
     if on_this_cpu == Device.detect():  # else doctor looks at the GPU's
         section = as_json("doctor")[1]["sections"]["records"]
         assert (section["hold"], section["stale"]) == ("2", "0")
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+        stale = [finding for finding in as_json("doctor")[1]["findings"] if "stale" in finding]
+        assert [finding.rpartition(";")[2] for finding in stale] == [
+            " `bidispatch verify --all --record`",
+            " `bidispatch verify --all --require batch --record`",
+        ]
 
 
 @pytest.mark.parametrize("text", ['{"format": "bidispatch-rec', '{"format": "somebody else"}', "[]"])
