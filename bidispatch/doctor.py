@@ -245,11 +245,15 @@ def _records(found: Diagnosis, made: Plan) -> None:
     except BidispatchError as error:
         found.findings.append(str(error))
         return
-    stale = [
-        f"records are stale: {why}; `bidispatch verify --all{_level_below(record, made)} --record`"
-        for record in records
-        if (why := _why_stale(record, made))
-    ]
+    stale, plans = [], {made.require: made}
+    for record in records:
+        # One of a lower level is about what a plan that asks for no more selects.
+        level = min(Invariance.parse(record.level), made.require)
+        if level not in plans:
+            plans[level] = Plan(made.device, made.profile, made.registry, store, level)
+        if why := _why_stale(record, plans[level]):
+            asking = f" --require {level.label}" if level != made.require else ""
+            stale.append(f"records are stale: {why}; `bidispatch verify --all{asking} --record`")
     entries["hold"] = str(len(records) - len(stale))
     entries["stale"] = str(len(stale))
     for finding in dict.fromkeys(stale):
@@ -257,21 +261,7 @@ def _records(found: Diagnosis, made: Plan) -> None:
 
 
 def _why_stale(record: Record, made: Plan) -> str:
-    """What keeps a record from proving anything today; empty when it holds, be it for a plan that asks for less."""
-    why = _why_unproved(record, made)
-    if not why or not _level_below(record, made):
-        return why
-    less = Plan(made.device, made.profile, made.registry, RecordStore(made.device), Invariance.parse(record.level))
-    return _why_unproved(record, less)
-
-
-def _level_below(record: Record, made: Plan) -> str:
-    """The option that selects what a record of a lower level than the plan's is about; else empty."""
-    return f" --require {record.level}" if Invariance.parse(record.level) < made.require else ""
-
-
-def _why_unproved(record: Record, made: Plan) -> str:
-    """What keeps a record from proving what a plan selects."""
+    """What keeps a record from proving what a plan selects today; empty when it holds."""
     try:
         asked = json.loads(record.problem)
         selection = made.select_problem(ops.get(asked["op"]).problem(asked["dtype"], asked["dims"]))

@@ -11,7 +11,7 @@ import torch
 from interpreted import bind, relative_error, same_bits, tiles
 
 from bidispatch import ops
-from bidispatch.runtime.context import Limits
+from bidispatch.runtime.context import Kernel, Limits
 from bidispatch_backends.triton.attention_params import AttentionParams
 from bidispatch_backends.triton.mla_params import MlaParams
 
@@ -34,18 +34,18 @@ class Prompt:
         self.q, self.q_rope = normal(LENGTH, HEADS, NOPE), normal(LENGTH, HEADS, ROPE)
         self.latent, self.k_rope = normal(LENGTH, RANK), normal(LENGTH, ROPE)
         self.w_uk, self.w_uv = normal(HEADS, NOPE, RANK) / RANK**0.5, normal(HEADS, RANK, VALUE) / RANK**0.5
+        # Once, for a plan's product gives a position the same bits in every chunk; values padded to the keys' width.
+        keys = torch.einsum("pr,hnr->phn", self.latent.double(), self.w_uk.double()).half()
+        values = torch.einsum("pr,hrv->phv", self.latent.double(), self.w_uv.double()).half()
+        self.keys = torch.cat([keys, self.k_rope[:, None].expand(LENGTH, HEADS, ROPE)], -1)
+        self.values = torch.nn.functional.pad(values, (0, self.keys.shape[-1] - VALUE))
 
     def projected(self, end: int) -> list[torch.Tensor]:
-        """Keys and values of the first positions, as a cache of consecutive pages; values padded to the keys' width."""
-        latent = self.latent[:end].double()  # each position by itself: no sum follows how many there are
-        keys = torch.einsum("pr,hnr->phn", latent, self.w_uk.double()).half()
-        keys = torch.cat([keys, self.k_rope[:end, None].expand(end, HEADS, ROPE)], -1)
-        values = torch.einsum("pr,hrv->phv", latent, self.w_uv.double()).half()
-        values = torch.nn.functional.pad(values, (0, keys.shape[-1] - VALUE))
-        slack = -end % PAGE
+        """Keys and values of the first positions, as a cache of consecutive pages; nothing is known of later ones."""
+        slack = (0, 0, 0, 0, 0, -end % PAGE)
         return [
-            torch.nn.functional.pad(t, (0, 0, 0, 0, 0, slack), value=float("nan")).view(-1, PAGE, HEADS, NOPE + ROPE)
-            for t in (keys, values)
+            torch.nn.functional.pad(tensor[:end], slack, value=float("nan")).view(-1, PAGE, *tensor.shape[1:])
+            for tensor in (self.keys, self.values)
         ]
 
 
@@ -55,13 +55,17 @@ def paging(begin: int, end: int) -> list[torch.Tensor]:
     return [table, torch.tensor([end], dtype=torch.int32), torch.tensor([0, end - begin], dtype=torch.int32)]
 
 
-def by_projection(prompt: Prompt, cuts: list[int]) -> torch.Tensor:
-    """The result of a prompt that is served in chunks, each of which projects its whole context anew."""
-    dims = {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": NOPE + ROPE, "page_size": PAGE}
-    problem, params = ops.get("attention").problem("float16", dims), AttentionParams(**SPLITS)
+def bound(op: str, params: AttentionParams | MlaParams, **dims: int) -> Kernel:
+    """In tiles of 16 rows: numpy's own order follows the number of rows."""
+    problem = ops.get(op).problem("float16", {"num_heads": HEADS, "page_size": PAGE, **dims})
     (tile,) = tiles(problem, params)
     tile = tile.model_copy(update={"decode_block_m": 16, "prefill_block_m": 16})
-    kernel = bind(problem, params=params, tile=tile, limits=LIMITS)
+    return bind(problem, params=params, tile=tile, limits=LIMITS)
+
+
+def by_projection(prompt: Prompt, cuts: list[int]) -> torch.Tensor:
+    """The result of a prompt that is served in chunks, each of which attends to its whole context."""
+    kernel = bound("attention", AttentionParams(**SPLITS), num_kv_heads=HEADS, head_dim=NOPE + ROPE)
     parts = []
     for begin, end in pairwise(cuts):
         q = torch.cat([prompt.q[begin:end], prompt.q_rope[begin:end]], -1)
@@ -73,13 +77,7 @@ def by_projection(prompt: Prompt, cuts: list[int]) -> torch.Tensor:
 
 def absorbed(prompt: Prompt) -> torch.Tensor:
     """The same by `attention.mla`."""
-    problem = ops.get("attention.mla").problem(
-        "float16", {"num_heads": HEADS, "kv_lora_rank": RANK, "rope_dim": ROPE, "page_size": PAGE}
-    )
-    params = MlaParams(**SPLITS)
-    (tile,) = tiles(problem, params)
-    tile = tile.model_copy(update={"decode_block_m": 16, "prefill_block_m": 16})
-    kernel = bind(problem, params=params, tile=tile, limits=LIMITS)
+    kernel = bound("attention.mla", MlaParams(**SPLITS), kv_lora_rank=RANK, rope_dim=ROPE)
     q = torch.einsum("thn,hnr->thr", prompt.q.double(), prompt.w_uk.double()).half()
     cache = torch.nn.functional.pad(torch.cat([prompt.latent, prompt.k_rope], -1), (0, 0, 0, -LENGTH % PAGE))
     out = torch.full((LENGTH, HEADS, RANK), float("nan"), dtype=torch.float16)
